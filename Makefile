@@ -1,0 +1,40 @@
+# `make help` lists what there is to do. Everything runs in .venv, which `make env` keeps up to date.
+
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p))))
+RUN := .venv/bin/python
+TYPED := python/kunserve_sglang scripts $(if $(wildcard benchmark/*.py),benchmark)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types format freeze clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## create or update .venv: torch, the patched SGLang, this package
+	@$(PYTHON) scripts/setup_env.py
+
+demo: env ## a burst on two instances, with and without KunServe
+	@$(RUN) benchmark/demo.py $(ARGS)
+
+test: env ## run the tests (ARGS="-k name" to choose)
+	@$(RUN) -m pytest $(ARGS)
+
+lint: env ## check style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+types: env ## check types only
+	@$(RUN) -m mypy $(TYPED)
+
+format: env ## format the code and sort its imports
+	@$(RUN) -m ruff check --select I --fix --quiet .
+	@$(RUN) -m ruff format .
+
+freeze: env ## write down the versions in .venv as the tested ones
+	@$(RUN) scripts/freeze.py
+
+clean: ## remove what was built and installed
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis python/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
