@@ -1,0 +1,60 @@
+"""The model cache: quick and whole, or not there at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import get_model
+
+SCRIPT = Path(get_model.__file__)
+
+
+def test_a_cached_model_is_found_without_torch(tmp_path: Path) -> None:
+    model = tmp_path / "models" / get_model.MODEL
+    model.mkdir(parents=True)
+    program = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import get_model;"
+        "code = get_model.main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"KUNSERVE_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == f"{model}\n"
+    assert done.stderr == ""
+
+
+def test_a_failure_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_folder: Path) -> Path:
+        raise get_model.ModelError("no such package")
+
+    monkeypatch.setenv("KUNSERVE_CACHE", str(tmp_path))
+    monkeypatch.setattr(get_model, "_download", fail)
+
+    assert get_model.main() == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == "get_model: no such package"
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_quicker_of_two_runs_wins(tmp_path: Path) -> None:
+    made, model = tmp_path / "made", tmp_path / "model"
+    for folder in (made, model):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+
+    get_model._publish(made, model)
+
+    assert (model / "config.json").read_text() == "model"
