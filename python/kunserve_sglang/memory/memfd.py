@@ -1,0 +1,83 @@
+"""Pages on a CPU: one memory file, mapped piece by piece with `mmap(MAP_FIXED)`.
+
+A memory file keeps its content while no mapping shows it, can be mapped at any address, and
+disappears with its last descriptor, so nothing is left behind when a process is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+
+import torch
+
+from kunserve_sglang.errors import InternalError
+from kunserve_sglang.memory.pool import contiguous_runs
+
+_PROT_NONE = 0
+_PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class MemfdDriver:
+    """`PageDriver` over a memory file; page `i` is the file's bytes `[i, i + 1) * page_bytes`."""
+
+    def __init__(self, pages: int, page_bytes: int, name: str = "kunserve") -> None:
+        if page_bytes % mmap.PAGESIZE:
+            raise InternalError(f"page size {page_bytes} is no multiple of {mmap.PAGESIZE}")
+        self.page_bytes = page_bytes
+        self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, pages * page_bytes)
+
+    def reserve(self, nbytes: int) -> int:
+        return _mmap(None, nbytes, _PROT_NONE, _RESERVED, -1, 0)
+
+    def release(self, address: int, nbytes: int) -> None:
+        if _libc.munmap(address, nbytes):
+            raise OSError(ctypes.get_errno(), "munmap of a reserved range failed")
+
+    def map(self, address: int, pages: Sequence[int]) -> None:
+        for first, count in contiguous_runs(pages):
+            nbytes = count * self.page_bytes
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            _mmap(address, nbytes, _PROT_READ_WRITE, flags, self._fd, first * self.page_bytes)
+            address += nbytes
+
+    def unmap(self, address: int, count: int) -> None:
+        # Mapping inaccessible memory over the pages is one atomic step: the range stays reserved.
+        _mmap(address, count * self.page_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
+
+    def tensor(self, address: int, nbytes: int) -> torch.Tensor:
+        window = (ctypes.c_uint8 * nbytes).from_address(address)
+        return torch.frombuffer(window, dtype=torch.uint8, count=nbytes)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _mmap(
+    address: int | None, nbytes: int, protection: int, flags: int, fd: int, offset: int
+) -> int:
+    result = _libc.mmap(address, nbytes, protection, flags, fd, offset)
+    if result is None or result == _FAILED:
+        errno = ctypes.get_errno()
+        hint = " (raise vm.max_map_count)" if errno == 12 and address is not None else ""
+        raise OSError(errno, f"mmap of {nbytes} bytes failed: {os.strerror(errno)}{hint}")
+    return int(result)
