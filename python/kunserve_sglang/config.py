@@ -1,0 +1,118 @@
+"""The one configuration of a cluster, and the part of it that an instance gets."""
+
+from __future__ import annotations
+
+import os
+import re
+from enum import StrEnum
+
+import msgspec
+
+from kunserve_sglang.errors import ConfigurationError
+
+INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
+"""Environment variable that carries `InstanceConfig` to the processes of an instance.
+
+KunServe is opt-in: without this variable the plugin does nothing and SGLang is SGLang.
+"""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class OverloadPolicy(StrEnum):
+    """What to do when the KV pools overflow: drop parameters, or queue as others do."""
+
+    DROP = "drop"
+    NONE = "none"
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity."""
+
+    num_instances: int = 2
+    host: str = "127.0.0.1"
+    port: int = 30000
+    memory_budget: int = 0
+    overload_policy: OverloadPolicy = OverloadPolicy.DROP
+    drop_threshold: float = 0.95
+    restore_threshold: float = 0.5
+    max_group_size: int = 8
+    admin_api_key: str | None = None
+    vote_timeout_s: float = 10.0
+    exchange_timeout_s: float = 60.0
+    peer_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.num_instances < 1:
+            raise ConfigurationError("--num-instances must be at least 1")
+        if not 0 < self.drop_threshold <= 2:
+            raise ConfigurationError("--drop-threshold must be above 0 and at most 2")
+        if not 0 <= self.restore_threshold < self.drop_threshold:
+            raise ConfigurationError(
+                "--restore-threshold must be at least 0 and below --drop-threshold, "
+                "or the cluster would drop and restore in turns"
+            )
+
+
+class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one instance must know; travels in `KUNSERVE_INSTANCE` as JSON.
+
+    `owners` is the largest group the instance can join; `cpus` the cores of its scheduler (empty:
+    not pinned); `page_bytes` 0 means: choose by budget.
+    """
+
+    instance: int
+    url: str
+    control_address: str
+    data_address: str
+    memory_budget: int
+    owners: int
+    cpus: tuple[int, ...] = ()
+    page_bytes: int = 0
+    peer_timeout_s: float = 60.0
+
+    def to_environment(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+
+def instance_from_environment() -> InstanceConfig | None:
+    """The instance this process belongs to; None if it is no KunServe instance.
+
+    Raises `ConfigurationError` if the variable is there but unreadable.
+    """
+    text = os.environ.get(INSTANCE_ENVIRONMENT)
+    if not text:
+        return None
+    try:
+        return msgspec.json.decode(text, type=InstanceConfig)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{INSTANCE_ENVIRONMENT} is unreadable: {error}") from error
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `448MiB`, `1.5G`, `2000000`; raises `ConfigurationError` for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigurationError(f"{text!r} is no size; write for example 448MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def page_bytes_for(budget: int) -> int:
+    """Page size on a CPU: small for small budgets, larger as the budget grows.
+
+    A page that does not continue its neighbour costs a kernel mapping, and a process may have
+    65,530 of them by default; small pages waste less at the end of each buffer.
+    """
+    page = 64 << 10
+    while budget // page > 16_384 and page < 2 << 20:
+        page *= 2
+    return page
+
+
+def format_size(nbytes: float) -> str:
+    """`nbytes` for people: `448.0 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"

@@ -1,0 +1,201 @@
+"""The geometry of a group: who holds which layers, and how many slots fit.
+
+Pure and shared by both planes: the planner proposes a `Layout` with these functions and every
+member checks it with the very same ones, so the two sides cannot disagree on a capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import msgspec
+
+
+class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Decoder layers `[lo, hi)`."""
+
+    lo: int
+    hi: int
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.lo, self.hi))
+
+    def __len__(self) -> int:
+        return self.hi - self.lo
+
+    def __contains__(self, layer: int) -> bool:
+        return self.lo <= layer < self.hi
+
+    def within(self, other: LayerRange) -> bool:
+        return other.lo <= self.lo and self.hi <= other.hi
+
+    def minus(self, other: LayerRange) -> list[int]:
+        """Layers that are here and not in `other`, ascending."""
+        return [layer for layer in self if layer not in other]
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance in a group. `capacity` is what it may use as an owner, in token slots."""
+
+    instance: int
+    layers: LayerRange
+    capacity: int
+    address: str
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """A group and its stages, in pipeline order. A group of one is an independent instance."""
+
+    epoch: int
+    members: tuple[Member, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(m.instance for m in self.members)
+
+    @property
+    def cooperative(self) -> bool:
+        return len(self.members) > 1
+
+    def member(self, instance: int) -> Member:
+        """Raises `KeyError` for an instance that is not in the group."""
+        for m in self.members:
+            if m.instance == instance:
+                return m
+        raise KeyError(instance)
+
+    def position(self, instance: int) -> int:
+        return self.ids.index(instance)
+
+    def holder(self, layer: int) -> int:
+        """The instance that holds `layer`; raises `KeyError` if nobody does."""
+        for m in self.members:
+            if layer in m.layers:
+                return m.instance
+        raise KeyError(layer)
+
+    def covers(self, layer_count: int) -> bool:
+        """Every layer exactly once, in pipeline order (invariant 2)."""
+        edges = [0, *(m.layers.hi for m in self.members)]
+        starts = [m.layers.lo for m in self.members]
+        return (
+            edges[:-1] == starts
+            and edges[-1] == layer_count
+            and all(len(m.layers) > 0 for m in self.members)
+        )
+
+
+class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of one instance, as it reports it once at start. All sizes in bytes or pages.
+
+    `pages` is the budget of the page pool; `layer_pages[l]` what the parameters of layer `l` take;
+    `stride` the slots reserved (virtually) for each owner in a K or V buffer; `owners` how many
+    owners such a buffer has room for, which is the largest group this instance can join.
+    """
+
+    page_bytes: int
+    pages: int
+    layer_pages: tuple[int, ...]
+    key_row_bytes: int
+    value_row_bytes: int
+    stride: int
+    owners: int
+
+    def kv_pages(self, slots: int) -> int:
+        """Pages of one layer's K and V for `slots` token slots (plus the dummy slot 0)."""
+        rows = slots + 1
+        return -(-rows * self.key_row_bytes // self.page_bytes) + -(
+            -rows * self.value_row_bytes // self.page_bytes
+        )
+
+    def parameter_pages(self, layers: Iterable[int]) -> int:
+        return sum(self.layer_pages[layer] for layer in layers)
+
+    def capacity(self, layers: LayerRange, owners: int) -> int:
+        """Slots that each of `owners` equal owners gets while `layers` are held; 0 if none fit."""
+        budget = self.pages - self.parameter_pages(layers)
+        low, high = 0, self.stride - 1
+        if budget < owners * len(layers) * self.kv_pages(0):
+            return 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            if owners * len(layers) * self.kv_pages(middle) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def even_cut(held: Sequence[LayerRange]) -> list[LayerRange]:
+    """Cut all layers into one contiguous range a member, each inside what the member holds.
+
+    `held` is sorted by the middle of the ranges and covers every layer at least once. Cuts are as
+    even as the constraint allows, so a merge never loads a parameter (DESIGN: layer ranges).
+
+    Raises `ValueError` if no such cut exists.
+    """
+    total = max(r.hi for r in held)
+    cuts = [0]
+    for i, current in enumerate(held[:-1]):
+        following = held[i + 1]
+        ideal = round(total * (i + 1) / len(held))
+        lowest = max(following.lo, cuts[-1] + 1)
+        highest = min(current.hi, total - (len(held) - 1 - i))
+        if lowest > highest:
+            raise ValueError(f"no contiguous cut of {total} layers fits the ranges {list(held)}")
+        cuts.append(min(max(ideal, lowest), highest))
+    cuts.append(total)
+    ranges = [LayerRange(lo, hi) for lo, hi in pairwise(cuts)]
+    for piece, whole in zip(ranges, held, strict=True):
+        if not piece.within(whole):
+            raise ValueError(f"layers {piece} are not all in {whole}")
+    return ranges
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """The KV of `owner` in `layer` goes from instance `source` to instance `target`."""
+
+    owner: int
+    layer: int
+    source: int
+    target: int
+
+
+def kv_moves(before: Sequence[Layout], after: Sequence[Layout]) -> list[Move]:
+    """All KV that changes its holder, in layer order: the KV exchange of a transition."""
+    old = {m.instance: layout for layout in before for m in layout.members}
+    moves = []
+    for layout in after:
+        for member in layout.members:
+            was = old[member.instance]
+            layer_count = was.members[-1].layers.hi
+            for layer in range(layer_count):
+                source, target = was.holder(layer), layout.holder(layer)
+                if source != target:
+                    moves.append(Move(member.instance, layer, source, target))
+    return sorted(moves, key=lambda m: (m.layer, m.owner))
+
+
+class ParameterLoad(msgspec.Struct, frozen=True, array_like=True):
+    """Instance `target` needs the parameters of `layer`, which instance `source` holds."""
+
+    layer: int
+    source: int
+    target: int
+
+
+def parameter_loads(before: Sequence[Layout], after: Sequence[Layout]) -> list[ParameterLoad]:
+    """Parameters that members must get back; sources take turns so that none does all the work."""
+    held = {m.instance: m.layers for layout in before for m in layout.members}
+    loads = []
+    turns = dict.fromkeys(held, 0)
+    for layout in after:
+        for member in layout.members:
+            for layer in member.layers.minus(held[member.instance]):
+                source = min(
+                    (i for i, layers in held.items() if layer in layers), key=lambda i: turns[i]
+                )
+                turns[source] += 1
+                loads.append(ParameterLoad(layer, source, member.instance))
+    return sorted(loads, key=lambda p: (p.layer, p.target))

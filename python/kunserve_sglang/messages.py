@@ -1,0 +1,191 @@
+"""Every message that crosses a process boundary, as typed, versioned structs.
+
+The control plane and the data plane share these types and nothing else. Control messages travel
+as msgpack between the router and the instances; `instance.wire` holds the headers that instances
+send one another.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from kunserve_sglang.layout import Layout, MemoryProfile
+
+PROTOCOL_VERSION = 1
+
+
+class Mode(StrEnum):
+    """What an instance is doing (DESIGN: modes of an instance)."""
+
+    INDEPENDENT = "independent"
+    PREPARING = "preparing"
+    COOPERATIVE = "cooperative"
+    RESTORING = "restoring"
+    DEAD = "dead"
+
+
+class TransitionKind(StrEnum):
+    DROP = "drop"
+    RESTORE = "restore"
+
+
+class Pages(msgspec.Struct, frozen=True, kw_only=True):
+    """Physical pages by use; `parameters + kv + free == total` at every moment."""
+
+    parameters: int
+    kv: int
+    free: int
+    total: int
+
+
+class Slots(msgspec.Struct, frozen=True, kw_only=True):
+    """Token slots of one owner: `used` by requests, `cached` by evictable prefixes."""
+
+    used: int
+    cached: int
+    capacity: int
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What an owner has to serve, in requests and in tokens.
+
+    `demand` is the number of slots that would satisfy everybody: tokens held by running requests,
+    tokens they are still expected to produce, and the same for the waiting ones (paper section 3).
+    """
+
+    slots: Slots
+    running: int
+    waiting: int
+    demand: int
+
+
+class Transition(msgspec.Struct, frozen=True, kw_only=True):
+    """A change from one set of layouts to another, executed by all members at once.
+
+    `before` and `after` cover the same instances; a drop merges layouts, a restore splits one.
+    """
+
+    epoch: int
+    kind: TransitionKind
+    before: tuple[Layout, ...]
+    after: tuple[Layout, ...]
+
+
+class TransitionStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one member did during a transition; bytes are payload, times are milliseconds."""
+
+    freed_bytes: int = 0
+    loaded_bytes: int = 0
+    sent_kv_bytes: int = 0
+    moved_slots: int = 0
+    remap_ms: float = 0.0
+    stall_ms: float = 0.0
+
+
+# --- instance -> router -------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """First message of an instance: who it is and what its memory looks like."""
+
+    version: int
+    instance: int
+    url: str
+    data_address: str
+    scheduler: str
+    layer_count: int
+    memory: MemoryProfile
+    capacity: int
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    """Published after scheduler steps, throttled; the only input of the overload monitor."""
+
+    instance: int
+    epoch: int
+    mode: Mode
+    layout: Layout
+    pages: Pages
+    load: Load
+    counters: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+class Vote(msgspec.Struct, frozen=True, kw_only=True, tag="vote"):
+    """Answer to `Prepare`; `reason` says why not when `ok` is false."""
+
+    call: int
+    epoch: int
+    ok: bool
+    reason: str = ""
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """Answer to `Commit` and `Abort`; `ok` is false when the member could not finish."""
+
+    call: int
+    epoch: int
+    ok: bool
+    error: str = ""
+    stats: TransitionStats = TransitionStats()
+
+
+# --- router -> instance -------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """The router knows the instance; status records may follow."""
+
+    version: int
+
+
+class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
+    """Phase one: stop at a step boundary, check the plan, vote.
+
+    A member that votes yes waits `decision_s` seconds for the decision, then goes on as before.
+    """
+
+    call: int
+    transition: Transition
+    decision_s: float
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
+    call: int
+    epoch: int
+    deadline_s: float
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    call: int
+    epoch: int
+    reason: str
+
+
+ToRouter = Hello | Status | Vote | Done
+ToInstance = Welcome | Prepare | Commit | Abort
+
+_to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
+_to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_router(data: bytes) -> ToRouter:
+    """Raises `msgspec.DecodeError` (also for a message of another protocol shape)."""
+    return _to_router.decode(data)
+
+
+def decode_to_instance(data: bytes) -> ToInstance:
+    """Raises `msgspec.DecodeError` (also for a message of another protocol shape)."""
+    return _to_instance.decode(data)
+
+
+def to_json_types(value: Any) -> Any:
+    """Structs and enums as plain JSON types, for HTTP answers."""
+    return msgspec.to_builtins(value)

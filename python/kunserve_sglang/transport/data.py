@@ -1,0 +1,41 @@
+"""The interface between instances of a group: ordered packets of a header and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A header (opaque to the transport) and tensors that belong to the receiver."""
+
+    header: bytes
+    tensors: list[torch.Tensor]
+
+
+class DataPlane(Protocol):
+    """Packets from one sender arrive in the order sent; nothing is promised across senders."""
+
+    address: str
+
+    def connect(self, peers: Mapping[int, str]) -> None:
+        """Be able to send to `peers` (instance -> address); connections to others are closed."""
+        ...
+
+    def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
+        """Never blocks. The tensors must not be written to afterwards."""
+        ...
+
+    def receive(self, timeout_s: float = 0.0) -> Packet | None:
+        """The next packet, or None if none came in time."""
+        ...
+
+    def poll_handle(self) -> Any:
+        """What a `zmq.Poller` can wait on for arriving packets."""
+        ...
+
+    def close(self) -> None: ...

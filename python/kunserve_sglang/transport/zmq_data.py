@@ -1,0 +1,82 @@
+"""Data plane over ZMQ: works between any two hosts, one copy in and one copy out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from kunserve_sglang.errors import InternalError
+from kunserve_sglang.transport.data import Packet
+
+
+class _Spec(msgspec.Struct, frozen=True, array_like=True):
+    dtype: str
+    shape: tuple[int, ...]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[_Spec, ...])
+
+
+class ZmqDataPlane:
+    """One PULL socket for everything that arrives, one PUSH socket a peer."""
+
+    def __init__(self, context: zmq.Context[Any], address: str) -> None:
+        """`address` is `ipc://path` or `tcp://host:*`; the bound one is in `self.address`."""
+        self._context = context
+        self._inbox = context.socket(zmq.PULL)
+        self._inbox.setsockopt(zmq.RCVHWM, 0)
+        self._inbox.setsockopt(zmq.LINGER, 0)
+        self._inbox.bind(address)
+        self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._outboxes: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
+
+    def connect(self, peers: Mapping[int, str]) -> None:
+        for peer in list(self._outboxes):
+            if peers.get(peer) != self._outboxes[peer][0]:
+                self._outboxes.pop(peer)[1].close()
+        for peer, address in peers.items():
+            if peer not in self._outboxes:
+                socket = self._context.socket(zmq.PUSH)
+                # Sends must never block a scheduler: what bounds the queue is the protocol.
+                socket.setsockopt(zmq.SNDHWM, 0)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.connect(address)
+                self._outboxes[peer] = (address, socket)
+
+    def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
+        if peer not in self._outboxes:
+            raise InternalError(f"instance {peer} is not connected")
+        specs = tuple(_Spec(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors)
+        frames: list[Any] = [header, _encoder.encode(specs)]
+        frames += [t.contiguous().flatten().view(torch.uint8).numpy().data for t in tensors]
+        self._outboxes[peer][1].send_multipart(frames, copy=False)
+
+    def receive(self, timeout_s: float = 0.0) -> Packet | None:
+        if not self._inbox.poll(int(timeout_s * 1000)):
+            return None
+        header, specs, *frames = self._inbox.recv_multipart(copy=False)
+        tensors = [
+            _tensor(spec, frame)
+            for spec, frame in zip(_decoder.decode(specs.buffer), frames, strict=True)
+        ]
+        return Packet(header.bytes, tensors)
+
+    def poll_handle(self) -> Any:
+        return self._inbox
+
+    def close(self) -> None:
+        self.connect({})
+        self._inbox.close()
+
+
+def _tensor(spec: _Spec, frame: zmq.Frame) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    memory = bytearray(frame.buffer)  # a copy: the receiver may compute in place
+    if not memory:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).view(spec.shape)
