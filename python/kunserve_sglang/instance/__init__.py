@@ -1,0 +1,1 @@
+"""Data plane: what happens inside one instance. Knows no SGLang (see `engine.Engine`)."""

@@ -1,0 +1,66 @@
+"""The instance's end of the control plane: one socket to the router, never blocking."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+import zmq
+
+from kunserve_sglang.messages import (
+    Hello,
+    ToInstance,
+    ToRouter,
+    Welcome,
+    decode_to_instance,
+    encode,
+)
+
+_HELLO_INTERVAL_S = 5.0
+"""The greeting is repeated for good, so that a restarted router learns of its instances."""
+
+
+class ControlLink:
+    """DEALER socket towards the router's ROUTER; says hello by itself."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, hello: Hello) -> None:
+        self._hello = hello
+        self._next_hello = 0.0
+        self._welcome = False
+        self.malformed = 0
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, f"instance-{hello.instance}".encode())
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+
+    @property
+    def poll_handle(self) -> Any:
+        return self._socket
+
+    def send(self, message: ToRouter) -> None:
+        self._socket.send(encode(message))
+
+    def receive(self, timeout_s: float = 0.0) -> ToInstance | None:
+        """The next command, or None. A message that cannot be decoded is counted and skipped."""
+        self._greet()
+        while self._socket.poll(int(timeout_s * 1000)):
+            try:
+                message = decode_to_instance(self._socket.recv())
+            except msgspec.DecodeError:
+                self.malformed += 1
+                continue
+            if isinstance(message, Welcome):
+                self._welcome = True
+                continue
+            return message
+        return None
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _greet(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_hello:
+            self._next_hello = now + (_HELLO_INTERVAL_S if self._welcome else 0.25)
+            self.send(self._hello)

@@ -1,0 +1,95 @@
+"""What the data plane asks of the serving runtime; `sglang_seam` implements it for SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kunserve_sglang.layout import LayerRange
+from kunserve_sglang.messages import Load
+
+Hidden = tuple[torch.Tensor, torch.Tensor | None]
+"""Hidden states `(tokens, hidden)` and the residual stream, as decoder layers pass them on."""
+
+Segment = Callable[[LayerRange, Hidden], Hidden]
+"""Runs a range of local layers on the owner's own micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageBatch:
+    """What a stage must know of a micro-batch to run its layers on it.
+
+    All tensors are on the CPU in transit. `rows` are the owner's request rows, one a request;
+    `out_slots` the owner's slots that receive the new KV, one a token; `prefix_lens` and
+    `extend_lens` are None for a decode batch.
+    """
+
+    owner: int
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    positions: torch.Tensor
+    out_slots: torch.Tensor
+    prefix_lens: torch.Tensor | None
+    extend_lens: torch.Tensor | None
+
+    @property
+    def decode(self) -> bool:
+        return self.extend_lens is None
+
+
+class Engine(Protocol):
+    """One instance's runtime, called only between its steps or from inside a forward pass."""
+
+    layer_count: int
+
+    def load(self) -> Load:
+        """Requests and tokens it has to serve now."""
+        ...
+
+    def quiesce(self) -> None:
+        """Apply all results that are still pending; afterwards nothing is in flight."""
+        ...
+
+    def evict_cached(self, slots: int) -> None:
+        """Evict cached prefixes until at most `slots` slots are taken, as far as possible."""
+        ...
+
+    def taken_slots(self) -> torch.Tensor:
+        """All slots that requests or cached prefixes hold, ascending, int64."""
+        ...
+
+    def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """KV has moved from slot `source[i]` to `target[i]`: rewrite every reference."""
+        ...
+
+    def set_capacity(self, slots: int) -> None:
+        """From now on, hand out slots `1..slots` only; none above is taken."""
+        ...
+
+    def request_table(self) -> torch.Tensor:
+        """The live table `(rows, context)` of slots by request row and position."""
+        ...
+
+    def enter_cooperation(self, owners: list[int]) -> None:
+        """Layers are no longer all here: send forward passes through the pipeline."""
+        ...
+
+    def leave_cooperation(self) -> None:
+        """All layers are here again: run forward passes as the runtime does by itself."""
+        ...
+
+    def run_stage(
+        self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
+    ) -> Hidden:
+        """Run `layers` on another owner's micro-batch.
+
+        `table` holds that owner's request rows in this stage's addresses (slot + `base`).
+        """
+        ...
+
+    def bind_kv(self) -> None:
+        """KV buffers were mapped or unmapped: let the runtime see which layers it has."""
+        ...

@@ -1,0 +1,66 @@
+"""Request tables of other owners, kept up to date by differences.
+
+A stage needs to know which slots a request's tokens are in. Sending the whole list with every
+micro-batch would cost as much as the context is long; instead the owner remembers what it sent
+and sends each row from the first position that differs. Comparing (instead of assuming that rows
+only grow) also catches SGLang's rewriting of a prefix when a request finds its tokens cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TableDelta:
+    """New content of some rows: row `rows[i]` gets `lengths[i]` slots from `starts[i]` on."""
+
+    rows: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    slots: torch.Tensor
+
+
+class SentRows:
+    """Owner side: what the group was told about each row."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self._table = table
+        self._sent = torch.zeros_like(table)
+        self._length = [0] * table.shape[0]
+
+    def difference(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> TableDelta:
+        """What the group does not know yet of the first `seq_lens[i]` slots of `rows[i]`."""
+        starts, lengths, pieces = [], [], []
+        for row, length in zip(rows.tolist(), seq_lens.tolist(), strict=True):
+            start = self._first_difference(row, length)
+            pieces.append(self._table[row, start:length])
+            self._sent[row, start:length] = pieces[-1]
+            self._length[row] = length
+            starts.append(start)
+            lengths.append(length - start)
+        return TableDelta(rows, torch.tensor(starts), torch.tensor(lengths), torch.cat(pieces))
+
+    def _first_difference(self, row: int, length: int) -> int:
+        known = min(self._length[row], length)
+        changed = torch.nonzero(self._table[row, :known] != self._sent[row, :known])
+        return int(changed[0]) if len(changed) else known
+
+
+class MirroredRows:
+    """Stage side: another owner's rows in this stage's addresses."""
+
+    def __init__(self, rows: int, context: int, base: int) -> None:
+        self.table = torch.zeros((rows, context), dtype=torch.int32)
+        self.base = base
+
+    def apply(self, delta: TableDelta) -> None:
+        slots = delta.slots.to(torch.int32) + self.base
+        position = 0
+        for row, start, length in zip(
+            delta.rows.tolist(), delta.starts.tolist(), delta.lengths.tolist(), strict=True
+        ):
+            self.table[row, start : start + length] = slots[position : position + length]
+            position += length
