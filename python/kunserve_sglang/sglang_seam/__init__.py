@@ -1,0 +1,1 @@
+"""The only room that touches SGLang's internals; moving to a newer SGLang changes this room."""

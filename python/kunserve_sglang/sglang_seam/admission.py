@@ -1,0 +1,27 @@
+"""One correction to SGLang's admission, which a capacity that shrinks makes necessary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """Around `PrefillAdder.add_chunked_req`: never schedule more tokens than the pool can hold.
+
+    SGLang continues a chunked prompt even when its budget is spent, and fails with "out of memory"
+    when the pool is really full: rare with a fixed pool, but likely after a restore has taken slots
+    away in the middle of a prompt. Here the chunk is cut to what is left or, with nothing left,
+    parked as SGLang does for hybrid models, until running requests have freed slots.
+    """
+    if int(adder.rem_total_tokens) > 0:
+        return original(adder, req)
+    room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
+    if room <= 0:
+        return req
+    withheld = max(0, adder.rem_chunk_tokens - room)
+    adder.rem_chunk_tokens -= withheld
+    try:
+        return original(adder, req)
+    finally:
+        adder.rem_chunk_tokens += withheld

@@ -1,0 +1,76 @@
+"""What this version cannot do together with KunServe, refused at launch with one line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kunserve_sglang.errors import ConfigurationError
+
+_OFF = {
+    "speculative_algorithm": "speculative decoding",
+    "enable_lora": "LoRA",
+    "lora_paths": "LoRA",
+    "enable_hierarchical_cache": "hierarchical cache",
+    "enable_memory_saver": "memory saver",
+    "enable_unified_memory": "unified memory",
+    "enable_dp_attention": "DP attention",
+    "enable_hisparse": "hierarchical sparse attention",
+    "enable_pdmux": "PD multiplexing",
+    "enable_torch_compile": "torch.compile",
+    "enable_mixed_chunk": "mixed chunks",
+    "elastic_ep_backend": "elastic expert parallelism",
+    "dllm_algorithm": "diffusion language models",
+    "smg_grpc_mode": "gRPC mode",
+    "use_ray": "Ray",
+    "encoder_only": "encoder-only mode",
+    "max_total_tokens": "a fixed number of token slots (--memory-budget decides)",
+}
+"""Server arguments that must be unset: KunServe moves parameters and KV under their feet."""
+
+_FIXED = {
+    "tp_size": 1,
+    "pp_size": 1,
+    "dp_size": 1,
+    "nnodes": 1,
+    "page_size": 1,
+    "tokenizer_worker_num": 1,
+    "disaggregation_mode": "null",
+    "cpu_offload_gb": 0,
+}
+
+
+def check_server_args(server_args: Any) -> None:
+    """Raises `ConfigurationError` for the first combination that cannot work."""
+    for name, feature in _OFF.items():
+        if getattr(server_args, name, None):
+            raise ConfigurationError(f"{_flag(name)}: KunServe does not support {feature} yet")
+    for name, value in _FIXED.items():
+        actual = getattr(server_args, name, value)
+        if actual not in (value, None):
+            raise ConfigurationError(
+                f"{_flag(name)} {actual}: KunServe supports only {value} so far"
+            )
+    if server_args.device != "cpu":
+        raise ConfigurationError(
+            f"--device {server_args.device}: this version runs on CPUs; use --device cpu"
+        )
+    if server_args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
+        raise ConfigurationError("--kv-cache-dtype: KunServe does not support quantized KV yet")
+
+
+def cpu_defaults(argv: list[str]) -> list[str]:
+    """SGLang flags that a CPU needs, where the user gave none of his own."""
+    defaults = {
+        "--device": "cpu",
+        "--attention-backend": "torch_native",
+        "--sampling-backend": "pytorch",
+    }
+    given = {argument.split("=")[0] for argument in argv}
+    extra = [x for flag, value in defaults.items() if flag not in given for x in (flag, value)]
+    if "--disable-overlap-schedule" not in given:
+        extra.append("--disable-overlap-schedule")
+    return [*argv, *extra]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,190 @@
+"""SGLang's scheduler as the data plane sees it (`instance.engine.Engine`)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
+from kunserve_sglang.layout import LayerRange
+from kunserve_sglang.messages import Load, Slots
+from kunserve_sglang.sglang_seam.model import LayeredDecoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+
+    Cooperate = Callable[[StageBatch, Hidden, Segment], Hidden]
+
+_CAPACITY_COPIES = (
+    "pool_stats_observer",
+    "invariant_checker",
+    "load_inquirer",
+    "kv_events_publisher",
+)
+"""Parts of the scheduler that copied `max_total_num_tokens` when they were built."""
+
+
+class SglangEngine:
+    """Everything here runs on the scheduler's thread, between its steps or inside a forward."""
+
+    def __init__(self, scheduler: KunServeScheduler) -> None:
+        self._scheduler = scheduler
+        self._runner = scheduler.tp_worker.model_runner
+        self._pool = self._runner.token_to_kv_pool
+        self._allocator = scheduler.token_to_kv_pool_allocator
+        self._decoder = LayeredDecoder(self._runner.model)
+        self._backends: dict[int, AttentionBackend] = {}
+        self.cooperate: Cooperate | None = None
+        self.layer_count = self._decoder.layer_count
+
+    # -- load ------------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        scheduler = self._scheduler
+        running = scheduler.requests_with_slots()
+        waiting = scheduler.waiting_queue
+        cached = scheduler.tree_cache.evictable_size()
+        used = self._allocator.size - self._allocator.available_size() - cached
+        expected = sum(self._expected_output(r) for r in (*running, *waiting))
+        prompts = sum(len(r.origin_input_ids) + len(r.output_ids) for r in waiting)
+        return Load(
+            slots=Slots(used=used, cached=cached, capacity=self._allocator.size),
+            running=len(running),
+            waiting=len(waiting),
+            demand=used + prompts + expected,
+        )
+
+    def _expected_output(self, request: Any) -> int:
+        """Tokens it will still produce, by the share of its limit that SGLang starts with."""
+        left = request.sampling_params.max_new_tokens - len(request.output_ids)
+        return int(max(0, left) * self._scheduler.new_token_ratio_tracker.init)
+
+    # -- slots -----------------------------------------------------------------------------------
+
+    def quiesce(self) -> None:
+        """Nothing to do: without overlap scheduling all results are applied between steps."""
+
+    def evict_cached(self, slots: int) -> None:
+        taken = self._allocator.size - self._allocator.available_size()
+        if taken > slots:
+            self._scheduler.tree_cache.evict(EvictParams(num_tokens=taken - slots))
+
+    def taken_slots(self) -> torch.Tensor:
+        taken: torch.Tensor = self._allocator.taken()
+        return taken
+
+    def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        # As long as the stride, since rows keep stale slots of larger capacities behind their end.
+        moved = torch.arange(self._pool.store.stride, dtype=torch.int64)
+        moved[source] = target
+        table = self._scheduler.req_to_token_pool.req_to_token
+        for request in self._scheduler.requests_with_slots():
+            row = table[request.req_pool_idx]
+            row.copy_(moved[row.long()])
+            request.prefix_indices = moved[request.prefix_indices]
+        nodes = [self._scheduler.tree_cache.root_node]
+        while nodes:
+            node = nodes.pop()
+            if len(node.value):
+                node.value = moved[node.value]
+            nodes.extend(node.children.values())
+        self._allocator.rebuild(self._allocator.size, target)
+
+    def set_capacity(self, slots: int) -> None:
+        self._allocator.rebuild(slots, self._allocator.taken())
+        scheduler = self._scheduler
+        self._pool.size = slots
+        scheduler.max_total_num_tokens = slots
+        self._runner.max_total_num_tokens = slots
+        for name in _CAPACITY_COPIES:
+            # Frozen dataclasses; there is one capacity, and it has changed.
+            object.__setattr__(getattr(scheduler, name), "max_total_num_tokens", slots)
+        scheduler.running_batch.batch_is_full = False
+
+    def request_table(self) -> torch.Tensor:
+        table: torch.Tensor = self._scheduler.req_to_token_pool.req_to_token
+        return table
+
+    def bind_kv(self) -> None:
+        self._pool.bind()
+
+    # -- execution -------------------------------------------------------------------------------
+
+    def enter_cooperation(self, owners: list[int]) -> None:
+        self._backends.clear()
+        self._allocator.prefer_low_slots(True)
+        self._decoder.install(self._staged_forward)
+
+    def leave_cooperation(self) -> None:
+        self._backends.clear()
+        self._allocator.prefer_low_slots(False)
+        self._decoder.uninstall()
+
+    def _staged_forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
+        """The decoder stack's forward while some of its layers are elsewhere."""
+        assert self.cooperate is not None
+        decoder = self._decoder
+        batch = StageBatch(
+            owner=self._scheduler.instance.instance,
+            rows=forward_batch.req_pool_indices,
+            seq_lens=forward_batch.seq_lens,
+            positions=positions,
+            out_slots=forward_batch.out_cache_loc,
+            prefix_lens=forward_batch.extend_prefix_lens,
+            extend_lens=forward_batch.extend_seq_lens,
+        )
+
+        def segment(layers: LayerRange, hidden: Hidden) -> Hidden:
+            return decoder.layers(layers, positions, forward_batch, hidden)
+
+        embedded = decoder.embed(input_ids, positions, forward_batch, input_embeds)
+        hidden = self.cooperate(batch, embedded, segment)
+        return decoder.finish(positions, forward_batch, hidden)
+
+    @torch.no_grad()
+    def run_stage(
+        self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
+    ) -> Hidden:
+        backend = self._backend(batch.owner, table)
+        forward_batch = ForwardBatch(
+            forward_mode=ForwardMode.DECODE if batch.decode else ForwardMode.EXTEND,
+            batch_size=len(batch.rows),
+            input_ids=None,
+            req_pool_indices=batch.rows,
+            seq_lens=batch.seq_lens,
+            out_cache_loc=batch.out_slots + base,
+            seq_lens_sum=int(batch.seq_lens.sum()),
+        )
+        forward_batch.positions = batch.positions
+        forward_batch.extend_prefix_lens = batch.prefix_lens
+        forward_batch.extend_seq_lens = batch.extend_lens
+        with forward_context(ForwardContext(attn_backend=backend)):
+            backend.init_forward_metadata(forward_batch)
+            return self._decoder.layers(layers, batch.positions, forward_batch, hidden)
+
+    def _backend(self, owner: int, table: torch.Tensor) -> AttentionBackend:
+        """An attention backend of its own for each owner: it reads that owner's request table."""
+        if owner not in self._backends:
+            view = SimpleNamespace(
+                device=self._runner.device,
+                req_to_token_pool=SimpleNamespace(req_to_token=table),
+                token_to_kv_pool=self._pool,
+            )
+            self._backends[owner] = TorchNativeAttnBackend(view)
+        return self._backends[owner]

@@ -1,0 +1,58 @@
+"""SGLang's worker and model runner with droppable parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.model_runner import ModelRunner
+
+from kunserve_sglang.config import InstanceConfig
+from kunserve_sglang.instance.budget import Memory, adopt_model
+from kunserve_sglang.sglang_seam.kv_pool import ElasticConfigurator
+from kunserve_sglang.sglang_seam.model import decoder_layers
+
+
+class KunServeModelRunner(ModelRunner):
+    """Moves the decoder layers into the page pool right after loading."""
+
+    memory: Memory
+    kv_cache_configurator: ElasticConfigurator
+
+    def __init__(self, *args: Any, instance: InstanceConfig, **kwargs: Any) -> None:
+        self.instance = instance
+        super().__init__(*args, **kwargs)
+
+    def load_model(self) -> None:
+        super().load_model()
+        self.memory = adopt_model(self.instance, self.model, decoder_layers(self.model))
+
+    def init_kv_cache_configurator(self) -> None:
+        super().init_kv_cache_configurator()
+        self.kv_cache_configurator = ElasticConfigurator.wrap(
+            self.kv_cache_configurator, self.memory, self.instance
+        )
+
+
+class KunServeWorker(TpModelWorker):
+    """Builds our model runner instead of SGLang's."""
+
+    def __init__(self, *args: Any, instance: InstanceConfig, **kwargs: Any) -> None:
+        self.instance = instance
+        super().__init__(*args, **kwargs)
+
+    def _init_model_runner(self) -> None:
+        self._model_runner = KunServeModelRunner(
+            model_config=self.model_config,
+            mem_fraction_static=self.server_args.mem_fraction_static,
+            gpu_id=self.gpu_id,
+            ps=self.ps,
+            nccl_port=self.nccl_port,
+            server_args=self.server_args,
+            is_draft_worker=self.is_draft_worker,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            memory_pool_config=self.memory_pool_config,
+            draft_model_idx=None,
+            instance=self.instance,
+        )

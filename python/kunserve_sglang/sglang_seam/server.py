@@ -1,0 +1,110 @@
+"""Starting SGLang servers as KunServe instances."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from typing import Any
+
+from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
+from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.sglang_seam.compatibility import check_server_args, cpu_defaults
+
+_PR_SET_PDEATHSIG = 1
+
+# Importing SGLang takes ten seconds of CPU time; every process of an instance needs it.
+_PRELOAD = (
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "kunserve_sglang.sglang_seam.scheduler",
+)
+
+
+def preload() -> None:
+    """Import what instances need, once, before they are forked."""
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    registry = importlib.import_module("sglang.srt.models.registry")
+    registry.ModelRegistry.get_supported_archs()
+
+
+def parse_server_args(argv: list[str]) -> Any:
+    """SGLang's own flags to its `ServerArgs`; raises `ConfigurationError` if we cannot honour it.
+
+    Exits with SGLang's usage message for a flag that SGLang does not know.
+    """
+    from sglang.srt.server_args import prepare_server_args
+
+    try:
+        server_args = prepare_server_args(cpu_defaults(argv))
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(str(error)) from error
+    check_server_args(server_args)
+    return server_args
+
+
+def add_sglang_flags(parser: argparse.ArgumentParser) -> None:
+    """For `--help`: everything that SGLang accepts."""
+    from sglang.srt.server_args import ServerArgs
+
+    ServerArgs.add_cli_args(parser)
+
+
+def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: str) -> None:
+    """Body of an instance's main process: tokenizer and HTTP server; never returns normally.
+
+    Refuses to serve (exit status 3) if our scheduler did not take the place of SGLang's.
+    """
+    die_with_parent(signal.SIGKILL)
+    os.setsid()
+    _fresh_process(config, folder)
+    server_args = copy.copy(server_args)
+    object.__setattr__(server_args, "host", "127.0.0.1")
+    object.__setattr__(server_args, "port", port)
+    from sglang.srt import plugins
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    plugins.load_plugins()
+    tokenizer, template, ports, scheduler, watchdog = Engine._launch_subprocesses(
+        server_args=server_args,
+        init_tokenizer_manager_func=init_tokenizer_manager,
+        run_scheduler_process_func=run_scheduler_process,
+        run_detokenizer_process_func=run_detokenizer_process,
+    )
+    if "kunserve" not in scheduler.scheduler_infos[0]:
+        logging.getLogger(__name__).error(
+            "the KunServe plugin did not take effect in SGLang's scheduler; refusing to serve "
+            "(is the kunserve-sglang package installed, with its entry points?)"
+        )
+        sys.exit(3)
+    http_server._setup_and_run_http_server(
+        server_args, tokenizer, template, ports, scheduler.scheduler_infos, watchdog
+    )
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+def _fresh_process(config: InstanceConfig, folder: str) -> None:
+    """Undo what a forked process has inherited from the launcher."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
+    # SGLang leaves its sockets in the temporary folder; ours is removed as a whole.
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = folder
