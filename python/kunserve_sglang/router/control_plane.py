@@ -1,0 +1,181 @@
+"""The control plane as one object: what the HTTP side and the tests talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from kunserve_sglang.config import ClusterConfig, OverloadPolicy
+from kunserve_sglang.messages import Hello, TransitionKind, to_json_types
+from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Thresholds
+from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
+from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
+from kunserve_sglang.router.events import Event, EventLog
+from kunserve_sglang.router.hub import ControlHub
+from kunserve_sglang.router.registry import Instance, Registry
+
+logger = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_S = 0.05
+
+
+class ControlPlane:
+    """Registry, monitor, planner and coordinator, wired together.
+
+    `auto` says whether the monitor acts by itself; plans asked for by hand always run.
+    """
+
+    def __init__(self, config: ClusterConfig, address: str) -> None:
+        self.config = config
+        self.registry = Registry()
+        self.events = EventLog()
+        self.hub = ControlHub(address)
+        self.coordinator = Coordinator(self.hub, config, self.events)
+        self.monitor = OverloadMonitor(
+            Thresholds(drop=config.drop_threshold, restore=config.restore_threshold)
+        )
+        self.auto = config.overload_policy is OverloadPolicy.DROP
+        self._retry_after = 0.0
+
+    async def run(self) -> None:
+        """Serve the control socket and watch the load until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.hub.run(self._on_hello, self.registry.status))
+            tasks.create_task(self._watch())
+
+    def close(self) -> None:
+        self.hub.close()
+
+    def plan(
+        self,
+        kind: TransitionKind,
+        *,
+        instances: Collection[int] | None = None,
+        tokens: int | None = None,
+        reason: str = "asked for",
+        epoch: int | None = None,
+    ) -> Plan:
+        """What a drop or restore would do now; changes nothing. Raises `NoPlan`."""
+        state = self.registry.snapshot()
+        known = max((s.layout.epoch for s in state.instances), default=0)
+        epoch = known + 1 if epoch is None else epoch
+        if kind is TransitionKind.RESTORE:
+            return plan_restore(state, epoch=epoch, reason=reason, instances=instances)
+        return plan_drop(
+            state,
+            epoch=epoch,
+            reason=reason,
+            max_group_size=self.config.max_group_size,
+            instances=instances,
+            tokens=tokens,
+        )
+
+    async def transition(
+        self,
+        kind: TransitionKind,
+        *,
+        instances: Collection[int] | None = None,
+        tokens: int | None = None,
+        reason: str = "asked for",
+    ) -> Event:
+        """Run a drop or restore to its end. Raises `NoPlan` or `TransitionRunning`."""
+
+        def make_plan() -> Plan:
+            known = max((s.layout.epoch for s in self.registry.snapshot().instances), default=0)
+            epoch = self.coordinator.next_epoch(known)
+            return self.plan(kind, instances=instances, tokens=tokens, reason=reason, epoch=epoch)
+
+        event = await self.coordinator.execute(make_plan)
+        self.monitor.transition_ended(time.monotonic())
+        logger.info(
+            "%s %s: %s, %.0f ms, capacity %d -> %d%s",
+            event.kind,
+            event.instances,
+            event.status,
+            event.duration_ms,
+            event.capacity_before,
+            event.capacity_after,
+            f" ({event.error})" if event.error else "",
+        )
+        return event
+
+    def policy(self) -> dict[str, Any]:
+        return {"auto": self.auto, **to_json_types(self.monitor.thresholds)}
+
+    def set_policy(self, auto: bool | None, thresholds: dict[str, float]) -> None:
+        """Change what was given, keep the rest; values are checked by the caller."""
+        if auto is not None:
+            self.auto = auto
+        self.monitor.thresholds = msgspec.structs.replace(self.monitor.thresholds, **thresholds)
+
+    def status(self) -> dict[str, Any]:
+        """The body of `GET /kunserve/status`."""
+        return {
+            "epoch": max(
+                (i.status.epoch for i in self.registry.instances.values() if i.status), default=0
+            ),
+            "policy": self.policy(),
+            "transition": to_json_types(self.coordinator.running),
+            "instances": [_describe(i) for _, i in sorted(self.registry.instances.items())],
+        }
+
+    def _on_hello(self, hello: Hello) -> None:
+        if hello.instance not in self.registry.instances:
+            logger.info(
+                "instance %d at %s: %d token slots", hello.instance, hello.url, hello.capacity
+            )
+        self.registry.hello(hello)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            self.registry.mark_silent()
+            now = time.monotonic()
+            need = self.monitor.observe(now, self.registry.snapshot())
+            if not self.auto or need is None or now < self._retry_after:
+                continue
+            try:
+                if isinstance(need, DropNeeded):
+                    await self.transition(
+                        TransitionKind.DROP, tokens=need.tokens, reason=need.reason
+                    )
+                else:
+                    await self.transition(
+                        TransitionKind.RESTORE, instances=need.instances, reason=need.reason
+                    )
+            except (NoPlan, TransitionRunning) as error:
+                # Nothing to merge any more, or a transition asked for by hand: look again later.
+                logger.debug("%s: %s", need.reason, error)
+                self._retry_after = time.monotonic() + 1.0
+
+
+def _describe(instance: Instance) -> dict[str, Any]:
+    hello, status = instance.hello, instance.status
+    described: dict[str, Any] = {
+        "id": hello.instance,
+        "url": hello.url,
+        "mode": instance.mode.value,
+        "serving": instance.serving,
+        "in_flight": instance.in_flight,
+    }
+    if instance.lost:
+        described["lost"] = instance.lost
+    if status is not None:
+        layers = status.layout.member(hello.instance).layers
+        described |= {
+            "epoch": status.epoch,
+            "group": list(status.layout.ids),
+            "layers": [layers.lo, layers.hi],
+            "pages": to_json_types(status.pages),
+            "slots": to_json_types(status.load.slots),
+            "running": status.load.running,
+            "waiting": status.load.waiting,
+            "demand": status.load.demand,
+            "counters": status.counters,
+        }
+    return described

@@ -1,0 +1,52 @@
+"""The record of every transition, in the words of the admin API."""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import StrEnum
+
+import msgspec
+
+from kunserve_sglang.messages import TransitionKind
+
+
+class Outcome(StrEnum):
+    RUNNING = "running"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One transition. Bytes are summed over the members, times are the longest of them."""
+
+    epoch: int
+    kind: TransitionKind
+    reason: str
+    instances: list[int]
+    status: Outcome
+    time: float
+    duration_ms: float = 0.0
+    stall_ms: float = 0.0
+    remap_ms: float = 0.0
+    freed_bytes: int = 0
+    loaded_bytes: int = 0
+    exchanged_bytes: int = 0
+    compacted_slots: int = 0
+    capacity_before: int = 0
+    capacity_after: int = 0
+    error: str = ""
+
+
+class EventLog:
+    """The latest events, oldest first."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self._events: deque[Event] = deque(maxlen=limit)
+
+    def add(self, event: Event) -> None:
+        self._events.append(event)
+
+    def latest(self, limit: int | None = None) -> list[Event]:
+        events = list(self._events)
+        return events if limit is None else events[-limit:]

@@ -1,0 +1,97 @@
+"""The router's end of the control plane: one ROUTER socket, calls with deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from kunserve_sglang.errors import TransientError
+from kunserve_sglang.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Commit,
+    Done,
+    Hello,
+    Prepare,
+    Status,
+    Vote,
+    Welcome,
+    decode_to_router,
+    encode,
+)
+
+Call = Prepare | Commit | Abort
+Answer = Vote | Done
+
+
+class NoAnswer(TransientError):
+    """An instance did not answer a call before its deadline."""
+
+
+class ControlHub:
+    """Receives hellos and status records, and matches answers to calls."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is `ipc://path` or `tcp://host:port`."""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        # A restarted instance takes over the name of the one that died.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.bind(address)
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._calls = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self.malformed = 0
+
+    def next_call(self) -> int:
+        """A number for the `call` field of a message."""
+        return next(self._calls)
+
+    async def run(
+        self, on_hello: Callable[[Hello], None], on_status: Callable[[Status], None]
+    ) -> None:
+        """Serve for good; both callbacks run on the event loop and must not block."""
+        while True:
+            identity, data = await self._socket.recv_multipart()
+            try:
+                message = decode_to_router(data)
+            except msgspec.DecodeError:
+                self.malformed += 1
+                continue
+            if isinstance(message, Hello):
+                on_hello(message)
+                await self._socket.send_multipart(
+                    [identity, encode(Welcome(version=PROTOCOL_VERSION))]
+                )
+            elif isinstance(message, Status):
+                on_status(message)
+            else:
+                waiting = self._pending.get(message.call)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
+
+    async def call(self, instance: int, message: Call, timeout_s: float) -> Answer:
+        """Send one command and wait for its answer; raises `NoAnswer` after `timeout_s`."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._pending[message.call] = future
+        try:
+            await self._socket.send_multipart([f"instance-{instance}".encode(), encode(message)])
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            kind = type(message).__name__.upper()
+            raise NoAnswer(
+                f"instance {instance} did not answer {kind} within {timeout_s:g} s"
+            ) from None
+        finally:
+            del self._pending[message.call]
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
