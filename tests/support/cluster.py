@@ -1,0 +1,159 @@
+"""A cluster of scripted members and the product's control plane, for in-process speed."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing as mp
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from kunserve_sglang.config import ClusterConfig, InstanceConfig
+from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.router.control_plane import ControlPlane
+from kunserve_sglang.router.events import Event
+from tests.support.member import Action, Gate, Output, serve
+
+READY_S = 120.0
+
+
+class ControlThread:
+    """The product's control plane on an event loop of its own."""
+
+    def __init__(self, config: ClusterConfig, address: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, args=(config, address), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def call(self, work: Callable[[ControlPlane], Coroutine[Any, Any, Any]]) -> Any:
+        """Run a coroutine there and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work(self.plane), self._loop).result(120)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def _serve(self, config: ClusterConfig, address: str) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._main(config, address))
+
+    async def _main(self, config: ClusterConfig, address: str) -> None:
+        self.plane = ControlPlane(config, address)
+        self.plane.auto = False
+        self._task = asyncio.ensure_future(self.plane.run())
+        self._ready.set()
+        try:
+            await self._task
+        except asyncio.CancelledError:
+            self.plane.close()
+
+
+class ScriptedCluster:
+    """`size` members; use as a context manager."""
+
+    def __init__(
+        self, folder: Path, size: int, *, memory_budget: int, page_bytes: int, **server: Any
+    ) -> None:
+        config = ClusterConfig(num_instances=size, vote_timeout_s=20.0)
+        self.control = ControlThread(config, f"ipc://{folder}/control")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.support.member"])
+        self._links: list[Connection] = []
+        self._processes = []
+        for number in range(size):
+            instance = InstanceConfig(
+                instance=number,
+                url=f"scripted://{number}",
+                control_address=f"ipc://{folder}/control",
+                data_address=f"ipc://{folder}/data-{number}",
+                memory_budget=memory_budget,
+                owners=size,
+                page_bytes=page_bytes,
+                peer_timeout_s=30.0,
+            )
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, instance, server), daemon=True)
+            process.start()
+            theirs.close()
+            self._links.append(ours)
+            self._processes.append(process)
+        self.capacities = [self._expect(link, "ready") for link in self._links]
+        self._wait_for_status(size)
+
+    def __enter__(self) -> ScriptedCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for link in self._links:
+            link.send(("stop", None))
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        self.control.stop()
+
+    def play(
+        self,
+        scripts: list[list[tuple[int, Action]]],
+        at_gate: Callable[[str], None] | None = None,
+    ) -> list[dict[str, Output]]:
+        """Play one script a member. When all stand at a gate, `at_gate` is called with its name."""
+        if at_gate is None:
+            scripts = [[x for x in s if not isinstance(x[1], Gate)] for s in scripts]
+        for link, script in zip(self._links, scripts, strict=True):
+            link.send(("play", script))
+        results: dict[int, dict[str, Output]] = {}
+        waiting: dict[int, str] = {}
+        while len(results) < len(self._links):
+            for number, link in enumerate(self._links):
+                if number in results or not link.poll(0.01):
+                    continue
+                verb, value = link.recv()
+                if verb == "gate":
+                    waiting[number] = value
+                else:
+                    results[number] = value
+            if len(waiting) == len(self._links) and at_gate is not None:
+                assert len(set(waiting.values())) == 1, waiting
+                at_gate(waiting[0])
+                waiting.clear()
+                for link in self._links:
+                    link.send("open")
+        return [results[number] for number in range(len(self._links))]
+
+    def transition(self, kind: TransitionKind, instances: list[int] | None = None) -> Event:
+        """Drop or restore now; returns the event record."""
+        event: Event = self.control.call(lambda plane: plane.transition(kind, instances=instances))
+        return event
+
+    def status(self) -> list[dict[str, Any]]:
+        instances: list[dict[str, Any]] = self.control.plane.status()["instances"]
+        return instances
+
+    def numbers(self, member: int) -> tuple[int, int]:
+        """Largest slot ever written, and requests retracted."""
+        self._links[member].send(("numbers", None))
+        numbers: tuple[int, int] = self._expect(self._links[member], "numbers")
+        return numbers
+
+    def _expect(self, link: Connection, verb: str) -> Any:
+        if not link.poll(READY_S):
+            raise TimeoutError(f"no {verb} from a member")
+        got, value = link.recv()
+        assert got == verb
+        return value
+
+    def _wait_for_status(self, size: int) -> None:
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline:
+            known = self.control.plane.registry.instances.values()
+            if sum(i.status is not None for i in known) == size:
+                return
+            time.sleep(0.01)
+        raise TimeoutError("members did not report")

@@ -1,0 +1,199 @@
+"""One instance's scheduler in a process of its own, driven step by step from a script.
+
+The scheduler is the product's, with the product's agent, memory and transport; only HTTP and
+tokenizer are left out. A script is a list of `(step, action)`; a step is one forward pass of this
+scheduler, so that a script means the same every time it is played.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+import msgspec
+import torch
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
+from kunserve_sglang.sglang_seam import plugin
+from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+
+STALL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Add:
+    """A request arrives."""
+
+    rid: str
+    prompt: tuple[int, ...]
+    new_tokens: int
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AbortRequest:
+    rid: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Stand still until the layout has reached this many transitions; tell the test first."""
+
+    name: str
+
+
+Action = Add | AbortRequest | Gate
+
+
+@dataclass(frozen=True)
+class Output:
+    tokens: tuple[int, ...]
+    reason: str
+    cached: int
+
+
+class Member:
+    """Drives one scheduler; lives in the child process."""
+
+    def __init__(self, config: InstanceConfig, server: dict[str, Any]) -> None:
+        os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
+        plugin.register()
+        HookRegistry.apply_hooks()
+        torch.set_num_threads(1)
+        arguments = ServerArgs(
+            device="cpu",
+            attention_backend="torch_native",
+            sampling_backend="pytorch",
+            disable_overlap_schedule=True,
+            skip_tokenizer_init=True,
+            log_level="error",
+            **server,
+        )
+        ports = PortArgs.init_new(arguments)
+        self.scheduler = KunServeScheduler(arguments, ports, 0, 0, 0, 0, 0, 0, None)
+        self.scheduler.schedule_stream = self.scheduler.device_module.Stream()
+        self.scheduler._war_barrier_enabled = False
+        self.requests: dict[str, Any] = {}
+        self.largest_slot = 0
+        self.retracted = 0
+
+    def play(self, script: list[tuple[int, Action]], link: Connection) -> dict[str, Output]:
+        """Run the script to its end and until all requests are finished."""
+        self.requests.clear()
+        self.scheduler.flush_cache()
+        pending, step, progress = list(script), 0, time.monotonic()
+        while pending or not all(r.finished() for r in self.requests.values()):
+            while pending and pending[0][0] <= step:
+                self._act(pending.pop(0)[1], link)
+            if self._step():
+                step, progress = step + 1, time.monotonic()
+            elif pending and self.scheduler.is_fully_idle():
+                step = pending[0][0]
+            if time.monotonic() - progress > STALL_S:
+                raise TimeoutError(f"no step for {STALL_S} s at step {step}")
+        self.retracted += sum(r.retraction_count for r in self.requests.values())
+        return {
+            rid: Output(tuple(r.output_ids), r.finished_reason.to_json()["type"], r.cached_tokens)
+            for rid, r in self.requests.items()
+        }
+
+    def idle(self) -> None:
+        """One turn of the loop without work: serve peers and commands."""
+        self._step()
+
+    def flush(self) -> bool:
+        return bool(self.scheduler.flush_cache())
+
+    def _act(self, action: Action, link: Connection) -> None:
+        if isinstance(action, Add):
+            self._add(action)
+        elif isinstance(action, AbortRequest):
+            self._abort(action.rid)
+        else:
+            self._gate(action, link)
+
+    def _abort(self, rid: str) -> None:
+        request = self.requests.get(rid)
+        if request in self.scheduler.waiting_queue and not request.output_ids:
+            # SGLang forgets a request that has not started without marking it finished.
+            request.finished_reason = FINISH_ABORT()
+        self.scheduler.abort_request(AbortReq(rid=rid))
+
+    def _gate(self, gate: Gate, link: Connection) -> None:
+        link.send(("gate", gate.name))
+        deadline = time.monotonic() + STALL_S
+        while not link.poll():
+            self.scheduler.process_input_requests([])
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"gate {gate.name} was never opened")
+        assert link.recv() == "open"
+
+    @torch.no_grad()
+    def _step(self) -> bool:
+        """One turn of SGLang's normal loop; true if a batch ran."""
+        s = self.scheduler
+        s.process_input_requests([])
+        plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
+        s.running_batch, batch = plan.running_batch, plan.batch_to_run
+        if batch:
+            s.process_batch_result(batch, s.run_batch(batch))
+            self.largest_slot = max(self.largest_slot, int(batch.out_cache_loc.max()))
+        else:
+            s.on_idle()
+        s.last_batch = batch
+        return batch is not None
+
+    def _add(self, add: Add) -> None:
+        sampling = SamplingParams(
+            **{"temperature": 0.0, "ignore_eos": True, **add.sampling},
+            max_new_tokens=add.new_tokens,
+        )
+        sampling.normalize(None)
+        values: dict[str, Any] = {
+            "rid": add.rid,
+            "input_text": "",
+            "input_ids": array("q", add.prompt),
+            "sampling_params": sampling,
+            "return_logprob": False,
+            "logprob_start_len": -1,
+            "top_logprobs_num": 0,
+            "stream": False,
+            "time_stats": APIServerReqTimeStats(),
+        }
+        for f in msgspec.structs.fields(TokenizedGenerateReqInput):
+            if f.required and f.name not in values:
+                values[f.name] = None
+        self.scheduler.handle_generate_request(TokenizedGenerateReqInput(**values))
+        self.requests[add.rid] = self.scheduler.waiting_queue[-1]
+
+
+def serve(link: Connection, config: InstanceConfig, server: dict[str, Any]) -> None:
+    """Entry point of the child process: obey `(verb, argument)` until told to stop."""
+    member = Member(config, server)
+    link.send(("ready", member.scheduler.max_total_num_tokens))
+    while True:
+        if not link.poll():
+            member.idle()
+            continue
+        try:
+            verb, argument = link.recv()
+        except EOFError:
+            return
+        if verb == "play":
+            link.send(("played", member.play(argument, link)))
+        elif verb == "numbers":
+            link.send(("numbers", (member.largest_slot, member.retracted)))
+        elif verb == "stop":
+            os._exit(0)

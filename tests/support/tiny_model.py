@@ -1,0 +1,33 @@
+"""A small Llama with random weights: real SGLang code, milliseconds a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LAYERS = 8
+VOCABULARY = 512
+
+
+def build(folder: Path) -> Path:
+    """Write the model to `folder` and return it. Same weights every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(20260101)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.4,
+        torch_dtype="float32",
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
