@@ -1,0 +1,125 @@
+"""`python -m kunserve_sglang.launch_server`: N SGLang instances behind one router.
+
+Takes SGLang's own flags unchanged, plus those listed by `--help` under KunServe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any, NoReturn
+
+import msgspec
+import psutil
+
+from kunserve_sglang.config import (
+    ClusterConfig,
+    OverloadPolicy,
+    format_size,
+    parse_size,
+)
+from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.supervisor import Supervisor
+
+_CPU_SHARE = 0.5
+"""Share of the free memory that instances take together when no budget is given."""
+
+
+def kunserve_parser() -> argparse.ArgumentParser:
+    """Our own flags; everything else is SGLang's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kunserve_sglang.launch_server",
+        description="Serve one model with several SGLang instances that share memory in bursts.",
+        epilog="All flags of `python -m sglang.launch_server` are accepted as well; "
+        "`--help-sglang` lists them.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("KunServe")
+    group.add_argument("--host", default="127.0.0.1", help="address of the router")
+    group.add_argument("--port", type=int, default=30000, help="port of the router")
+    group.add_argument("--num-instances", type=int, default=2, help="full model copies to start")
+    group.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="parameters + KV of one instance, e.g. 448MiB (default: half of the free memory, "
+        "divided among the instances)",
+    )
+    group.add_argument(
+        "--overload-policy",
+        choices=[p.value for p in OverloadPolicy],
+        default=OverloadPolicy.DROP.value,
+        help="drop parameters when KV memory runs out, or let requests queue",
+    )
+    group.add_argument(
+        "--drop-threshold",
+        type=float,
+        default=0.95,
+        help="drop when demand exceeds this share of the KV capacity",
+    )
+    group.add_argument(
+        "--restore-threshold",
+        type=float,
+        default=0.5,
+        help="restore when demand is below this share of the full-replica capacity",
+    )
+    group.add_argument(
+        "--max-group-size", type=int, default=8, help="most instances that may cooperate"
+    )
+    group.add_argument(
+        "--admin-api-key", help="key that calls under /kunserve need to change anything"
+    )
+    group.add_argument("--help-sglang", action="store_true", help="list SGLang's flags and exit")
+    return parser
+
+
+def build_config(flags: argparse.Namespace) -> ClusterConfig:
+    """Raises `ConfigurationError` for values that make no sense."""
+    budget = parse_size(flags.memory_budget) if flags.memory_budget else _default_budget(flags)
+    return ClusterConfig(
+        num_instances=flags.num_instances,
+        host=flags.host,
+        port=flags.port,
+        memory_budget=budget,
+        overload_policy=OverloadPolicy(flags.overload_policy),
+        drop_threshold=flags.drop_threshold,
+        restore_threshold=flags.restore_threshold,
+        max_group_size=flags.max_group_size,
+        admin_api_key=flags.admin_api_key,
+    )
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Start the cluster and serve until a signal; exits 2 on a configuration error."""
+    flags, sglang_argv = kunserve_parser().parse_known_args(argv)
+    try:
+        if flags.help_sglang:
+            _print_sglang_help()
+        config = build_config(flags)
+        status = Supervisor(config, sglang_argv).run()
+    except (ConfigurationError, msgspec.ValidationError) as error:
+        print(f"kunserve: {error}", file=sys.stderr)
+        status = 2
+    sys.stdout.flush()
+    # Not sys.exit: nothing that SGLang registered for the end of its own processes may run here.
+    os._exit(status)
+
+
+def _default_budget(flags: Any) -> int:
+    budget = int(psutil.virtual_memory().available * _CPU_SHARE / max(1, flags.num_instances))
+    print(f"kunserve: --memory-budget not given, using {format_size(budget)} an instance")
+    return budget
+
+
+def _print_sglang_help() -> NoReturn:
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    from kunserve_sglang.sglang_seam.server import add_sglang_flags
+
+    parser = argparse.ArgumentParser(prog="sglang flags", add_help=False)
+    add_sglang_flags(parser)
+    parser.print_help()
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
