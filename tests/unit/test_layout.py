@@ -1,0 +1,97 @@
+"""Layer ranges, capacities and what moves between two layouts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kunserve_sglang.layout import (
+    LayerRange,
+    Layout,
+    Member,
+    even_cut,
+    kv_moves,
+    parameter_loads,
+)
+from tests.support.clusters import profile
+
+
+def layout(*members: tuple[int, int, int]) -> Layout:
+    return Layout(
+        epoch=1,
+        members=tuple(
+            Member(instance=i, layers=LayerRange(lo, hi), capacity=10, address="")
+            for i, lo, hi in members
+        ),
+    )
+
+
+def test_halves_of_two_full_replicas() -> None:
+    full = LayerRange(0, 30)
+    assert even_cut([full, full]) == [LayerRange(0, 15), LayerRange(15, 30)]
+
+
+def test_a_cut_stays_inside_what_is_held() -> None:
+    held = [LayerRange(0, 4), LayerRange(0, 30), LayerRange(15, 30)]
+    assert even_cut(held) == [LayerRange(0, 4), LayerRange(4, 20), LayerRange(20, 30)]
+
+
+def test_ranges_that_leave_a_hole_cannot_be_cut() -> None:
+    with pytest.raises(ValueError, match="no contiguous cut"):
+        even_cut([LayerRange(0, 4), LayerRange(6, 10)])
+
+
+@given(st.integers(2, 8), st.integers(0, 40))
+def test_cuts_of_full_replicas_are_even(members: int, extra: int) -> None:
+    layers = members + extra
+    cut = even_cut([LayerRange(0, layers)] * members)
+    assert [r.lo for r in cut[1:]] == [r.hi for r in cut[:-1]]
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+def test_coverage_is_checked() -> None:
+    assert layout((0, 0, 5), (1, 5, 9)).covers(9)
+    assert not layout((0, 0, 5), (1, 6, 9)).covers(9)
+    assert not layout((0, 0, 5), (1, 5, 9)).covers(10)
+    assert not layout((0, 0, 5), (1, 5, 5), (2, 5, 9)).covers(9)
+
+
+@given(st.integers(1, 30), st.integers(1, 8))
+def test_capacity_is_the_most_that_fits(layers: int, owners: int) -> None:
+    memory = profile()
+    held = LayerRange(0, layers)
+    slots = memory.capacity(held, owners)
+    budget = memory.pages - memory.parameter_pages(held)
+    assert owners * layers * memory.kv_pages(slots) <= budget
+    assert owners * layers * memory.kv_pages(slots + 1) > budget
+
+
+def test_capacity_is_zero_where_not_even_the_parameters_fit() -> None:
+    memory = profile(pages=100)
+    assert memory.capacity(LayerRange(0, 30), 1) == 0
+
+
+def test_a_drop_moves_each_owners_other_half() -> None:
+    before = [layout((0, 0, 4)), layout((1, 0, 4))]
+    after = [layout((0, 0, 2), (1, 2, 4))]
+    moves = {(m.owner, m.layer, m.source, m.target) for m in kv_moves(before, after)}
+    assert moves == {(1, 0, 1, 0), (1, 1, 1, 0), (0, 2, 0, 1), (0, 3, 0, 1)}
+    assert parameter_loads(before, after) == []
+
+
+def test_a_restore_is_the_way_back() -> None:
+    apart = [layout((0, 0, 4)), layout((1, 0, 4))]
+    together = [layout((0, 0, 2), (1, 2, 4))]
+    there = {(m.owner, m.layer, m.source, m.target) for m in kv_moves(apart, together)}
+    back = {(m.owner, m.layer, m.target, m.source) for m in kv_moves(together, apart)}
+    assert there == back
+    loads = {(p.layer, p.source, p.target) for p in parameter_loads(together, apart)}
+    assert loads == {(2, 1, 0), (3, 1, 0), (0, 0, 1), (1, 0, 1)}
+
+
+def test_sources_of_parameters_take_turns() -> None:
+    before = [layout((0, 0, 4)), layout((1, 0, 4)), layout((2, 0, 2), (3, 2, 4))]
+    after = [layout((2, 0, 4)), layout((3, 0, 4))]
+    sources = [p.source for p in parameter_loads(before, after)]
+    assert len(set(sources)) == 3
