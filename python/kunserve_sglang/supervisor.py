@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -28,6 +27,7 @@ import psutil
 from kunserve_sglang.config import ClusterConfig, InstanceConfig
 from kunserve_sglang.console import Console
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.processes import divide_cpus, free_port
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 
 _READY_TIMEOUT_S = 600.0
@@ -78,9 +78,9 @@ class Supervisor:
         gc.collect()
         gc.freeze()
         context = mp.get_context("fork")
-        cpus = _divide_cpus(self._config.num_instances)
+        cpus = divide_cpus(self._config.num_instances)
         for number in range(self._config.num_instances):
-            port = _free_port()
+            port = free_port()
             instance = InstanceConfig(
                 instance=number,
                 url=f"http://127.0.0.1:{port}",
@@ -100,7 +100,13 @@ class Supervisor:
             self._instances.append(process)
 
     def _start_router(self, control: str, api_key: str | None) -> None:
-        config = RouterConfig(cluster=self._config, control_address=control, api_key=api_key)
+        config = RouterConfig(
+            cluster=self._config,
+            control_address=control,
+            api_key=api_key,
+            launcher=os.getpid(),
+            runtime_folder=self._folder,
+        )
         environment = {**os.environ, CLUSTER_ENVIRONMENT: config.to_environment()}
         self._router = subprocess.Popen(
             [sys.executable, "-m", "kunserve_sglang.router"],
@@ -212,22 +218,6 @@ class Supervisor:
                 child.kill()
             except psutil.NoSuchProcess:
                 continue
-
-
-def _divide_cpus(parts: int) -> list[tuple[int, ...]]:
-    """Disjoint sets of cores, as even as possible; instances share when there are too few."""
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < parts:
-        return [(cpus[i % len(cpus)],) for i in range(parts)]
-    edges = [round(i * len(cpus) / parts) for i in range(parts + 1)]
-    return [tuple(cpus[lo:hi]) for lo, hi in pairwise(edges)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _check_port_free(host: str, port: int) -> None:

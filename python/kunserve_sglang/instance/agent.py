@@ -233,6 +233,8 @@ class Agent:
                 self._reply(commit, str(error))
             return
         self._adopt(exchange.after)
+        # Before the answer: whoever hears of the end of a transition finds the new state.
+        self.publish(force=True)
         if commit is None:
             commit = self._late_commit(transition.epoch)
         if commit:

@@ -15,13 +15,15 @@ from kunserve_sglang.messages import Hello, TransitionKind, to_json_types
 from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
-from kunserve_sglang.router.events import Event, EventLog
+from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.hub import ControlHub
 from kunserve_sglang.router.registry import Instance, Registry
 
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.05
+_RETRY_S = 1.0
+"""Pause after a plan that could not be made or was refused, before the monitor tries again."""
 
 
 class ControlPlane:
@@ -141,17 +143,19 @@ class ControlPlane:
                 continue
             try:
                 if isinstance(need, DropNeeded):
-                    await self.transition(
+                    event = await self.transition(
                         TransitionKind.DROP, tokens=need.tokens, reason=need.reason
                     )
                 else:
-                    await self.transition(
+                    event = await self.transition(
                         TransitionKind.RESTORE, instances=need.instances, reason=need.reason
                     )
+                if event.status is not Outcome.COMMITTED:
+                    self._retry_after = time.monotonic() + _RETRY_S
             except (NoPlan, TransitionRunning) as error:
                 # Nothing to merge any more, or a transition asked for by hand: look again later.
                 logger.debug("%s: %s", need.reason, error)
-                self._retry_after = time.monotonic() + 1.0
+                self._retry_after = time.monotonic() + _RETRY_S
 
 
 def _describe(instance: Instance) -> dict[str, Any]:

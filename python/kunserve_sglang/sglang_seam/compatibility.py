@@ -58,17 +58,17 @@ def check_server_args(server_args: Any) -> None:
         raise ConfigurationError("--kv-cache-dtype: KunServe does not support quantized KV yet")
 
 
-def cpu_defaults(argv: list[str]) -> list[str]:
-    """SGLang flags that a CPU needs, where the user gave none of his own."""
-    defaults = {
-        "--device": "cpu",
-        "--attention-backend": "torch_native",
-        "--sampling-backend": "pytorch",
+def with_defaults(argv: list[str]) -> list[str]:
+    """SGLang flags that a CPU needs and that suit a cluster, where the user gave none."""
+    defaults: dict[str, list[str]] = {
+        "--device": ["cpu"],
+        "--attention-backend": ["torch_native"],
+        "--sampling-backend": ["pytorch"],
+        "--log-level": ["warning"],
+        "--disable-overlap-schedule": [],
     }
     given = {argument.split("=")[0] for argument in argv}
-    extra = [x for flag, value in defaults.items() if flag not in given for x in (flag, value)]
-    if "--disable-overlap-schedule" not in given:
-        extra.append("--disable-overlap-schedule")
+    extra = [x for flag, value in defaults.items() if flag not in given for x in (flag, *value)]
     return [*argv, *extra]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import resource
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from kunserve_sglang.config import instance_from_environment
@@ -17,17 +20,18 @@ def register() -> None:
     from kunserve_sglang.sglang_seam.admission import next_chunk_within_pool
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
-    HookRegistry.register(
-        "sglang.srt.managers.scheduler.Scheduler", KunServeScheduler, HookType.REPLACE
-    )
-    HookRegistry.register(
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
-        next_chunk_within_pool,
-        HookType.AROUND,
-    )
-    HookRegistry.register(
-        "sglang.srt.entrypoints.engine._set_envs_and_config", _fork_children, HookType.AFTER
-    )
+    for target, hook, kind in (
+        ("managers.scheduler.Scheduler", KunServeScheduler, HookType.REPLACE),
+        (
+            "managers.schedule_policy.PrefillAdder.add_chunked_req",
+            next_chunk_within_pool,
+            HookType.AROUND,
+        ),
+        ("entrypoints.engine._set_envs_and_config", _fork_children, HookType.AFTER),
+        ("managers.load_snapshot.shm_path_for", _load_snapshot_path, HookType.REPLACE),
+        ("utils.common.set_ulimit", _raise_file_limit, HookType.REPLACE),
+    ):
+        HookRegistry.register(f"sglang.srt.{target}", hook, kind)
 
 
 def _fork_children(_result: Any, server_args: Any, *_: Any, **__: Any) -> None:
@@ -38,3 +42,16 @@ def _fork_children(_result: Any, server_args: Any, *_: Any, **__: Any) -> None:
     """
     if server_args.device == "cpu":
         mp.set_start_method("fork", force=True)
+
+
+def _load_snapshot_path(name: str) -> str:
+    """SGLang leaves this file in /dev/shm for good; in our folder it goes with the cluster."""
+    return str(Path(tempfile.gettempdir()) / f"loads-{Path(name).name}")
+
+
+def _raise_file_limit(target: int = 65_535) -> None:
+    """As many open files as the machine allows, without a warning where that is fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = target if hard == resource.RLIM_INFINITY else min(target, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import importlib
 import logging
 import os
 import signal
-import sys
 import tempfile
 from typing import Any
 
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.sglang_seam.compatibility import check_server_args, cpu_defaults
-
-_PR_SET_PDEATHSIG = 1
+from kunserve_sglang.processes import die_with_parent
+from kunserve_sglang.sglang_seam.compatibility import check_server_args, with_defaults
 
 # Importing SGLang takes ten seconds of CPU time; every process of an instance needs it.
 _PRELOAD = (
@@ -32,6 +29,8 @@ def preload() -> None:
     """Import what instances need, once, before they are forked."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The launcher shows the progress of all instances; bars of each would write over one another.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     for name in _PRELOAD:
         importlib.import_module(name)
     registry = importlib.import_module("sglang.srt.models.registry")
@@ -43,10 +42,11 @@ def parse_server_args(argv: list[str]) -> Any:
 
     Exits with SGLang's usage message for a flag that SGLang does not know.
     """
-    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt import server_args as upstream
 
+    upstream.logger.addFilter(_not_about_cuda_graphs)
     try:
-        server_args = prepare_server_args(cpu_defaults(argv))
+        server_args = upstream.prepare_server_args(with_defaults(argv))
     except (ValueError, OSError) as error:
         raise ConfigurationError(str(error)) from error
     check_server_args(server_args)
@@ -76,6 +76,7 @@ def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: st
     from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
     from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.utils import kill_process_tree
 
     plugins.load_plugins()
     tokenizer, template, ports, scheduler, watchdog = Engine._launch_subprocesses(
@@ -89,15 +90,16 @@ def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: st
             "the KunServe plugin did not take effect in SGLang's scheduler; refusing to serve "
             "(is the kunserve-sglang package installed, with its entry points?)"
         )
-        sys.exit(3)
+        kill_process_tree(os.getpid(), include_parent=False)
+        os._exit(3)
     http_server._setup_and_run_http_server(
         server_args, tokenizer, template, ports, scheduler.scheduler_infos, watchdog
     )
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Ask the kernel for a signal when the parent ends, however it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+def _not_about_cuda_graphs(record: logging.LogRecord) -> bool:
+    """A CPU has none; SGLang's warning that they are off is nothing a user can act on."""
+    return "Cuda graph is disabled" not in record.getMessage()
 
 
 def _fresh_process(config: InstanceConfig, folder: str) -> None:
