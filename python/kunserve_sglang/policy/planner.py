@@ -62,7 +62,13 @@ def plan_drop(
             raise NoPlan(f"a group of {size} would exceed the largest group, {max_group_size}")
     after = tuple(merge(state, groups, epoch) for groups in merged)
     before = tuple(group for groups in merged for group in groups)
-    return _plan(state, TransitionKind.DROP, epoch, reason, before, after)
+    plan = _plan(state, TransitionKind.DROP, epoch, reason, before, after)
+    if plan.capacity_after <= plan.capacity_before:
+        raise NoPlan(
+            f"sharing parameters would leave {plan.capacity_after} token slots "
+            f"instead of {plan.capacity_before}"
+        )
+    return plan
 
 
 def plan_restore(
@@ -128,7 +134,13 @@ def _merge_smallest(state: ClusterState, tokens: int, max_group_size: int) -> li
             done.append((small, first, one))
             break
         parts = [*one, *other]
-        gained += _total(merge(state, parts, 0)) - _parts_total(state, one, other)
+        gain = _total(merge(state, parts, 0)) - _parts_total(state, one, other)
+        if gain <= 0:
+            # Few layers among many members: uneven stages waste more than a copy frees.
+            heapq.heappush(heap, (large, second, other))
+            done.append((small, first, one))
+            continue
+        gained += gain
         heapq.heappush(heap, (small + large, min(first, second), parts))
     merged = [parts for _, _, parts in (*heap, *done) if len(parts) > 1]
     if not merged:
