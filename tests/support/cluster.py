@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing as mp
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -58,9 +61,16 @@ class ScriptedCluster:
     """`size` members; use as a context manager."""
 
     def __init__(
-        self, folder: Path, size: int, *, memory_budget: int, page_bytes: int, **server: Any
+        self,
+        folder: Path,
+        size: int,
+        *,
+        memory_budget: int,
+        page_bytes: int,
+        vote_timeout_s: float = 20.0,
+        **server: Any,
     ) -> None:
-        config = ClusterConfig(num_instances=size, vote_timeout_s=20.0)
+        config = ClusterConfig(num_instances=size, vote_timeout_s=vote_timeout_s)
         self.control = ControlThread(config, f"ipc://{folder}/control")
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.member"])
@@ -131,6 +141,32 @@ class ScriptedCluster:
         """Drop or restore now; returns the event record."""
         event: Event = self.control.call(lambda plane: plane.transition(kind, instances=instances))
         return event
+
+    def transition_with_epoch(self, kind: TransitionKind, epoch: int) -> Event:
+        """Run a plan that claims an epoch of its own."""
+
+        async def work(plane: ControlPlane) -> Event:
+            return await plane.coordinator.execute(lambda: plane.plan(kind, epoch=epoch))
+
+        event: Event = self.control.call(work)
+        return event
+
+    @contextmanager
+    def stopped(self, member: int) -> Iterator[None]:
+        """The member does nothing at all, as a process that swaps or a host that hangs."""
+        pid = self._processes[member].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def wait_for_modes(self, modes: set[str], timeout: float = 20) -> None:
+        deadline = time.monotonic() + timeout
+        while {i["mode"] for i in self.status()} != modes:
+            assert time.monotonic() < deadline, self.status()
+            time.sleep(0.01)
 
     def status(self) -> list[dict[str, Any]]:
         instances: list[dict[str, Any]] = self.control.plane.status()["instances"]

@@ -1,0 +1,145 @@
+"""Droppable parameters and elastic KV on one pool."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from kunserve_sglang.errors import ConfigurationError, InternalError, OutOfPages, TransientError
+from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
+from kunserve_sglang.instance.parameters import ParameterStore
+from kunserve_sglang.memory import MemfdDriver, PhysicalPagePool
+
+PAGE = 4096
+SHAPE = KvShape(layers=3, heads=2, key_dim=24, value_dim=16, dtype=torch.float32)
+
+
+@pytest.fixture
+def pool() -> Iterator[PhysicalPagePool]:
+    driver = MemfdDriver(400, PAGE)
+    yield PhysicalPagePool(driver, 400)
+    driver.close()
+
+
+def _layers(count: int = 3) -> list[nn.Module]:
+    torch.manual_seed(1)
+    return [nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 7)) for _ in range(count)]
+
+
+def test_moving_parameters_changes_nothing_but_their_address(pool: PhysicalPagePool) -> None:
+    layers = _layers()
+    x = torch.randn(4, 40)
+    expected = [layer(x) for layer in layers]
+    store = ParameterStore(pool, layers)
+    assert all(torch.equal(layer(x), e) for layer, e in zip(layers, expected, strict=True))
+    assert store.pages == sum(store.layer_pages()) == pool.total - pool.free
+
+
+def test_a_dropped_layer_comes_back_whole(pool: PhysicalPagePool) -> None:
+    layers = _layers()
+    x = torch.randn(4, 40)
+    expected = layers[1](x)
+    store = ParameterStore(pool, layers)
+    pointers = [p.data_ptr() for p in layers[1].parameters()]
+    copy, free = store.bytes_of(1).clone(), pool.free
+    store.drop(1)
+    assert store.held() == [0, 2]
+    assert pool.free == free + store.layer_pages()[1]
+    with pytest.raises(RuntimeError):
+        layers[1](x)
+    with pytest.raises(InternalError):
+        store.bytes_of(1)
+    store.reserve(1).copy_(copy)
+    store.attach(1)
+    assert [p.data_ptr() for p in layers[1].parameters()] == pointers
+    assert torch.equal(layers[1](x), expected)
+
+
+def test_reading_a_dropped_layer_faults(pool: PhysicalPagePool) -> None:
+    """Not only `param.data` is empty: an old pointer to the parameters is dead as well."""
+    layers = _layers()
+    store = ParameterStore(pool, layers)
+    stale = next(layers[0].parameters()).data
+    store.drop(0)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        os._exit(int(stale.sum() != 0))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGSEGV
+
+
+def test_a_budget_below_the_parameters_is_refused() -> None:
+    driver = MemfdDriver(3, PAGE)
+    with pytest.raises(OutOfPages):
+        ParameterStore(PhysicalPagePool(driver, 3), _layers())
+    driver.close()
+
+
+def test_shared_parameters_are_refused(pool: PhysicalPagePool) -> None:
+    layer = nn.Linear(4, 4)
+    with pytest.raises(ConfigurationError, match="shares parameters"):
+        ParameterStore(pool, [layer, layer])
+
+
+@pytest.fixture
+def kv(pool: PhysicalPagePool) -> KvStore:
+    stride = aligned_stride(200, SHAPE, PAGE)
+    return KvStore(pool, SHAPE, instance=5, stride=stride, owners=3)
+
+
+def test_sub_ranges_of_owners_do_not_meet(kv: KvStore) -> None:
+    for owner in (5, 9):
+        kv.admit(owner)
+        kv.resize(0, owner, 40)
+    slots = torch.tensor([1, 40, 7])
+    for owner in (5, 9):
+        rows = torch.full((3, 2, 24), float(owner)), torch.full((3, 2, 16), -float(owner))
+        kv.scatter(0, owner, slots, *rows)
+    for owner in (5, 9):
+        k, v = kv.gather(0, owner, slots)
+        assert (k == owner).all()
+        assert (v == -owner).all()
+    assert kv.base(5) == 0
+    assert kv.base(9) == kv.stride
+
+
+def test_content_stays_while_capacity_moves(kv: KvStore, pool: PhysicalPagePool) -> None:
+    kv.resize(1, 5, 60)
+    slots = torch.arange(1, 61)
+    k, v = torch.randn(60, 2, 24), torch.randn(60, 2, 16)
+    kv.scatter(1, 5, slots, k, v)
+    tensor = kv.buffers(1)
+    assert tensor is not None
+    pointer, small = tensor[0].data_ptr(), kv.pages
+    kv.resize(1, 5, 190)
+    assert kv.pages > small
+    kv.resize(1, 5, 60)
+    assert kv.pages == small
+    assert tensor[0].data_ptr() == pointer
+    assert all(torch.equal(a, b) for a, b in zip(kv.gather(1, 5, slots), (k, v), strict=True))
+    kv.release(1, 5)
+    assert kv.buffers(1) is None
+    assert pool.free == pool.total
+
+
+def test_owners_come_and_go(kv: KvStore) -> None:
+    kv.admit(1)
+    kv.admit(2)
+    with pytest.raises(TransientError, match="no sub-range left"):
+        kv.admit(3)
+    kv.resize(0, 1, 10)
+    with pytest.raises(InternalError, match="still has KV"):
+        kv.dismiss(1)
+    kv.release(0, 1)
+    kv.dismiss(1)
+    kv.admit(3)
+    assert kv.base(3) == kv.stride
+    with pytest.raises(InternalError, match="owns no sub-range"):
+        kv.base(1)
