@@ -1,0 +1,184 @@
+"""KunServe's own API: what the cluster does, and doing it by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kunserve_sglang.layout import Layout
+from kunserve_sglang.messages import TransitionKind, to_json_types
+from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.router.answers import RequestError, error_answer, json_answer
+from kunserve_sglang.router.bodies import (
+    DropBody,
+    PlanBody,
+    PolicyBody,
+    RestoreBody,
+    read_body,
+    read_limit,
+    read_wait,
+)
+from kunserve_sglang.router.control_plane import ControlPlane
+from kunserve_sglang.router.coordinator import TransitionRunning
+from kunserve_sglang.router.events import Event
+
+logger = logging.getLogger(__name__)
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def admin_only(key: str | None, endpoint: Endpoint) -> Endpoint:
+    """`endpoint` for those who have the admin key; without a key set, for everybody."""
+    if key is None:
+        return endpoint
+    expected = key.encode()
+
+    async def guarded(request: Request) -> Response:
+        header = request.headers.get("authorization", "").encode("latin-1")
+        scheme, _, given = header.partition(b" ")
+        if scheme.lower() != b"bearer" or not secrets.compare_digest(given, expected):
+            return error_answer(
+                401,
+                "admin_key_required",
+                "this call needs the admin key: Authorization: Bearer <key>",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return await endpoint(request)
+
+    return guarded
+
+
+class Admin:
+    """Endpoints under `/kunserve/`, and `/workers` as SGLang's gateway has it."""
+
+    def __init__(self, control: ControlPlane) -> None:
+        self._control = control
+        self._background: set[asyncio.Task[Event]] = set()
+
+    async def status(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
+        return json_answer(self._control.status())
+
+    async def events(self, request: Request) -> Response:
+        return json_answer({"events": self._control.events.latest(read_limit(request))})
+
+    async def plan(self, request: Request) -> Response:
+        """A dry run of a drop or restore."""
+        body = await read_body(request, PlanBody)
+        target = self._target(body.kind, body.instances, body.tokens)
+        return json_answer(_describe_plan(self._control.plan(body.kind, **target)))
+
+    async def drop(self, request: Request) -> Response:
+        body = await read_body(request, DropBody)
+        target = self._target(TransitionKind.DROP, body.instances, body.tokens)
+        return await self._transition(request, TransitionKind.DROP, target)
+
+    async def restore(self, request: Request) -> Response:
+        body = await read_body(request, RestoreBody)
+        target = self._target(TransitionKind.RESTORE, body.instances, UNSET)
+        return await self._transition(request, TransitionKind.RESTORE, target)
+
+    async def policy(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
+        return json_answer(self._control.policy())
+
+    async def set_policy(self, request: Request) -> Response:
+        body = await read_body(request, PolicyBody)
+        given = to_json_types(body)
+        auto = given.pop("auto", None)
+        wanted = {**self._control.policy(), **given}
+        if wanted["restore"] >= wanted["drop"]:
+            field = "restore" if "restore" in given else "drop"
+            raise RequestError(
+                422,
+                "invalid_field",
+                f"{field}: restore ({wanted['restore']:g}) must be below drop "
+                f"({wanted['drop']:g}), or the cluster would drop and restore in turns",
+                field,
+            )
+        self._control.set_policy(auto, given)
+        return json_answer(self._control.policy())
+
+    async def workers(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
+        workers = [
+            {
+                "id": number,
+                "url": instance.hello.url,
+                "is_healthy": instance.available,
+                "load": instance.in_flight,
+                "mode": instance.mode,
+            }
+            for number, instance in sorted(self._control.registry.instances.items())
+        ]
+        healthy = sum(w["is_healthy"] is True for w in workers)
+        stats = {"total": len(workers), "healthy": healthy}
+        return json_answer({"workers": workers, "total": len(workers), "stats": stats})
+
+    def _target(
+        self, kind: TransitionKind, instances: list[int] | UnsetType, tokens: int | UnsetType
+    ) -> dict[str, Any]:
+        """Arguments for `ControlPlane.plan` and `.transition`."""
+        target: dict[str, Any] = {}
+        if instances is not UNSET:
+            unknown = sorted(set(instances) - self._control.registry.instances.keys())
+            if unknown:
+                message = f"instances: {unknown} are not known"
+                raise RequestError(422, "unknown_instance", message, "instances")
+            target["instances"] = instances
+        if tokens is not UNSET:
+            if kind is TransitionKind.RESTORE:
+                message = "tokens: a restore takes instances only"
+                raise RequestError(422, "invalid_field", message, "tokens")
+            if target:
+                message = "tokens: give either instances or tokens"
+                raise RequestError(422, "invalid_field", message, "tokens")
+            target["tokens"] = tokens
+        return target
+
+    async def _transition(
+        self, request: Request, kind: TransitionKind, target: dict[str, Any]
+    ) -> Response:
+        wait = read_wait(request)
+        if (running := self._control.coordinator.running) is not None:
+            raise TransitionRunning(f"transition {running.epoch} ({running.kind}) is still running")
+        plan = self._control.plan(kind, **target)
+        # A task of its own: a transition is never ended half-way by whoever asked for it.
+        task = asyncio.create_task(self._control.transition(kind, **target))
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+        if wait:
+            return json_answer(await asyncio.shield(task))
+        await asyncio.sleep(0)  # let it begin: another call may have come first
+        if task.done():
+            return json_answer(task.result())
+        return json_answer({"accepted": True, **_describe_plan(plan)}, 202)
+
+    def _ended(self, task: asyncio.Task[Event]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("transition asked for by hand: %s", error)
+
+
+def _describe_plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "kind": plan.transition.kind,
+        "instances": plan.instances,
+        "groups": [_describe_group(layout) for layout in plan.transition.after],
+        "freed_bytes": plan.freed_bytes,
+        "capacity_before": plan.capacity_before,
+        "capacity_after": plan.capacity_after,
+        "reason": plan.reason,
+    }
+
+
+def _describe_group(layout: Layout) -> dict[str, Any]:
+    return {
+        "instances": layout.ids,
+        "layers": [[m.layers.lo, m.layers.hi] for m in layout.members],
+        "capacity": sum(m.capacity for m in layout.members),
+    }

@@ -1,0 +1,68 @@
+"""The router's own HTTP answers: JSON, and one shape for every error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from kunserve_sglang.errors import KunServeError
+
+_ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    409: "conflict_error",
+    422: "invalid_request_error",
+    500: "internal_error",
+    501: "not_supported_error",
+    502: "upstream_error",
+    503: "unavailable_error",
+}
+
+_RETRY_AFTER_S = 1
+
+
+class RequestError(KunServeError):
+    """The caller must change the request; becomes the answer with this status."""
+
+    def __init__(self, status: int, code: str, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.field = field
+
+
+def json_answer(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """`content` may hold structs and enums."""
+    return Response(
+        msgspec.json.encode(content),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+def error_answer(
+    status: int,
+    code: str,
+    message: str,
+    *,
+    field: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """`code` is for programs and never changes, `message` is for people."""
+    error = {"message": message, "type": _ERROR_TYPES[status], "code": code}
+    if field is not None:
+        error["field"] = field
+    return json_answer({"error": error}, status, headers)
+
+
+def retry_later(code: str, message: str) -> Response:
+    """503 for a condition that passes; clients are told when to come back."""
+    return error_answer(503, code, message, headers={"Retry-After": str(_RETRY_AFTER_S)})

@@ -1,0 +1,131 @@
+"""All endpoints of the router as one ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kunserve_sglang.policy.planner import NoPlan
+from kunserve_sglang.router.admin import Admin, admin_only
+from kunserve_sglang.router.answers import RequestError, error_answer, retry_later
+from kunserve_sglang.router.control_plane import ControlPlane
+from kunserve_sglang.router.coordinator import TransitionRunning
+from kunserve_sglang.router.dispatch import POLICIES
+from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
+from kunserve_sglang.router.health import Probes
+from kunserve_sglang.router.metrics import Metrics
+from kunserve_sglang.router.proxy import Proxy
+from kunserve_sglang.router.settings import RouterConfig
+
+_ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+class RouterApp:
+    """Our own paths go to Starlette; every other is SGLang's and takes the shortest way there."""
+
+    def __init__(self, routes: list[Route], proxy: Proxy) -> None:
+        self._paths = {route.path for route in routes}
+        self._proxy = proxy
+        self._starlette = Starlette(
+            routes=routes,
+            exception_handlers={
+                RequestError: _request_error,
+                NoPlan: _no_plan,
+                TransitionRunning: _transition_running,
+                HTTPException: _http_error,
+                Exception: _internal_error,
+            },
+        )
+        self._starlette.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path not in self._paths and not path.startswith("/kunserve/"):
+            await self._proxy(scope, receive, send)
+            return
+        try:
+            await self._starlette(scope, receive, send)
+        except asyncio.CancelledError:
+            # Only the end of the router cancels a call, and only one that still has no answer.
+            answer = retry_later("router_stopping", "the router is stopping")
+            await answer(scope, receive, send)
+
+
+def build_app(
+    config: RouterConfig, control: ControlPlane, session: aiohttp.ClientSession
+) -> RouterApp:
+    proxy = Proxy(control.registry, session, POLICIES[config.dispatch])
+    routes = [
+        *_probe_routes(Probes(control.registry, session, config.cluster)),
+        *_admin_routes(Admin(control), config.admin_key),
+        *_fanout_routes(Fanout(control, session, config.api_key), config.admin_key),
+        Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
+    ]
+    return RouterApp(routes, proxy)
+
+
+def _probe_routes(probes: Probes) -> list[Route]:
+    return [
+        Route("/health", probes.health),
+        Route("/health_generate", probes.health_generate),
+        Route("/liveness", probes.liveness),
+        Route("/readiness", probes.readiness),
+    ]
+
+
+def _admin_routes(admin: Admin, key: str | None) -> list[Route]:
+    return [
+        Route("/kunserve/status", admin.status),
+        Route("/kunserve/events", admin.events),
+        Route("/kunserve/plan", admin.plan, methods=["POST"]),
+        Route("/kunserve/drop", admin_only(key, admin.drop), methods=["POST"]),
+        Route("/kunserve/restore", admin_only(key, admin.restore), methods=["POST"]),
+        Route("/kunserve/policy", admin.policy),
+        Route("/kunserve/policy", admin_only(key, admin.set_policy), methods=["PUT"]),
+        Route("/workers", admin.workers),
+    ]
+
+
+def _fanout_routes(fanout: Fanout, key: str | None) -> list[Route]:
+    return [
+        *(Route(p, admin_only(key, fanout.to_all), methods=m) for p, m in TO_ALL.items()),
+        *(Route(p, fanout.refused, methods=_ANY_METHOD) for p in REFUSED),
+        Route("/get_load", fanout.loads),
+        Route("/get_loads", fanout.loads),
+        Route("/v1/loads", fanout.loads),
+        Route("/get_server_info", fanout.server_info),
+        Route("/server_info", fanout.server_info),
+    ]
+
+
+async def _request_error(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    assert isinstance(error, RequestError)
+    return error_answer(error.status, error.code, str(error), field=error.field)
+
+
+async def _no_plan(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return error_answer(409, "no_plan", str(error))
+
+
+async def _transition_running(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return error_answer(409, "transition_running", str(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return error_answer(error.status_code, code, message, headers=error.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """The bug itself goes to the log."""
+    message = f"{request.method} {request.url.path}: {type(error).__name__} in the router"
+    return error_answer(500, "internal_error", message)

@@ -1,0 +1,157 @@
+"""Which instance gets a request: pure policies, and the book of what is under way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+
+import msgspec
+
+from kunserve_sglang.router.registry import Instance, Registry
+
+_BYTES_PER_TOKEN = 4
+_DEFAULT_OUTPUT_TOKENS = 128
+"""SGLang's own default for `max_new_tokens`."""
+
+_EXPECTED_SHARE = 0.7
+"""Share of its limit that SGLang expects a request to produce, before it has seen any."""
+
+
+class DispatchPolicy(StrEnum):
+    LEAST_LOAD = "least-load"
+    ROUND_ROBIN = "round-robin"
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance as a policy sees it; `demand` and `capacity` are token slots."""
+
+    in_flight: int
+    demand: int
+    capacity: int
+
+
+Policy = Callable[[Sequence[Candidate], int], int]
+"""Position of the chosen candidate; the number counts the choices made so far."""
+
+
+def least_load(candidates: Sequence[Candidate], turn: int) -> int:
+    """The smallest share of its slots in demand; then fewest requests, then whose turn it is."""
+    count = len(candidates)
+
+    def cost(position: int) -> tuple[float, int, int]:
+        candidate = candidates[position]
+        load = candidate.demand / max(1, candidate.capacity)
+        return load, candidate.in_flight, (position - turn) % count
+
+    return min(range(count), key=cost)
+
+
+def round_robin(candidates: Sequence[Candidate], turn: int) -> int:
+    return turn % len(candidates)
+
+
+def first(candidates: Sequence[Candidate], turn: int) -> int:  # noqa: ARG001 (a Policy)
+    """For questions that every instance answers alike: the same one each time."""
+    return 0
+
+
+POLICIES: dict[DispatchPolicy, Policy] = {
+    DispatchPolicy.LEAST_LOAD: least_load,
+    DispatchPolicy.ROUND_ROBIN: round_robin,
+}
+
+
+class _Limit(msgspec.Struct):
+    max_new_tokens: int | None = None
+
+
+class _Limits(msgspec.Struct):
+    """The fields that bound the output, in the APIs of SGLang and OpenAI."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    sampling_params: _Limit | list[_Limit] | None = None
+
+
+_limits_decoder = msgspec.json.Decoder(_Limits)
+
+
+def request_tokens(body: bytes) -> int:
+    """About how much a request adds to the demand of an instance, in token slots."""
+    if not body:
+        return 0
+    try:
+        output = _output_limit(_limits_decoder.decode(body))
+    except (msgspec.DecodeError, RecursionError):
+        # No JSON, or none that an instance will accept: it is for the instance to say so.
+        output = _DEFAULT_OUTPUT_TOKENS
+    return len(body) // _BYTES_PER_TOKEN + int(_EXPECTED_SHARE * max(0, output))
+
+
+def _output_limit(limits: _Limits) -> int:
+    sampling = limits.sampling_params
+    if isinstance(sampling, list):
+        return sum(s.max_new_tokens or _DEFAULT_OUTPUT_TOKENS for s in sampling)
+    return (
+        limits.max_completion_tokens
+        or limits.max_tokens
+        or limits.max_output_tokens
+        or (sampling.max_new_tokens if sampling else None)
+        or _DEFAULT_OUTPUT_TOKENS
+    )
+
+
+class Dispatcher:
+    """Chooses instances, and remembers what is under way to each of them."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._turn = 0
+        self._tickets = itertools.count()
+        self._sent: dict[int, dict[int, int]] = {}
+
+    def pick(self, policy: Policy, tried: Collection[int] = ()) -> Instance | None:
+        """An available instance that is not among the `tried`, if there is one."""
+        available = [i for i in self._registry.available() if i.number not in tried]
+        if not available:
+            return None
+        turn, self._turn = self._turn, self._turn + 1
+        return available[policy([self._candidate(i) for i in available], turn)]
+
+    @contextmanager
+    def under_way(self, instance: Instance, tokens: int) -> Iterator[None]:
+        """Counts a request of about `tokens` slots as sent to `instance` inside the block."""
+        ticket = next(self._tickets)
+        sent = self._sent.setdefault(instance.number, {})
+        sent[ticket] = tokens
+        instance.in_flight += 1
+        try:
+            yield
+        finally:
+            instance.in_flight -= 1
+            del sent[ticket]
+
+    def _candidate(self, instance: Instance) -> Candidate:
+        if instance.status is None:
+            reported, known, capacity = 0, 0, instance.hello.capacity
+        else:
+            load = instance.status.load
+            reported, known = load.demand, load.running + load.waiting
+            capacity = load.slots.capacity
+        return Candidate(
+            in_flight=instance.in_flight,
+            demand=reported + self._unreported(instance, known),
+            capacity=capacity,
+        )
+
+    def _unreported(self, instance: Instance, known: int) -> int:
+        """Tokens of the requests that are too recent for the instance's last status record.
+
+        The record knows of `known` requests, so it misses the latest of those under way.
+        """
+        sent = self._sent.get(instance.number, {})
+        missing = max(0, len(sent) - known)
+        return sum(itertools.islice(reversed(sent.values()), missing))

@@ -1,0 +1,52 @@
+"""What one router process is started with."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from kunserve_sglang.config import ClusterConfig
+from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.router.dispatch import DispatchPolicy
+
+CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
+"""Environment variable that carries `RouterConfig` to the router process."""
+
+
+class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster, and where its instances find the control plane; travels as JSON.
+
+    `api_key` is what the instances ask of their clients (SGLang's `--api-key`): requests keep the
+    credentials that they came with, and the router's own questions and actions carry this key.
+    `launcher` is the process that started the router: when it is killed, the router ends too and
+    removes `runtime_folder` in its place.
+    """
+
+    cluster: ClusterConfig
+    control_address: str
+    api_key: str | None = None
+    dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD
+    launcher: int = 0
+    runtime_folder: str = ""
+
+    @property
+    def admin_key(self) -> str | None:
+        """What calls that change something need; as in SGLang, the API key if there is no other."""
+        return self.cluster.admin_api_key or self.api_key
+
+    def to_environment(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+
+def router_from_environment() -> RouterConfig:
+    """Raises `ConfigurationError` if the variable is missing or unreadable."""
+    text = os.environ.get(CLUSTER_ENVIRONMENT)
+    if not text:
+        raise ConfigurationError(
+            f"{CLUSTER_ENVIRONMENT} is not set; kunserve_sglang.launch_server starts a router"
+        )
+    try:
+        return msgspec.json.decode(text, type=RouterConfig)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{CLUSTER_ENVIRONMENT} is unreadable: {error}") from error

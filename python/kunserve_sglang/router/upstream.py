@@ -1,0 +1,174 @@
+"""HTTP towards the instances: one session, header rules, and small whole answers."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Iterable, Sequence
+
+import aiohttp
+import msgspec
+from starlette.requests import Request
+from yarl import URL
+
+from kunserve_sglang.router.registry import Instance
+
+REFUSED = "connection refused"
+"""Why an instance is lost when nobody listens at its address any more."""
+
+_CONNECT_TIMEOUT_S = 5.0
+
+_KEEP_ALIVE_S = 3.0
+"""Below the 5 s after which SGLang closes an idle connection: a POST must not run into that."""
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+
+# The body has been read and its length is known, and `Host` names whom we talk to.
+_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def open_session() -> aiohttp.ClientSession:
+    """The session that all requests share; adds nothing to them and limits nothing but connects."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        timeout=aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+    )
+
+
+def request_headers(headers: Headers) -> list[tuple[str, str]]:
+    """A client's headers as they go to an instance."""
+    return [
+        (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+        for name, value in _without(headers, _NOT_FORWARDED)
+    ]
+
+
+def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """An instance's headers as they go to the client."""
+    return _without(((name.lower(), value) for name, value in headers), _HOP_BY_HOP)
+
+
+def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+    pairs = list(headers)
+    for name, value in pairs:
+        if name == b"connection":
+            # This header may name further ones that are meant for one hop only.
+            left_out |= {token.strip().lower() for token in value.split(b",")}
+    return [pair for pair in pairs if pair[0] not in left_out]
+
+
+def instance_url(instance: Instance, path: bytes, query: bytes) -> URL:
+    """Raises `ValueError` unless `path` is absolute: any other could name another host."""
+    if not path.startswith(b"/"):
+        raise ValueError(f"{path!r} is no absolute path")
+    target = path + b"?" + query if query else path
+    return URL(instance.hello.url.rstrip("/") + target.decode("latin-1"), encoded=True)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether nobody listens at the address; other failures say nothing about the instance."""
+    return isinstance(error, aiohttp.ClientConnectorError) and (
+        error.os_error.errno == errno.ECONNREFUSED
+    )
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """A request whose answers are read whole."""
+
+    method: str
+    path: str
+    query: str = ""
+    headers: list[tuple[str, str]] = []
+    body: bytes = b""
+
+
+def credentials(api_key: str | None) -> list[tuple[str, str]]:
+    """Headers of a question that the router asks on its own account."""
+    return [("authorization", f"Bearer {api_key}")] if api_key else []
+
+
+async def question_of(request: Request, path: str | None = None) -> Question:
+    """A client's request as a question, to its own path unless another is given."""
+    return Question(
+        method=request.method,
+        path=path or request.url.path,
+        query=request.url.query,
+        headers=[
+            (name, value)
+            for name, value in request_headers(request.headers.raw)
+            if name != "accept-encoding"  # the answer will be read here
+        ],
+        body=await request.body(),
+    )
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What one instance answered; status 0 and an `error` if there was no answer."""
+
+    instance: int
+    status: int = 0
+    content_type: str = ""
+    body: bytes = b""
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def failure(self) -> str:
+        """One line on what went wrong."""
+        said = self.error or f"answered {self.status}: {self.body[:300].decode(errors='replace')}"
+        return f"instance {self.instance} {said}"
+
+
+async def ask(
+    session: aiohttp.ClientSession, instance: Instance, question: Question, timeout_s: float
+) -> Reply:
+    """One instance's answer; never raises for what goes wrong on the way."""
+    try:
+        async with session.request(
+            question.method,
+            instance_url(instance, question.path.encode(), question.query.encode()),
+            headers=question.headers,
+            data=question.body or None,
+            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
+        ) as response:
+            return Reply(
+                instance=instance.number,
+                status=response.status,
+                content_type=response.headers.get("Content-Type", ""),
+                body=await response.read(),
+            )
+    except TimeoutError:
+        return Reply(instance=instance.number, error=f"did not answer within {timeout_s:g} s")
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        reason = REFUSED if is_refusal(error) else f"could not be asked: {error}"
+        return Reply(instance=instance.number, error=reason)
+
+
+async def ask_all(
+    session: aiohttp.ClientSession,
+    instances: Sequence[Instance],
+    question: Question,
+    timeout_s: float,
+) -> list[Reply]:
+    """All instances at once; the replies are in their order."""
+    return await asyncio.gather(*(ask(session, i, question, timeout_s) for i in instances))

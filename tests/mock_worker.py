@@ -1,0 +1,275 @@
+"""Instances without a model: an HTTP server that obeys the test, and a scripted control link."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import zmq
+from aiohttp import web
+
+from kunserve_sglang.instance.control import ControlLink
+from kunserve_sglang.layout import LayerRange, Layout, Member, MemoryProfile
+from kunserve_sglang.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Commit,
+    Done,
+    Hello,
+    Load,
+    Mode,
+    Pages,
+    Prepare,
+    Slots,
+    Status,
+    ToRouter,
+    TransitionStats,
+    Vote,
+)
+
+LAYERS = 4
+PROFILE = MemoryProfile(
+    page_bytes=4096,
+    pages=200,
+    layer_pages=(25,) * LAYERS,
+    key_row_bytes=256,
+    value_row_bytes=256,
+    stride=4096,
+    owners=8,
+)
+CAPACITY = PROFILE.capacity(LayerRange(0, LAYERS), 1)
+
+T = TypeVar("T")
+
+
+class Background:
+    """An event loop on a thread, so that tests can be plain functions."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 10) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        self.loop.close()
+
+
+@dataclass
+class Canned:
+    """An answer given at once."""
+
+    body: Any = ""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> web.Response:
+        if isinstance(self.body, str):
+            return web.Response(text=self.body, status=self.status, headers=self.headers)
+        return web.json_response(self.body, status=self.status, headers=self.headers)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request as it arrived; names of headers in lower case."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class MockWorker:
+    """The HTTP server of an instance; `/generate` streams what `emit` is given, until `finish`."""
+
+    def __init__(self, background: Background) -> None:
+        self.answers: dict[str, Canned] = {"/health": Canned()}
+        self.seen: list[Seen] = []
+        self.streams = 0
+        self.left = 0
+        self.die_before_headers = False
+        self.die_in_stream = False
+        self._background = background
+        self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def requests(self, path: str) -> list[Seen]:
+        return [s for s in self.seen if s.target.split("?")[0] == path]
+
+    def emit(self, chunk: bytes) -> None:
+        self._background.loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
+
+    def finish(self) -> None:
+        self.emit(b"")
+
+    def start(self) -> None:
+        """Listen; after a `stop`, at the same port."""
+        self._background.run(self._start())
+
+    def stop(self) -> None:
+        """Close the port: connections are refused from now on."""
+        self._background.run(self._runner.cleanup())
+
+    async def _start(self) -> None:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
+        self._port = self._runner.addresses[0][1]
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.seen.append(Seen(request.method, request.raw_path, headers, body))
+        if self.die_before_headers:
+            _abort(request)
+        if (canned := self.answers.get(request.path)) is not None:
+            return canned.response()
+        if request.path != "/generate":
+            return web.json_response({"path": request.path, "worker": self._port})
+        try:
+            self.streams += 1
+            return await self._stream(request)
+        except (asyncio.CancelledError, ConnectionError):
+            self.left += 1
+            raise
+        finally:
+            self.streams -= 1
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while chunk := await self._chunks.get():
+            await response.write(chunk)
+            if self.die_in_stream:
+                _abort(request)
+        await response.write_eof()
+        return response
+
+
+def _abort(request: web.Request) -> None:
+    """What the peer sees of a process that is killed."""
+    assert request.transport is not None
+    request.transport.abort()
+
+
+def vote_yes(message: Prepare) -> Vote:
+    return Vote(call=message.call, epoch=message.transition.epoch, ok=True)
+
+
+class MockInstance:
+    """A worker with a control link: says hello, reports, and takes part in transitions.
+
+    `on_prepare` is asked for the vote; None means that it never comes.
+    """
+
+    def __init__(self, number: int, control_address: str, background: Background) -> None:
+        self.number = number
+        self.worker = MockWorker(background)
+        self.on_prepare: Callable[[Prepare], Vote | None] = vote_yes
+        self.load = Load(
+            slots=Slots(used=0, cached=0, capacity=CAPACITY), running=0, waiting=0, demand=0
+        )
+        self.reporting = True
+        self.obeyed: Counter[str] = Counter()
+        whole = Member(
+            instance=number, layers=LayerRange(0, LAYERS), capacity=CAPACITY, address=f"d{number}"
+        )
+        self.layout = Layout(epoch=0, members=(whole,))
+        self._address = control_address
+        self._offered: Layout | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def set_load(self, demand: int, *, running: int = 0) -> None:
+        slots = Slots(used=0, cached=0, capacity=self._capacity())
+        self.load = Load(slots=slots, running=running, waiting=0, demand=demand)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        self.worker.stop()
+
+    def _capacity(self) -> int:
+        return self.layout.member(self.number).capacity
+
+    def _hello(self) -> Hello:
+        return Hello(
+            version=PROTOCOL_VERSION,
+            instance=self.number,
+            url=self.worker.url,
+            data_address=f"d{self.number}",
+            scheduler="mock",
+            layer_count=LAYERS,
+            memory=PROFILE,
+            capacity=CAPACITY,
+        )
+
+    def _status(self) -> Status:
+        layers = self.layout.member(self.number).layers
+        parameters = PROFILE.parameter_pages(layers)
+        return Status(
+            instance=self.number,
+            epoch=self.layout.epoch,
+            mode=Mode.COOPERATIVE if self.layout.cooperative else Mode.INDEPENDENT,
+            layout=self.layout,
+            pages=Pages(
+                parameters=parameters,
+                kv=PROFILE.pages - parameters,
+                free=0,
+                total=PROFILE.pages,
+            ),
+            load=self.load,
+            counters={"micro_batches_own": 3},
+        )
+
+    def _serve(self) -> None:
+        context = zmq.Context()
+        link = ControlLink(context, self._address, self._hello())
+        next_status = 0.0
+        while not self._stopping.is_set():
+            message = link.receive(0.01)
+            if message is not None:
+                self.obeyed[type(message).__name__] += 1
+                answer = self._obey(message)
+                if answer is not None:
+                    link.send(answer)
+                next_status = 0.0
+            if self.reporting and time.monotonic() >= next_status:
+                next_status = time.monotonic() + 0.05
+                link.send(self._status())
+        link.close()
+        context.term()
+
+    def _obey(self, message: Any) -> ToRouter | None:
+        if isinstance(message, Prepare):
+            after = message.transition.after
+            self._offered = next(g for g in after if self.number in g.ids)
+            return self.on_prepare(message)
+        if isinstance(message, Abort):
+            self._offered = None
+            return Done(call=message.call, epoch=message.epoch, ok=True)
+        assert isinstance(message, Commit)
+        assert self._offered is not None
+        self.layout, self._offered = self._offered, None
+        self.set_load(self.load.demand, running=self.load.running)
+        stats = TransitionStats(freed_bytes=1000, sent_kv_bytes=10, remap_ms=2.0, stall_ms=5.0)
+        return Done(call=message.call, epoch=message.epoch, ok=True, stats=stats)

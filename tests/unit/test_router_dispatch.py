@@ -1,0 +1,74 @@
+"""Dispatch policies, which are pure, and the estimate of what a request will need."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kunserve_sglang.router.dispatch import Candidate, least_load, request_tokens, round_robin
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        in_flight=st.integers(0, 50),
+        demand=st.integers(0, 10_000),
+        capacity=st.integers(0, 5_000),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+def candidate(demand: int, capacity: int = 1000, in_flight: int = 0) -> Candidate:
+    return Candidate(in_flight=in_flight, demand=demand, capacity=capacity)
+
+
+@given(candidates, st.integers(0, 1000))
+def test_no_candidate_is_less_loaded_than_the_chosen(found: list[Candidate], turn: int) -> None:
+    chosen = found[least_load(found, turn)]
+
+    def load(c: Candidate) -> tuple[float, int]:
+        return c.demand / max(1, c.capacity), c.in_flight
+
+    assert load(chosen) == min(load(c) for c in found)
+
+
+def test_load_is_a_share_of_the_capacity() -> None:
+    assert least_load([candidate(600, 1000), candidate(900, 2000)], 0) == 1
+
+
+def test_ties_go_to_fewer_requests_and_then_in_turn() -> None:
+    assert least_load([candidate(5, in_flight=2), candidate(5, in_flight=1)], 0) == 1
+    equal = [candidate(5)] * 3
+    assert [least_load(equal, turn) for turn in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_round_robin_takes_turns() -> None:
+    found = [candidate(900), candidate(0)]
+    assert [round_robin(found, turn) for turn in range(4)] == [0, 1, 0, 1]
+
+
+def tokens(**fields: object) -> int:
+    return request_tokens(json.dumps(fields).encode())
+
+
+def test_a_request_needs_its_prompt_and_a_share_of_its_limit() -> None:
+    short, long = tokens(prompt="x" * 400), tokens(prompt="x" * 4400)
+    assert long - short == 1000
+    assert tokens(max_tokens=1000) - tokens(max_tokens=0o1) > 650
+    for limits in (
+        {"max_tokens": 1000},
+        {"max_completion_tokens": 1000},
+        {"max_output_tokens": 1000},
+        {"sampling_params": {"max_new_tokens": 1000}},
+        {"sampling_params": [{"max_new_tokens": 400}, {"max_new_tokens": 600}]},
+    ):
+        assert 700 <= tokens(**limits) < 730
+
+
+def test_no_body_needs_nothing_and_nonsense_does_not_hurt() -> None:
+    assert request_tokens(b"") == 0
+    for body in (b"{", b"\xff\xfe", b"[1]", b'{"max_tokens": "many"}', b'{"x":' + b"[" * 100_000):
+        assert request_tokens(body) > 0
