@@ -15,7 +15,7 @@ env: ## create or update .venv: torch, the patched SGLang, this package
 	@$(PYTHON) scripts/setup_env.py
 
 demo: env ## a burst on two instances, with and without KunServe
-	@$(RUN) benchmark/demo.py $(ARGS)
+	@$(RUN) -m benchmark.demo $(ARGS)
 
 test: env ## run the tests (ARGS="-k name" to choose)
 	@$(RUN) -m pytest $(ARGS)

@@ -1,0 +1,1 @@
+"""Load tests: workloads, an open-loop client, metrics, and the demo."""

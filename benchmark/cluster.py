@@ -1,0 +1,167 @@
+"""A cluster as a subprocess: started, waited for, and ended with everything that belongs to it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from kunserve_sglang.processes import die_with_parent, free_port
+
+_READY = re.compile(r"^KunServe is ready: (http://\S+)", re.MULTILINE)
+_POLL_S = 0.1
+_TAIL_LINES = 30
+
+
+class ClusterError(Exception):
+    """The cluster ended, or never became ready; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """What to start; `sglang_flags` go to SGLang as they are."""
+
+    model_path: Path
+    memory_budget: str
+    overload_policy: str
+    num_instances: int = 2
+    sglang_flags: tuple[str, ...] = ()
+
+    def command(self, port: int) -> list[str]:
+        return [
+            *(sys.executable, "-m", "kunserve_sglang.launch_server"),
+            *("--model-path", str(self.model_path)),
+            *("--num-instances", str(self.num_instances)),
+            *("--memory-budget", self.memory_budget),
+            *("--overload-policy", self.overload_policy),
+            *("--port", str(port)),
+            *self.sglang_flags,
+        ]
+
+
+class Cluster:
+    """Context manager: the cluster serves at `url` between entry and exit.
+
+    All output goes to `log`. The launcher gets SIGTERM if this process ends, however it ends.
+    """
+
+    def __init__(
+        self,
+        command: Callable[[int], Sequence[str]],
+        log: Path,
+        *,
+        ready_timeout_s: float = 180.0,
+        stop_timeout_s: float = 30.0,
+        on_wait: Callable[[float], None] | None = None,
+    ) -> None:
+        """`command` makes the launcher's command line for a port; `on_wait` gets seconds."""
+        self._command = command
+        self._log = log
+        self._ready_timeout_s = ready_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._on_wait = on_wait
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+        self.startup_s = 0.0
+
+    def __enter__(self) -> Self:
+        """Raises `ClusterError` if the cluster ends or takes too long before it is ready."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            # A session of its own: Ctrl-C reaches us, and we stop the cluster in good order.
+            self._process = subprocess.Popen(
+                list(self._command(free_port())),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The launcher's process id; raises `ClusterError` outside the context."""
+        if self._process is None:
+            raise ClusterError("the cluster is not running")
+        return self._process.pid
+
+    def check_running(self) -> None:
+        """Raises `ClusterError` if the launcher has ended by itself."""
+        if self._process is not None and self._process.poll() is not None:
+            raise ClusterError(
+                f"the cluster ended with status {self._process.returncode}\n{log_tail(self._log)}"
+            )
+
+    def stop(self) -> None:
+        """End the launcher and all its descendants: ask, wait a little, then insist."""
+        if self._process is None:
+            return
+        family = _descendants(self._process.pid)
+        self._process.terminate()
+        deadline = time.monotonic() + self._stop_timeout_s
+        try:
+            self._process.wait(self._stop_timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        _, alive = psutil.wait_procs(family, timeout=max(1.0, deadline - time.monotonic()))
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        self._process = None
+
+    def _wait_until_ready(self) -> None:
+        started = time.monotonic()
+        while (waited := time.monotonic() - started) < self._ready_timeout_s:
+            found = _READY.search(self._log.read_text(errors="replace"))
+            if found:
+                self.url = found[1]
+                self.startup_s = waited
+                return
+            self.check_running()
+            if self._on_wait is not None:
+                self._on_wait(waited)
+            time.sleep(_POLL_S)
+        raise ClusterError(
+            f"the cluster was not ready within {self._ready_timeout_s:.0f} s\n{log_tail(self._log)}"
+        )
+
+
+def log_tail(log: Path, lines: int = _TAIL_LINES) -> str:
+    """The last lines of a log, under its name."""
+    with log.open(errors="replace") as file:
+        tail = deque(file, maxlen=lines)
+    return f"--- end of {log} ---\n{''.join(tail)}"
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        children: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return children

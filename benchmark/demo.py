@@ -1,0 +1,179 @@
+"""A burst on two instances, first as any cluster serves it, then with KunServe.
+
+`python -m benchmark.demo` starts each cluster in turn with the same memory budget, cores and
+SGLang flags, sends the same requests at the same times, and writes a table, JSON and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import aiohttp
+from rich.console import Console
+
+from benchmark.cluster import Cluster, ClusterError, ClusterOptions
+from benchmark.display import RunDisplay
+from benchmark.experiment import Run, run_workload, warm_up_requests
+from benchmark.metrics import Slo, slo_from
+from benchmark.picture import draw
+from benchmark.prompts import PromptSource, load_tokenizer
+from benchmark.report import Comparison, dumps, raw, table, to_json
+from benchmark.workload import Shape, Workload, steady_and_burst
+
+ROOT = Path(__file__).resolve().parent.parent
+SGLANG_FLAGS = ("--chunked-prefill-size", "256")
+_RESTORE_TIMEOUT_S = 60.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The defaults are a burst that overflows the two KV pools, and fits them after a drop."""
+    flags = argparse.ArgumentParser(
+        prog="python -m benchmark.demo",
+        description="The same burst without and with KunServe, on this machine.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
+    flags.add_argument("--memory-budget", default="288MiB", help="parameters + KV an instance")
+    flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
+    flags.add_argument("--scale", type=float, default=1.0, help="size of the burst")
+    flags.add_argument("--seed", type=int, default=1, help="of prompts and arrival times")
+    flags.add_argument(
+        "--slo-scale",
+        type=float,
+        default=5.0,
+        help="SLO: how many times the median latency that requests had before the burst",
+    )
+    return flags
+
+
+def build_workload(prompts: PromptSource, scale: float, seed: int) -> Workload:
+    """One or two requests in flight at any time, and a burst that needs some 7,000 slots."""
+    return steady_and_burst(
+        prompts,
+        steady_rate=0.3,
+        steady=Shape(prompt_len=96, output_len=64),
+        burst_requests=round(24 * scale),
+        burst=Shape(prompt_len=96, output_len=192),
+        before_s=15.0,
+        burst_s=8.0,
+        after_s=40.0,
+        seed=seed,
+    )
+
+
+def main() -> NoReturn:
+    """Exit status 0 if every request was answered and a drop and a restore took place."""
+    console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        status = run(parser().parse_args(), console)
+    except (ClusterError, DemoError, aiohttp.ClientError, TimeoutError) as error:
+        console.print(f"demo: {error}", style="red", markup=False)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def run(flags: argparse.Namespace, console: Console) -> int:
+    """Both runs and their results; returns the exit status."""
+    model = flags.model_path or _small_model()
+    workload = build_workload(
+        PromptSource(load_tokenizer(model), flags.seed), flags.scale, flags.seed
+    )
+    console.print(
+        f"{len(workload.requests)} requests in {workload.duration_s:.0f} s, a burst from "
+        f"{workload.burst_start_s:.0f} to {workload.burst_end_s:.0f} s; two instances of "
+        f"{flags.memory_budget} on {model.name}"
+    )
+    options = ClusterOptions(
+        model_path=model,
+        memory_budget=flags.memory_budget,
+        overload_policy="none",
+        sglang_flags=SGLANG_FLAGS,
+    )
+    baseline = _run_one("baseline", options, workload, flags.output, console)
+    options = replace(options, overload_policy="drop")
+    kunserve = _run_one("KunServe", options, workload, flags.output, console)
+    slo = _slo((baseline, kunserve), workload, flags.slo_scale)
+    comparison = Comparison(workload, baseline, kunserve, slo)
+    return _publish(comparison, flags, model, console)
+
+
+class DemoError(Exception):
+    """The demo cannot be run; the message says why in one line."""
+
+
+def _run_one(
+    name: str, options: ClusterOptions, workload: Workload, output: Path, console: Console
+) -> Run:
+    log = output / f"{name.lower()}.log"
+    with (
+        RunDisplay(name, workload, console) as display,
+        Cluster(options.command, log, on_wait=display.starting) as cluster,
+    ):
+        display.started()
+        running = run_workload(
+            cluster.url,
+            workload,
+            warm_up=warm_up_requests("What is a KV cache?", 2 * options.num_instances),
+            restore_timeout_s=_RESTORE_TIMEOUT_S,
+            on_progress=display.progress,
+        )
+        try:
+            return asyncio.run(running)
+        except (aiohttp.ClientError, TimeoutError):
+            cluster.check_running()  # its log says more than a lost connection
+            raise
+
+
+def _slo(runs: tuple[Run, ...], workload: Workload, scale: float) -> Slo:
+    calm = [r for run in runs for r in run.results if r.sent_s < workload.burst_start_s]
+    if not any(r.ok for r in calm):
+        raise DemoError(f"no request before the burst succeeded: {runs[0].errors[:1]}")
+    return slo_from(calm, scale)
+
+
+def _publish(
+    comparison: Comparison, flags: argparse.Namespace, model: Path, console: Console
+) -> int:
+    setup: dict[str, Any] = {
+        "model": model.name,
+        "memory_budget": flags.memory_budget,
+        "sglang_flags": list(SGLANG_FLAGS),
+        "seed": flags.seed,
+        "scale": flags.scale,
+    }
+    figures = to_json(comparison, setup)
+    (flags.output / "demo.json").write_text(dumps(figures))
+    (flags.output / "demo-raw.json").write_text(dumps(raw(comparison), indent=None))
+    draw(comparison, flags.output / "demo.png")
+    console.print(table(figures))
+    console.print(f"Written: demo.json, demo-raw.json and demo.png in {flags.output}")
+    problems = comparison.problems()
+    for problem in problems:
+        console.print(f"demo: {problem}", style="red")
+    return 1 if problems else 0
+
+
+def _small_model() -> Path:
+    script = ROOT / "scripts" / "get_model.py"
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise DemoError(f"{script.name} could not provide a model; use --model-path")
+    return Path(done.stdout.strip())
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+if __name__ == "__main__":
+    main()

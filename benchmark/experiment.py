@@ -1,0 +1,107 @@
+"""One run of a workload on one cluster, with everything that is to be known of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from benchmark.client import LoadGenerator, Progress, RequestResult
+from benchmark.timeline import Sample, StatusReader, Timeline, sampling
+from benchmark.workload import Request, Workload
+
+_WARM_UP_OUTPUT = 8
+_TAIL_S = 2.0
+"""The timeline goes on for so long after a restore, to show what it led to."""
+
+
+@dataclass(slots=True)
+class Run:
+    """`restored_after_s`: from the last answer until all instances served alone again."""
+
+    results: list[RequestResult]
+    timeline: Timeline
+    capacity_before: int
+    capacity_peak: int
+    capacity_end: int
+    restored_after_s: float | None
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[str]:
+        return [r.error for r in self.results if r.error]
+
+    def committed(self, kind: str) -> list[dict[str, Any]]:
+        """The transitions of one kind that took place, oldest first."""
+        return [e for e in self.events if e["kind"] == kind and e["status"] == "committed"]
+
+
+async def run_workload(
+    url: str,
+    workload: Workload,
+    *,
+    warm_up: list[Request],
+    restore_timeout_s: float,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """Warm up, send the workload, and wait until the cluster is as it was before.
+
+    `restore_timeout_s` bounds the last part; a cluster that never changed is through at once.
+    """
+    timeout = aiohttp.ClientTimeout(total=10)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        reader = StatusReader(url, session)
+        await _warm_up(url, session, warm_up)
+        before = (await reader.sample(0.0)).slots_capacity
+        generator = LoadGenerator(url, on_progress=on_progress)
+        async with sampling(reader, time.perf_counter()) as timeline:
+            results = await generator.run(workload.requests)
+            ended = time.perf_counter()
+            restored = await _wait_until_restored(reader, before, restore_timeout_s)
+            await asyncio.sleep(_TAIL_S)
+        last = await reader.sample(time.perf_counter() - ended)
+        peak = max((s.slots_capacity for s in timeline.samples), default=before)
+        return Run(
+            results=results,
+            timeline=timeline,
+            capacity_before=before,
+            capacity_peak=peak,
+            capacity_end=last.slots_capacity,
+            restored_after_s=restored - ended if restored is not None else None,
+            events=await reader.events(),
+        )
+
+
+async def _warm_up(url: str, session: aiohttp.ClientSession, requests: list[Request]) -> None:
+    """First requests are slow and no part of the measurement; their prefixes are forgotten."""
+    for result in await LoadGenerator(url).run(requests):
+        if not result.ok:
+            raise RuntimeError(f"a warm-up request failed: {result.error}")
+    async with session.post(f"{url}/flush_cache") as response:
+        response.raise_for_status()
+
+
+async def _wait_until_restored(
+    reader: StatusReader, capacity: int, timeout_s: float
+) -> float | None:
+    """When every instance served by itself with its old capacity; None if that took too long."""
+    deadline = time.perf_counter() + timeout_s
+    while (now := time.perf_counter()) < deadline:
+        if _restored(await reader.sample(now), capacity):
+            return now
+        await asyncio.sleep(0.1)
+    return None
+
+
+def _restored(sample: Sample, capacity: int) -> bool:
+    independent = all(mode == "independent" for mode in sample.modes)
+    return independent and not sample.transition and sample.slots_capacity == capacity
+
+
+def warm_up_requests(prompt: str, count: int) -> list[Request]:
+    """`count` short requests at once, so that every instance gets some."""
+    return [Request(0.0, f"{i} {prompt}", 0, _WARM_UP_OUTPUT) for i in range(count)]
