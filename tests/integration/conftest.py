@@ -1,0 +1,155 @@
+"""Real clusters: real processes, real model, HTTP from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.cluster import Cluster, ClusterOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# fp32, so that greedy tokens can be compared between modes; 2,900 token slots an instance.
+BUDGET = "640MiB"
+FLAGS = ("--dtype", "float32", "--chunked-prefill-size", "256")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """SmolLM2-135M-Instruct, cached on this machine."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "get_model.py")],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+        timeout=600,
+    )
+    return Path(done.stdout.strip())
+
+
+@dataclass
+class Client:
+    """Plain HTTP calls to a router."""
+
+    url: str
+    key: str = ""
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    def call(
+        self, method: str, path: str, body: Any = None, timeout: float = 120
+    ) -> tuple[int, Any]:
+        """Status and decoded JSON (or text) of one call."""
+        request = urllib.request.Request(
+            self.url + path,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        if self.key:
+            request.add_header("Authorization", f"Bearer {self.key}")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return answer.status, _decode(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decode(error.read())
+
+    def generate(self, prompt: str, new_tokens: int, **sampling: Any) -> dict[str, Any]:
+        """One greedy completion through `/generate`."""
+        body = {
+            "text": prompt,
+            "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, **sampling},
+        }
+        status, answer = self.call("POST", "/generate", body)
+        assert status == 200, answer
+        result: dict[str, Any] = answer
+        return result
+
+    def status(self) -> dict[str, Any]:
+        code, status = self.call("GET", "/kunserve/status")
+        assert code == 200
+        result: dict[str, Any] = status
+        return result
+
+    def modes(self) -> set[str]:
+        return {i["mode"] for i in self.status()["instances"]}
+
+    def drop(self) -> dict[str, Any]:
+        return self._transition("drop")
+
+    def restore(self) -> dict[str, Any]:
+        return self._transition("restore")
+
+    def wait_until_idle(self, timeout: float = 30) -> None:
+        """Until no instance runs or queues anything and no slot is held by a request."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            instances = self.status()["instances"]
+            if not any(i["running"] + i["waiting"] + i["slots"]["used"] for i in instances):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"not idle: {self.status()}")
+
+    def _transition(self, kind: str) -> dict[str, Any]:
+        status, event = self.call("POST", f"/kunserve/{kind}", {})
+        assert status == 200, event
+        assert event["status"] == "committed", event
+        result: dict[str, Any] = event
+        return result
+
+
+def _decode(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Two instances that change their layout only when told to."""
+    options = ClusterOptions(
+        model_path=model, memory_budget=BUDGET, overload_policy="none", sglang_flags=FLAGS
+    )
+    log = tmp_path_factory.mktemp("cluster") / "log"
+    with Cluster(options.command, log) as running:
+        yield Client(running.url)
+    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+
+
+@pytest.fixture(scope="module", params=["before", "during", "after"])
+def phase(cluster: Client, request: pytest.FixtureRequest) -> str:
+    """Runs a module's tests three times: before, during and after a drop."""
+    cooperative = "cooperative" in cluster.modes()
+    if request.param == "during" and not cooperative:
+        cluster.drop()
+    elif request.param != "during" and cooperative:
+        cluster.restore()
+    return str(request.param)
+
+
+@pytest.fixture
+def same(cluster: Client, phase: str, request: pytest.FixtureRequest) -> Any:
+    """Checks that a test sees the same value in all three phases."""
+    name = request.node.originalname
+
+    def check(value: Any) -> None:
+        expected = cluster.seen.setdefault(name, value)
+        assert value == expected, f"{phase}: {value!r} != {expected!r}"
+
+    return check

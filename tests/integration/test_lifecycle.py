@@ -1,0 +1,125 @@
+"""Starting, ending and refusing: what an operator sees."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmark.cluster import Cluster, ClusterOptions, log_tail
+from tests.integration.conftest import BUDGET, FLAGS, Client
+
+LAUNCH = (sys.executable, "-m", "kunserve_sglang.launch_server")
+
+
+def _refusal(*flags: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit status and stderr of a launcher that must not start."""
+    done = subprocess.run(
+        [*LAUNCH, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--memory-budget", "lots"), "448MiB"),
+        (("--restore-threshold", "1.5"), "--restore-threshold"),
+        (("--num-instances", "0"), "--num-instances"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(flags: tuple[str, ...], word: str) -> None:
+    status, stderr = _refusal("--model-path", "nowhere", *flags)
+    assert status == 2
+    lines = [line for line in stderr.splitlines() if line.startswith("kunserve:")]
+    assert len(lines) == 1
+    assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--tp-size", "2"), "--tp-size"),
+        (("--enable-hierarchical-cache",), "--enable-hierarchical-cache"),
+        (("--max-total-tokens", "1000"), "--memory-budget"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    model: Path, flags: tuple[str, ...], word: str
+) -> None:
+    status, stderr = _refusal("--model-path", str(model), "--memory-budget", "640MiB", *flags)
+    assert status == 2
+    assert word in stderr.splitlines()[-1] or word in stderr
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, stderr = _refusal("--model-path", "nowhere", "--port", str(port))
+    assert status == 2
+    assert str(port) in stderr
+
+
+def test_a_budget_below_the_parameters_is_refused(model: Path) -> None:
+    status, stderr = _refusal("--model-path", str(model), "--memory-budget", "100MiB")
+    assert status == 1
+    assert "the parameters alone take" in stderr
+
+
+def test_without_the_plugin_an_instance_refuses_to_serve(model: Path) -> None:
+    """SGLang only logs a plugin that fails; a cluster of plain SGLangs must not start."""
+    status, stderr = _refusal(
+        "--model-path",
+        str(model),
+        "--memory-budget",
+        BUDGET,
+        "--num-instances",
+        "1",
+        env={"SGLANG_PLUGINS": "none"},
+    )
+    assert status == 1
+    assert "the KunServe plugin did not take effect" in stderr
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_behind(
+    model: Path, tmp_path: Path, end: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    shared_before = set(Path("/dev/shm").iterdir())
+    options = ClusterOptions(
+        model_path=model, memory_budget=BUDGET, overload_policy="drop", sglang_flags=FLAGS
+    )
+    with Cluster(options.command, tmp_path / "log") as cluster:
+        client = Client(cluster.url)
+        client.drop()
+        launcher = psutil.Process(cluster.pid)
+        family = [launcher, *launcher.children(recursive=True)]
+        assert len(family) >= 8
+        launcher.send_signal(end)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive, (alive, log_tail(tmp_path / "log"))
+    deadline = time.monotonic() + 10
+    while _left_in(temporary) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _left_in(temporary)
+    assert not set(Path("/dev/shm").iterdir()) - shared_before
+
+
+def _left_in(folder: Path) -> list[Path]:
+    """Everything but the cache that torch keeps for the next process."""
+    return [path for path in folder.iterdir() if not path.name.startswith("torchinductor")]
