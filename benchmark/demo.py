@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmark.cluster import Cluster, ClusterError, ClusterOptions
 from benchmark.display import RunDisplay
-from benchmark.experiment import Run, run_workload, warm_up_requests
+from benchmark.experiment import Run, RunError, run_workload, warm_up_requests
 from benchmark.metrics import Slo, slo_from
 from benchmark.picture import draw
 from benchmark.prompts import PromptSource, load_tokenizer
@@ -74,8 +74,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     try:
         status = run(parser().parse_args(), console)
-    except (ClusterError, DemoError, aiohttp.ClientError, TimeoutError) as error:
-        console.print(f"demo: {error}", style="red", markup=False)
+    except (ClusterError, RunError, aiohttp.ClientError, OSError) as error:
+        console.print(f"demo: {error}", style="red", markup=False, soft_wrap=True)
         status = 1
     except KeyboardInterrupt:
         status = 130
@@ -107,10 +107,6 @@ def run(flags: argparse.Namespace, console: Console) -> int:
     return _publish(comparison, flags, model, console)
 
 
-class DemoError(Exception):
-    """The demo cannot be run; the message says why in one line."""
-
-
 def _run_one(
     name: str, options: ClusterOptions, workload: Workload, output: Path, console: Console
 ) -> Run:
@@ -129,7 +125,7 @@ def _run_one(
         )
         try:
             return asyncio.run(running)
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, OSError):
             cluster.check_running()  # its log says more than a lost connection
             raise
 
@@ -137,7 +133,7 @@ def _run_one(
 def _slo(runs: tuple[Run, ...], workload: Workload, scale: float) -> Slo:
     calm = [r for run in runs for r in run.results if r.sent_s < workload.burst_start_s]
     if not any(r.ok for r in calm):
-        raise DemoError(f"no request before the burst succeeded: {runs[0].errors[:1]}")
+        raise RunError(f"no request before the burst succeeded: {runs[0].errors[:1]}")
     return slo_from(calm, scale)
 
 
@@ -167,7 +163,7 @@ def _small_model() -> Path:
     script = ROOT / "scripts" / "get_model.py"
     done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise DemoError(f"{script.name} could not provide a model; use --model-path")
+        raise RunError(f"{script.name} could not provide a model; use --model-path")
     return Path(done.stdout.strip())
 
 

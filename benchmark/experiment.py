@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from benchmark.client import LoadGenerator, Progress, RequestResult
+from benchmark.noise import Noise
 from benchmark.timeline import Sample, StatusReader, Timeline, sampling
 from benchmark.workload import Request, Workload
 
@@ -19,9 +20,16 @@ _TAIL_S = 2.0
 """The timeline goes on for so long after a restore, to show what it led to."""
 
 
+class RunError(Exception):
+    """A run cannot begin or go on; the message says why in one line."""
+
+
 @dataclass(slots=True)
 class Run:
-    """`restored_after_s`: from the last answer until all instances served alone again."""
+    """`restored_after_s`: from the last answer until all instances served alone again.
+
+    `noise` is the share of the cores that other programs took meanwhile.
+    """
 
     results: list[RequestResult]
     timeline: Timeline
@@ -29,6 +37,7 @@ class Run:
     capacity_peak: int
     capacity_end: int
     restored_after_s: float | None
+    noise: float
     events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -58,6 +67,7 @@ async def run_workload(
         await _warm_up(url, session, warm_up)
         before = (await reader.sample(0.0)).slots_capacity
         generator = LoadGenerator(url, on_progress=on_progress)
+        noise = Noise()
         async with sampling(reader, time.perf_counter()) as timeline:
             results = await generator.run(workload.requests)
             ended = time.perf_counter()
@@ -72,6 +82,7 @@ async def run_workload(
             capacity_peak=peak,
             capacity_end=last.slots_capacity,
             restored_after_s=restored - ended if restored is not None else None,
+            noise=noise.share(),
             events=await reader.events(),
         )
 
@@ -80,7 +91,7 @@ async def _warm_up(url: str, session: aiohttp.ClientSession, requests: list[Requ
     """First requests are slow and no part of the measurement; their prefixes are forgotten."""
     for result in await LoadGenerator(url).run(requests):
         if not result.ok:
-            raise RuntimeError(f"a warm-up request failed: {result.error}")
+            raise RunError(f"a warm-up request failed: {result.error}")
     async with session.post(f"{url}/flush_cache") as response:
         response.raise_for_status()
 

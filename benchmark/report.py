@@ -27,6 +27,7 @@ _LOWER_IS_BETTER = tuple(
     for which in ("mean", "median", "p90", "p95", "p99")
 )
 _HIGHER_IS_BETTER = ("request_throughput", "output_throughput", "goodput", "slo_attainment")
+_NOISY = 0.1
 _PACKAGES = ("kunserve-sglang", "sglang", "torch", "transformers")
 
 
@@ -147,7 +148,7 @@ def describe_machine() -> dict[str, Any]:
 def _transitions(events: list[dict[str, Any]]) -> RenderableType:
     grid = Table()
     grid.add_column("")
-    for name in ("took", "stall", "remap", "parameters", "KV exchanged", "capacity"):
+    for name in ("took", "stall", "remap", "params", "KV moved", "capacity"):
         grid.add_column(name, justify="right")
     for event in events:
         moved = _mib(event["freed_bytes"] or event["loaded_bytes"])
@@ -169,6 +170,9 @@ def _footer(figures: dict[str, Any]) -> RenderableType:
     limits = (figures["kunserve"][f"slo_{what}_ms"] for what in ("ttft", "tpot"))
     lines.append("SLO: TTFT {:,.0f} ms and TPOT {:,.0f} ms at most.".format(*limits))
     lines.append(f"Failed requests: {figures['failed']}.")
+    noise = max(figures[side]["noise"] for side in ("baseline", "kunserve"))
+    if noise > _NOISY:
+        lines.append(f"Other programs took up to {noise:.0%} of the cores: figures are noisy.")
     return Text("\n".join(lines))
 
 
@@ -180,6 +184,7 @@ def _describe_run(run: Run, slo: Slo) -> dict[str, Any]:
         "capacity_end": run.capacity_end,
         "restored_after_s": run.restored_after_s,
         "errors": run.errors,
+        "noise": run.noise,
         "timeline_missed": run.timeline.missed,
     }
 

@@ -68,7 +68,7 @@ def _answers(model: Path, path: Path | None, program: Path) -> dict[str, Any]:
         [sys.executable, str(program), str(model)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
         env={
             **os.environ,
@@ -82,6 +82,7 @@ def _answers(model: Path, path: Path | None, program: Path) -> dict[str, Any]:
     return answers
 
 
+@pytest.mark.timeout(900)  # two engines one after the other, each importing SGLang three times
 def test_the_fork_serves_as_upstream(model: Path, upstream: Path, tmp_path: Path) -> None:
     program = tmp_path / "generate.py"
     program.write_text(PROGRAM)

@@ -50,6 +50,7 @@ def run(ttft: float, kinds: tuple[str, ...] = (), error: str = "") -> Run:
         capacity_peak=600 if kinds else 200,
         capacity_end=200,
         restored_after_s=3.0,
+        noise=0.25 if kinds else 0.0,
         events=[transition(kind) for kind in kinds],
     )
 
@@ -143,6 +144,7 @@ def test_the_table_shows_both_runs() -> None:
     assert "8,000 ms" in text
     assert "2,000 ms" in text
     assert "200 -> 600" in text
+    assert "25% of the cores" in text
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
