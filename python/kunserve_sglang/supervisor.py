@@ -212,10 +212,14 @@ class Supervisor:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill_all(self) -> None:
-        """SIGKILL to everything this launcher has started, children of children included."""
+        """SIGKILL to everything this launcher has started, children of children included.
+
+        Python's resource trackers are spared: they remove what others leave, then end themselves.
+        """
         for child in psutil.Process().children(recursive=True):
             try:
-                child.kill()
+                if not any("resource_tracker" in word for word in child.cmdline()):
+                    child.kill()
             except psutil.NoSuchProcess:
                 continue
 

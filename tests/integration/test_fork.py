@@ -91,4 +91,9 @@ def test_the_fork_serves_as_upstream(model: Path, upstream: Path, tmp_path: Path
     assert Path(theirs["file"]).is_relative_to(upstream)
     assert "kunserve" in ours["version"]
     assert "kunserve" not in theirs["version"]
-    assert ours["answers"] == theirs["answers"]
+    for (our_tokens, our_logprobs), (tokens, logprobs) in zip(
+        ours["answers"], theirs["answers"], strict=True
+    ):
+        assert our_tokens == tokens
+        # How arrivals fall into batches decides how sums are rounded.
+        assert our_logprobs == pytest.approx(logprobs, abs=1e-4)

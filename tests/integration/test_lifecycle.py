@@ -114,10 +114,12 @@ def test_nothing_is_left_behind(
         _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, (alive, log_tail(tmp_path / "log"))
     deadline = time.monotonic() + 10
-    while _left_in(temporary) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        left = {*_left_in(temporary), *Path("/dev/shm").iterdir()} - shared_before
+        if not left:
+            break
         time.sleep(0.1)
-    assert not _left_in(temporary)
-    assert not set(Path("/dev/shm").iterdir()) - shared_before
+    assert not left
 
 
 def _left_in(folder: Path) -> list[Path]:

@@ -90,6 +90,8 @@ def _http_server(
             log_config=None,
             log_level="warning",
             access_log=False,
+            # Passes request targets on as they came, so that the proxy can refuse odd ones.
+            http="h11",
             lifespan="off",
             ws="none",
             proxy_headers=False,
