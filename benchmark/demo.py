@@ -54,12 +54,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build_workload(prompts: PromptSource, scale: float, seed: int) -> Workload:
-    """One or two requests in flight at any time, and a burst that needs some 7,000 slots."""
+    """One or two requests in flight at any time, and a burst that needs some 5,000 slots."""
     return steady_and_burst(
         prompts,
         steady_rate=0.3,
         steady=Shape(prompt_len=96, output_len=64),
-        burst_requests=round(24 * scale),
+        burst_requests=round(18 * scale),
         burst=Shape(prompt_len=96, output_len=192),
         before_s=15.0,
         burst_s=8.0,

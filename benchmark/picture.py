@@ -95,7 +95,7 @@ def _column(axes: Any, run: Run, workload: Workload, colour: str) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in (requests, slots):
-        axis.legend(loc="upper right", frameon=False)
+        axis.legend(loc="upper right", ncols=3, frameon=False)
 
 
 def _mode_bands(axis: Any, run: Run) -> None:

@@ -111,7 +111,7 @@ def table(figures: dict[str, Any]) -> RenderableType:
     for name in ("baseline", "KunServe", "times better"):
         grid.add_column(name, justify="right")
     baseline, kunserve, ratio = figures["baseline"], figures["kunserve"], figures["ratio"]
-    for title, key in (("TTFT", "ttft"), ("TPOT", "tpot")):
+    for title, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("E2E", "e2e_latency")):
         for label, which in (("P50", "median"), ("P90", "p90"), ("P99", "p99")):
             name = f"{which}_{key}"
             values = (f"{side[f'{name}_ms']:,.0f} ms" for side in (baseline, kunserve))
