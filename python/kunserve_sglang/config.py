@@ -64,7 +64,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     instance: int
     url: str
     control_address: str
-    data_address: str
+    data_socket: str
     memory_budget: int
     owners: int
     cpus: tuple[int, ...] = ()

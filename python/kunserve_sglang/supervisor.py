@@ -85,7 +85,7 @@ class Supervisor:
                 instance=number,
                 url=f"http://127.0.0.1:{port}",
                 control_address=control,
-                data_address=f"ipc://{self._folder}/data-{number}",
+                data_socket=f"{self._folder}/data-{number}",
                 memory_budget=self._config.memory_budget,
                 owners=min(self._config.num_instances, self._config.max_group_size),
                 cpus=cpus[number],

@@ -81,7 +81,7 @@ class ScriptedCluster:
                 instance=number,
                 url=f"scripted://{number}",
                 control_address=f"ipc://{folder}/control",
-                data_address=f"ipc://{folder}/data-{number}",
+                data_socket=f"{folder}/data-{number}",
                 memory_budget=memory_budget,
                 owners=size,
                 page_bytes=page_bytes,

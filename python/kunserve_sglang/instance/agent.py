@@ -75,9 +75,9 @@ class Agent:
         return self._body.control.poll_handle
 
     @property
-    def data_handle(self) -> Any:
-        """For a `zmq.Poller`: readable when a peer's packet waits."""
-        return self._body.plane.poll_handle()
+    def data_handles(self) -> list[Any]:
+        """For a `zmq.Poller`: one is readable when a peer's packet waits."""
+        return self._body.plane.poll_handles()
 
     # -- called by the runtime -------------------------------------------------------------------
 

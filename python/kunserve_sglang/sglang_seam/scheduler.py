@@ -19,7 +19,7 @@ from kunserve_sglang.instance.control import ControlLink
 from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
 from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner, KunServeWorker
-from kunserve_sglang.transport import ZmqDataPlane
+from kunserve_sglang.transport import HostAwareDataPlane
 
 _IDLE_WAIT_MS = 500
 
@@ -81,7 +81,7 @@ class KunServeScheduler(upstream.Scheduler):
         instance = self.instance
         profile = runner.kv_cache_configurator.profile
         context: zmq.Context[Any] = zmq.Context(1)
-        plane = ZmqDataPlane(context, instance.data_address)
+        plane = HostAwareDataPlane(instance.data_socket)
         engine = SglangEngine(self)
         hello = Hello(
             version=PROTOCOL_VERSION,
@@ -113,7 +113,7 @@ class KunServeScheduler(upstream.Scheduler):
             self.ipc_channels.recv_from_tokenizer,
             self.ipc_channels.recv_from_rpc,
             self.agent.control_handle,
-            self.agent.data_handle,
+            *self.agent.data_handles,
         ):
             poller.register(socket, zmq.POLLIN)
         return poller

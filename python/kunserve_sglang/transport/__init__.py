@@ -1,6 +1,6 @@
-"""Tensors between instances (data plane). Control messages travel apart, see `router.control`."""
+"""Tensors between instances (data plane). Control messages travel apart, see `router.hub`."""
 
 from kunserve_sglang.transport.data import DataPlane, Packet
-from kunserve_sglang.transport.zmq_data import ZmqDataPlane
+from kunserve_sglang.transport.plane import HostAwareDataPlane
 
-__all__ = ["DataPlane", "Packet", "ZmqDataPlane"]
+__all__ = ["DataPlane", "HostAwareDataPlane", "Packet"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
 
@@ -17,25 +18,47 @@ class Packet:
     tensors: list[torch.Tensor]
 
 
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What a receiver must know to read a tensor out of bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
 class DataPlane(Protocol):
     """Packets from one sender arrive in the order sent; nothing is promised across senders."""
 
     address: str
 
     def connect(self, peers: Mapping[int, str]) -> None:
-        """Be able to send to `peers` (instance -> address); connections to others are closed."""
+        """Be able to send to `peers` (instance -> address); connections to others are closed.
+
+        Raises `PeerLost` if one cannot be reached.
+        """
         ...
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
-        """Never blocks. The tensors must not be written to afterwards."""
+        """Never blocks. The tensors must not be written to afterwards.
+
+        Raises `PeerLost` if the peer is known to have gone.
+        """
         ...
 
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
         """The next packet, or None if none came in time."""
         ...
 
-    def poll_handle(self) -> Any:
-        """What a `zmq.Poller` can wait on for arriving packets."""
+    def poll_handles(self) -> list[Any]:
+        """What a `zmq.Poller` can wait on for arriving packets: any of these."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Data plane over ZMQ: works between any two hosts, one copy in and one copy out."""
+"""Data plane between hosts: ZMQ over TCP, one copy in and one copy out."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ import torch
 import zmq
 
 from kunserve_sglang.errors import InternalError
-from kunserve_sglang.transport.data import Packet
-
-
-class _Spec(msgspec.Struct, frozen=True, array_like=True):
-    dtype: str
-    shape: tuple[int, ...]
-
+from kunserve_sglang.transport.data import Packet, TensorSpec
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(tuple[_Spec, ...])
+_decoder = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 
 
-class ZmqDataPlane:
+class TcpDataPlane:
     """One PULL socket for everything that arrives, one PUSH socket a peer."""
 
     def __init__(self, context: zmq.Context[Any], address: str) -> None:
-        """`address` is `ipc://path` or `tcp://host:*`; the bound one is in `self.address`."""
+        """`address` is `tcp://host:*` or with a port; the bound one is in `self.address`."""
         self._context = context
         self._inbox = context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
@@ -51,7 +45,7 @@ class ZmqDataPlane:
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
         if peer not in self._outboxes:
             raise InternalError(f"instance {peer} is not connected")
-        specs = tuple(_Spec(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors)
+        specs = tuple(TensorSpec.of(t) for t in tensors)
         frames: list[Any] = [header, _encoder.encode(specs)]
         frames += [t.contiguous().flatten().view(torch.uint8).numpy().data for t in tensors]
         self._outboxes[peer][1].send_multipart(frames, copy=False)
@@ -66,17 +60,16 @@ class ZmqDataPlane:
         ]
         return Packet(header.bytes, tensors)
 
-    def poll_handle(self) -> Any:
-        return self._inbox
+    def poll_handles(self) -> list[Any]:
+        return [self._inbox]
 
     def close(self) -> None:
         self.connect({})
         self._inbox.close()
 
 
-def _tensor(spec: _Spec, frame: zmq.Frame) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+def _tensor(spec: TensorSpec, frame: zmq.Frame) -> torch.Tensor:
     memory = bytearray(frame.buffer)  # a copy: the receiver may compute in place
     if not memory:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype).view(spec.shape)
+        return torch.empty(spec.shape, dtype=spec.torch_dtype)
+    return torch.frombuffer(memory, dtype=spec.torch_dtype).view(spec.shape)

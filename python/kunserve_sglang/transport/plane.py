@@ -1,0 +1,103 @@
+"""The data plane of an instance: shared memory to peers of this host, TCP to the others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from kunserve_sglang.errors import InternalError, PeerLost
+from kunserve_sglang.transport.data import DataPlane, Packet
+from kunserve_sglang.transport.local import LocalDataPlane
+from kunserve_sglang.transport.tcp import TcpDataPlane
+
+
+class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an instance can be reached; travels as JSON in the members' `address`."""
+
+    host: str
+    path: str
+    tcp: str = ""
+
+
+def this_host() -> str:
+    """The same for all processes of one running kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class HostAwareDataPlane:
+    """Chooses the way to each peer by its address.
+
+    A peer is local if it runs on the same kernel and its socket is visible here: two containers
+    of one machine with folders of their own talk TCP.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        context: zmq.Context[Any] | None = None,
+        tcp: str = "",
+        host: str | None = None,
+    ) -> None:
+        """`tcp` is an address to listen at for other hosts; without it there are none."""
+        self._host = host if host is not None else this_host()
+        self._local = LocalDataPlane(path)
+        self._tcp = TcpDataPlane(context or zmq.Context.instance(), tcp) if tcp else None
+        address = PeerAddress(
+            host=self._host, path=path, tcp=self._tcp.address if self._tcp else ""
+        )
+        self.address = msgspec.json.encode(address).decode()
+        self._ways: dict[int, DataPlane] = {}
+        self._poller = zmq.Poller()
+        for handle in self.poll_handles():
+            self._poller.register(handle, zmq.POLLIN)
+
+    def connect(self, peers: Mapping[int, str]) -> None:
+        addresses = {
+            peer: msgspec.json.decode(address, type=PeerAddress) for peer, address in peers.items()
+        }
+        local = {peer: a.path for peer, a in addresses.items() if self._is_local(a)}
+        distant = {peer: a.tcp for peer, a in addresses.items() if peer not in local}
+        if distant and (self._tcp is None or not all(distant.values())):
+            raise PeerLost(f"instances {sorted(distant)} are on other hosts, and TCP is off")
+        self._local.connect(local)
+        self._ways = dict.fromkeys(local, self._local)
+        if self._tcp is not None:
+            self._tcp.connect(distant)
+            self._ways |= dict.fromkeys(distant, self._tcp)
+
+    def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
+        if peer not in self._ways:
+            raise InternalError(f"instance {peer} is not connected")
+        self._ways[peer].send(peer, header, tensors)
+
+    def receive(self, timeout_s: float = 0.0) -> Packet | None:
+        if self._tcp is None:
+            return self._local.receive(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while (packet := self._local.receive() or self._tcp.receive()) is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self._poller.poll(math.ceil(1000 * left))
+        return packet
+
+    def poll_handles(self) -> list[Any]:
+        return [handle for way in self._all() for handle in way.poll_handles()]
+
+    def close(self) -> None:
+        for way in self._all():
+            way.close()
+
+    def _all(self) -> list[DataPlane]:
+        return [self._local, *([self._tcp] if self._tcp else [])]
+
+    def _is_local(self, address: PeerAddress) -> bool:
+        return address.host == self._host and Path(address.path).exists()

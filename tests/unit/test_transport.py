@@ -1,0 +1,175 @@
+"""Packets between instances: order, ownership, overflow, lost peers; both ways to a peer."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from kunserve_sglang.errors import InternalError, PeerLost
+from kunserve_sglang.transport import DataPlane, HostAwareDataPlane, Packet
+from kunserve_sglang.transport.local import LocalDataPlane
+
+WAIT_S = 10.0
+MakePlane = Callable[[str], DataPlane]
+
+
+@pytest.fixture(params=["shared memory", "tcp"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePlane]:
+    """Makes planes that reach each other in one way, by host names alike or not."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made: list[DataPlane] = []
+
+    def build(name: str) -> DataPlane:
+        if request.param == "tcp":
+            plane = HostAwareDataPlane(
+                str(tmp_path / name), context=context, tcp="tcp://127.0.0.1:*", host=name
+            )
+        else:
+            plane = HostAwareDataPlane(str(tmp_path / name))
+        made.append(plane)
+        return plane
+
+    yield build
+    for plane in made:
+        plane.close()
+    context.term()
+
+
+def received(plane: DataPlane) -> Packet:
+    packet = plane.receive(WAIT_S)
+    assert packet is not None
+    return packet
+
+
+def test_packets_arrive_whole_and_in_order(make: MakePlane) -> None:
+    a, b = make("a"), make("b")
+    a.connect({1: b.address})
+    sent = [
+        torch.arange(12, dtype=torch.int64).view(3, 4),
+        torch.randn(5, 2).to(torch.bfloat16).t(),  # not contiguous
+        torch.empty(0, 7),
+        torch.tensor(3.5),
+    ]
+    for number in range(50):
+        a.send(1, str(number).encode(), [t + number if t.numel() else t for t in sent])
+    for number in range(50):
+        packet = received(b)
+        assert packet.header == str(number).encode()
+        assert all(
+            torch.equal(t, s + number if s.numel() else s) and t.dtype == s.dtype
+            for t, s in zip(packet.tensors, sent, strict=True)
+        )
+    assert b.receive() is None
+
+
+def test_what_was_received_may_be_kept_and_changed(make: MakePlane) -> None:
+    a, b = make("a"), make("b")
+    a.connect({1: b.address})
+    a.send(1, b"first", [torch.ones(1000)])
+    kept = received(b).tensors[0]
+    kept.mul_(2)
+    for _ in range(100):
+        a.send(1, b"more", [torch.zeros(100_000)])
+        received(b)
+    assert torch.equal(kept, torch.full((1000,), 2.0))
+
+
+def test_two_peers_talk_at_once(make: MakePlane) -> None:
+    planes = [make(name) for name in "abc"]
+    for number, plane in enumerate(planes):
+        plane.connect({n: p.address for n, p in enumerate(planes) if n != number})
+    for number in (1, 2):
+        for k in range(20):
+            planes[number].send(0, f"{number} {k}".encode(), [torch.tensor([k])])
+    headers = [received(planes[0]).header.decode().split() for _ in range(40)]
+    for number in "12":
+        assert [int(k) for n, k in headers if n == number] == list(range(20))
+    planes[0].send(2, b"back")
+    assert received(planes[2]).header == b"back"
+
+
+def test_an_unknown_peer_is_a_bug(make: MakePlane) -> None:
+    a, b = make("a"), make("b")
+    a.connect({1: b.address})
+    a.connect({})
+    with pytest.raises(InternalError):
+        a.send(1, b"x")
+
+
+def test_a_distant_peer_needs_tcp(tmp_path: Path) -> None:
+    near = HostAwareDataPlane(str(tmp_path / "near"))
+    far = HostAwareDataPlane(str(tmp_path / "far"), host="another")
+    with pytest.raises(PeerLost):
+        near.connect({1: far.address})
+    near.close()
+    far.close()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[LocalDataPlane, LocalDataPlane]]:
+    planes = [LocalDataPlane(str(tmp_path / name), ring_bytes=64 << 10) for name in "ab"]
+    planes[0].connect({1: planes[1].address})
+    yield planes[0], planes[1]
+    for plane in planes:
+        plane.close()
+
+
+def test_more_than_the_ring_holds(pair: tuple[LocalDataPlane, LocalDataPlane]) -> None:
+    """Large tensors, and many that nobody has taken yet, and the socket full of notes."""
+    a, b = pair
+    large = torch.arange(100_000)
+    for number in range(2000):
+        a.send(1, str(number).encode(), [large if number % 500 == 0 else torch.full((99,), number)])
+    for number in range(2000):
+        a.receive()  # lets the sender's waiting messages out
+        packet = received(b)
+        assert packet.header == str(number).encode()
+        expected = large if number % 500 == 0 else torch.full((99,), number)
+        assert torch.equal(packet.tensors[0], expected)
+
+
+def test_the_ring_is_reused_in_any_order_of_release(
+    pair: tuple[LocalDataPlane, LocalDataPlane],
+) -> None:
+    a, b = pair
+    kept: list[torch.Tensor] = []
+    for number in range(300):
+        a.send(1, b"", [torch.full((1000,), number)])
+        kept.append(received(b).tensors[0])
+        if number % 3 == 0:
+            kept.pop(len(kept) // 2)
+        if len(kept) > 5:
+            kept.pop(0)
+        assert all(int(t[0]) == int(t[-1]) for t in kept)
+    kept.clear()
+    gc.collect()
+    # Everything is free again: a tensor as large as the ring fits, with no file of its own.
+    assert a._outboxes[1]._ring.write([torch.zeros(60 << 10, dtype=torch.uint8)]) is not None
+
+
+def test_a_lost_peer_is_noticed_by_whoever_sends(
+    pair: tuple[LocalDataPlane, LocalDataPlane],
+) -> None:
+    a, b = pair
+    a.send(1, b"hello")
+    received(b)
+    b.close()
+    with pytest.raises(PeerLost):
+        a.send(1, b"anybody?")
+    with pytest.raises(PeerLost):
+        a.connect({2: b.address})
+
+
+def test_a_lost_sender_is_no_event_for_the_receiver(
+    pair: tuple[LocalDataPlane, LocalDataPlane],
+) -> None:
+    a, b = pair
+    a.send(1, b"last words", [torch.ones(3)])
+    a.close()
+    assert torch.equal(received(b).tensors[0], torch.ones(3))
+    assert b.receive() is None
