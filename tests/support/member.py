@@ -85,6 +85,7 @@ class Member:
         self.scheduler = KunServeScheduler(arguments, ports, 0, 0, 0, 0, 0, 0, None)
         self.scheduler.schedule_stream = self.scheduler.device_module.Stream()
         self.scheduler._war_barrier_enabled = False
+        self.scheduler.run_batch = self._run_batch
         self.requests: dict[str, Any] = {}
         self.largest_slot = 0
         self.retracted = 0
@@ -102,12 +103,24 @@ class Member:
             elif pending and self.scheduler.is_fully_idle():
                 step = pending[0][0]
             if time.monotonic() - progress > STALL_S:
-                raise TimeoutError(f"no step for {STALL_S} s at step {step}")
+                raise TimeoutError(f"no step for {STALL_S} s at step {step}: {self._state()}")
         self.retracted += sum(r.retraction_count for r in self.requests.values())
         return {
             rid: Output(tuple(r.output_ids), r.finished_reason.to_json()["type"], r.cached_tokens)
             for rid, r in self.requests.items()
         }
+
+    def _state(self) -> str:
+        s = self.scheduler
+        ready, flights = s.cooperation._ready, s.cooperation._flights
+        return (
+            f"running {[r.rid for r in s.running_batch.reqs]}, "
+            f"waiting {[r.rid for r in s.waiting_queue]}, chunked {s.chunked_req}, "
+            f"full {s.running_batch.batch_is_full}, cooperating {s.engine.cooperating}, "
+            f"ready {[r.rid for r in ready.reqs]}, in flight {len(flights)}, "
+            f"free {s.token_to_kv_pool_allocator.available_size()}, "
+            f"unfinished {[r.rid for r in self.requests.values() if not r.finished()]}"
+        )
 
     def idle(self) -> None:
         """One turn of the loop without work: serve peers and commands."""
@@ -136,20 +149,28 @@ class Member:
         deadline = time.monotonic() + STALL_S
         while not link.poll():
             self.scheduler.process_input_requests([])
+            if self.scheduler.engine.cooperating:
+                self.scheduler.agent.serve_one()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"gate {gate.name} was never opened")
         assert link.recv() == "open"
 
+    def _run_batch(self, batch: Any, *arguments: Any) -> Any:
+        """SGLang's, and a note of the slots it writes."""
+        self.largest_slot = max(self.largest_slot, int(batch.out_cache_loc.max()))
+        return KunServeScheduler.run_batch(self.scheduler, batch, *arguments)
+
     @torch.no_grad()
     def _step(self) -> bool:
-        """One turn of SGLang's normal loop; true if a batch ran."""
+        """One turn of the loop; true if a batch ran."""
         s = self.scheduler
+        if s.engine.cooperating:
+            return bool(s.cooperation.turn())
         s.process_input_requests([])
         plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
         s.running_batch, batch = plan.running_batch, plan.batch_to_run
         if batch:
             s.process_batch_result(batch, s.run_batch(batch))
-            self.largest_slot = max(self.largest_slot, int(batch.out_cache_loc.max()))
         else:
             s.on_idle()
         s.last_batch = batch

@@ -7,13 +7,14 @@ inside that call. See `docs/structures.md` for the life of a drop.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from kunserve_sglang.errors import InternalError, TransitionTimeout
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.control import ControlLink
-from kunserve_sglang.instance.engine import Engine, Hidden, Segment, StageBatch
+from kunserve_sglang.instance.engine import Engine
 from kunserve_sglang.instance.exchange import Exchange
 from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.parameters import ParameterStore
@@ -64,9 +65,10 @@ class Agent:
         self.layout = self._alone(epoch=0)
         self._pipeline: Pipeline | None = None
         self._counters = PipelineCounters()
-        self._deferred: list[Packet] = []
+        self._deferred: deque[Packet] = deque()
         self._stale_packets = 0
         self._next_status = 0.0
+        self._last_status: Status | None = None
         self.check_pages()
 
     @property
@@ -82,25 +84,40 @@ class Agent:
     # -- called by the runtime -------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Step boundary: run what peers sent, obey the router, report."""
-        self._serve_arrived()
+        """Step boundary: obey the router, report. Afterwards the mode may be another one."""
         while (message := self._body.control.receive()) is not None:
             self._obey(message)
         self.publish()
 
-    def forward(self, batch: StageBatch, hidden: Hidden, segment: Segment) -> Hidden:
-        """Cooperative mode: one own micro-batch through all stages."""
+    @property
+    def pipeline(self) -> Pipeline:
+        """Cooperative mode only; raises `InternalError` in independent mode."""
         if self._pipeline is None:
             raise InternalError("no pipeline in independent mode")
-        return self._pipeline.run(batch, hidden, segment)
+        return self._pipeline
+
+    def serve_one(self, timeout_s: float = 0.0) -> bool:
+        """Do what the next packet of a peer asks for; false if none came in time."""
+        packet = self._deferred.popleft() if self._deferred else self._body.plane.receive(timeout_s)
+        if packet is not None:
+            self._serve(packet)
+        return packet is not None
 
     def publish(self, *, force: bool = False) -> None:
         """Send a status record, at most every 50 ms unless forced."""
-        now = time.monotonic()
-        if now < self._next_status and not force:
-            return
-        self._next_status = now + _STATUS_INTERVAL_S
-        self._body.control.send(self.status())
+        if time.monotonic() >= self._next_status or force:
+            self._send_status(self.status())
+
+    def before_sleep(self) -> None:
+        """Nothing will happen for a while: leave the router with the latest figures."""
+        status = self.status()
+        if status != self._last_status:
+            self._send_status(status)
+
+    def _send_status(self, status: Status) -> None:
+        self._next_status = time.monotonic() + _STATUS_INTERVAL_S
+        self._last_status = status
+        self._body.control.send(status)
 
     def status(self) -> Status:
         return Status(
@@ -113,7 +130,6 @@ class Agent:
             counters={
                 "micro_batches_own": self._counters.own,
                 "micro_batches_foreign": self._counters.foreign,
-                "peer_wait_ms": int(1e3 * self._counters.wait_s),
                 "stale_packets": self._stale_packets,
                 "malformed_commands": self._body.control.malformed,
             },
@@ -135,13 +151,6 @@ class Agent:
             raise InternalError(f"pages are not conserved: {pages}")
 
     # -- stage work ------------------------------------------------------------------------------
-
-    def _serve_arrived(self) -> None:
-        deferred, self._deferred = self._deferred, []
-        for packet in deferred:
-            self._serve(packet)
-        while self._pipeline and (arrived := self._body.plane.receive()) is not None:
-            self._serve(arrived)
 
     def _serve(self, packet: Packet) -> None:
         header = wire.decode(packet.header)

@@ -1,15 +1,15 @@
 """Cooperative execution: micro-batches travel owner -> stage 0 -> ... -> owner (section 4.2).
 
-Single-threaded on purpose: an owner that waits for its own micro-batch runs the layers of others
-meanwhile, so that k owners keep k stages busy with no locks.
+Single-threaded and without waiting: an owner puts micro-batches on their way and later collects
+what came back; in between it runs its layers for whoever's micro-batch arrives. The loop that
+decides what comes first lives with the runtime (`sglang_seam.cooperation`).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-
-import torch
+from collections import deque
+from dataclasses import dataclass
 
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.instance import wire
@@ -22,11 +22,10 @@ from kunserve_sglang.transport import DataPlane, Packet
 
 @dataclass(slots=True)
 class PipelineCounters:
-    """Since start: own micro-batches, those of others, and seconds waited for peers."""
+    """Since start: own micro-batches and those of others."""
 
     own: int = 0
     foreign: int = 0
-    wait_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -41,7 +40,8 @@ class _OwnBatch:
 @dataclass(slots=True)
 class _Peer:
     mirror: MirroredRows
-    sequence: int = field(default=-1)
+    sequence: int = -1
+    arrived: float = 0.0
 
 
 class Pipeline:
@@ -64,8 +64,8 @@ class Pipeline:
         self._layers = layout.member(me).layers
         self._engine = engine
         self._plane = plane
-        self._timeout = peer_timeout_s
         self._counters = counters
+        self._timeout = peer_timeout_s
         table = engine.request_table()
         rows, context = table.shape
         self._sent = SentRows(table)
@@ -75,37 +75,57 @@ class Pipeline:
             if m.instance != me
         }
         self._sequence = 0
-        self._own: _OwnBatch | None = None
+        self._own: deque[_OwnBatch] = deque()
+        self._progress = time.monotonic()
 
     @property
-    def epoch(self) -> int:
-        return self._layout.epoch
+    def stages(self) -> int:
+        return len(self._layout.members)
 
-    def run(self, batch: StageBatch, hidden: Hidden, segment: Segment) -> Hidden:
-        """Owner: take one micro-batch through all stages; serves other owners while it waits.
+    @property
+    def in_flight(self) -> int:
+        """Own micro-batches that were submitted and not collected."""
+        return len(self._own)
 
-        Raises `PeerLost` if no packet arrives for the peer timeout.
+    def active_peers(self, within_s: float) -> int:
+        """Other owners whose last micro-batch came less than `within_s` ago."""
+        since = time.monotonic() - within_s
+        return sum(peer.arrived > since for peer in self._peers.values())
+
+    def submit(self, batch: StageBatch, hidden: Hidden, segment: Segment) -> int:
+        """Owner: put one micro-batch on its way; returns its number.
+
+        Runs the own layers at once if they come first.
         """
         delta = self._sent.difference(batch.rows, batch.seq_lens)
         own = _OwnBatch(self._sequence, batch, delta, segment)
         self._sequence += 1
-        self._own = own
         self._counters.own += 1
-        try:
-            self._pass_on(own, 0, hidden)
-            while own.result is None:
-                self._serve_one(self._timeout)
-            return own.result
-        finally:
-            self._own = None
+        self._progress = time.monotonic()
+        self._own.append(own)
+        self._pass_on(own, 0, hidden)
+        return own.sequence
+
+    def collect(self) -> tuple[int, Hidden] | None:
+        """Owner: the oldest own micro-batch, if it is through all stages.
+
+        Raises `PeerLost` if nothing at all has come from the group for the peer timeout.
+        """
+        if not self._own:
+            return None
+        own = self._own[0]
+        if own.result is None:
+            if time.monotonic() - self._progress > self._timeout:
+                raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
+            return None
+        self._own.popleft()
+        return own.sequence, own.result
 
     def serve(self, packet: Packet, header: wire.MicroBatch) -> None:
-        """Stage: run this stage's layers on a micro-batch that arrived, and pass it on."""
-        own = self._own
+        """Run this stage's layers on a micro-batch that arrived, and pass it on."""
+        self._progress = time.monotonic()
         if header.owner == self._me:
-            if own is None or own.sequence != header.sequence:
-                raise InternalError(f"micro-batch {header.sequence} came back unasked")
-            self._arrived(own, header, packet.tensors)
+            self._returned(packet, header)
             return
         peer = self._peers[header.owner]
         if header.sequence != peer.sequence + 1:
@@ -114,7 +134,8 @@ class Pipeline:
                 f"{peer.sequence} (invariant 5)"
             )
         peer.sequence = header.sequence
-        batch, delta, hidden = _unpack(header, packet.tensors)
+        peer.arrived = self._progress
+        batch, delta, hidden = wire.unpack_batch(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
         hidden = self._engine.run_stage(
@@ -122,10 +143,11 @@ class Pipeline:
         )
         self._send(header.owner, header.sequence, self._position + 1, batch, delta, hidden)
 
-    def _arrived(
-        self, own: _OwnBatch, header: wire.MicroBatch, tensors: list[torch.Tensor]
-    ) -> None:
-        _, _, hidden = _unpack(header, tensors)
+    def _returned(self, packet: Packet, header: wire.MicroBatch) -> None:
+        own = next((o for o in self._own if o.sequence == header.sequence), None)
+        if own is None or own.result is not None:
+            raise InternalError(f"micro-batch {header.sequence} came back unasked")
+        _, _, hidden = wire.unpack_batch(header, packet.tensors)
         self._pass_on(own, header.position, hidden)
 
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
@@ -133,7 +155,7 @@ class Pipeline:
         if position == self._position:
             hidden = own.segment(self._layers, hidden)
             position += 1
-        if position == len(self._layout.members):
+        if position == self.stages:
             own.result = hidden
         else:
             self._send(self._me, own.sequence, position, own.batch, own.delta, hidden)
@@ -147,56 +169,14 @@ class Pipeline:
         delta: TableDelta,
         hidden: Hidden,
     ) -> None:
-        members = self._layout.members
-        target = owner if position == len(members) else members[position].instance
+        target = owner if position == self.stages else self._layout.members[position].instance
         header = wire.MicroBatch(
             sender=self._me,
-            epoch=self.epoch,
+            epoch=self._layout.epoch,
             owner=owner,
             sequence=sequence,
             position=position,
             decode=batch.decode,
             has_residual=hidden[1] is not None,
         )
-        self._plane.send(target, wire.encode(header), _pack(batch, delta, hidden))
-
-    def _serve_one(self, timeout_s: float) -> None:
-        started = time.perf_counter()
-        packet = self._plane.receive(timeout_s)
-        self._counters.wait_s += time.perf_counter() - started
-        if packet is None:
-            raise PeerLost(f"no packet from the group within {timeout_s:.0f} s")
-        header = wire.decode(packet.header)
-        if header.epoch != self.epoch:
-            return
-        if not isinstance(header, wire.MicroBatch):
-            raise InternalError(f"{type(header).__name__} in the middle of a step")
-        self.serve(packet, header)
-
-
-def _pack(batch: StageBatch, delta: TableDelta, hidden: Hidden) -> list[torch.Tensor]:
-    tensors = [batch.seq_lens, batch.positions, batch.out_slots]
-    tensors += [delta.rows, delta.starts, delta.lengths, delta.slots]
-    if batch.prefix_lens is not None and batch.extend_lens is not None:
-        tensors += [batch.prefix_lens, batch.extend_lens]
-    tensors += [t for t in hidden if t is not None]
-    return tensors
-
-
-def _unpack(
-    header: wire.MicroBatch, tensors: list[torch.Tensor]
-) -> tuple[StageBatch, TableDelta, Hidden]:
-    queue = iter(tensors)
-    seq_lens, positions, out_slots = next(queue), next(queue), next(queue)
-    delta = TableDelta(next(queue), next(queue), next(queue), next(queue))
-    batch = StageBatch(
-        owner=header.owner,
-        rows=delta.rows,
-        seq_lens=seq_lens,
-        positions=positions,
-        out_slots=out_slots,
-        prefix_lens=None if header.decode else next(queue),
-        extend_lens=None if header.decode else next(queue),
-    )
-    hidden = next(queue), next(queue) if header.has_residual else None
-    return batch, delta, hidden
+        self._plane.send(target, wire.encode(header), wire.pack_batch(batch, delta, hidden))

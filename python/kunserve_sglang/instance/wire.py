@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import msgspec
+import torch
+
+from kunserve_sglang.instance.engine import Hidden, StageBatch
+from kunserve_sglang.instance.request_table import TableDelta
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,3 +60,33 @@ def encode(header: Header) -> bytes:
 def decode(data: bytes) -> Header:
     """Raises `msgspec.DecodeError`."""
     return _decoder.decode(data)
+
+
+def pack_batch(batch: StageBatch, delta: TableDelta, hidden: Hidden) -> list[torch.Tensor]:
+    """The tensors of a `MicroBatch`."""
+    tensors = [batch.seq_lens, batch.positions, batch.out_slots]
+    tensors += [delta.rows, delta.starts, delta.lengths, delta.slots]
+    if batch.prefix_lens is not None and batch.extend_lens is not None:
+        tensors += [batch.prefix_lens, batch.extend_lens]
+    tensors += [t for t in hidden if t is not None]
+    return tensors
+
+
+def unpack_batch(
+    header: MicroBatch, tensors: list[torch.Tensor]
+) -> tuple[StageBatch, TableDelta, Hidden]:
+    """The inverse of `pack_batch`."""
+    queue = iter(tensors)
+    seq_lens, positions, out_slots = next(queue), next(queue), next(queue)
+    delta = TableDelta(next(queue), next(queue), next(queue), next(queue))
+    batch = StageBatch(
+        owner=header.owner,
+        rows=delta.rows,
+        seq_lens=seq_lens,
+        positions=positions,
+        out_slots=out_slots,
+        prefix_lens=None if header.decode else next(queue),
+        extend_lens=None if header.decode else next(queue),
+    )
+    hidden = next(queue), next(queue) if header.has_residual else None
+    return batch, delta, hidden

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.managers.overlap_utils import resolve_forward_inputs
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
+from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load, Slots
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
-
-    Cooperate = Callable[[StageBatch, Hidden, Segment], Hidden]
 
 _CAPACITY_COPIES = (
     "pool_stats_observer",
@@ -43,7 +41,8 @@ class SglangEngine:
         self._allocator = scheduler.token_to_kv_pool_allocator
         self._decoder = LayeredDecoder(self._runner.model)
         self._backends: dict[int, AttentionBackend] = {}
-        self.cooperate: Cooperate | None = None
+        self._arrived: Hidden | None = None
+        self.cooperating = False
         self.layer_count = self._decoder.layer_count
 
     # -- load ------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ class SglangEngine:
     # -- slots -----------------------------------------------------------------------------------
 
     def quiesce(self) -> None:
-        """Nothing to do: without overlap scheduling all results are applied between steps."""
+        self._scheduler.quiesce()
 
     def evict_cached(self, slots: int) -> None:
         taken = self._allocator.size - self._allocator.available_size()
@@ -122,25 +121,23 @@ class SglangEngine:
     def enter_cooperation(self, owners: list[int]) -> None:
         self._backends.clear()
         self._allocator.prefer_low_slots(True)
-        self._decoder.install(self._staged_forward)
+        self._decoder.install(self._finish_forward)
+        self.cooperating = True
 
     def leave_cooperation(self) -> None:
         self._backends.clear()
         self._allocator.prefer_low_slots(False)
         self._decoder.uninstall()
+        self.cooperating = False
 
-    def _staged_forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        forward_batch: ForwardBatch,
-        input_embeds: torch.Tensor | None = None,
-        pp_proxy_tensors: Any = None,
-    ) -> Any:
-        """The decoder stack's forward while some of its layers are elsewhere."""
-        assert self.cooperate is not None
-        decoder = self._decoder
-        batch = StageBatch(
+    def begin(self, batch: Any) -> tuple[StageBatch, Hidden, Segment]:
+        """Embed a scheduled batch: what the pipeline needs to take it through all stages."""
+        resolve_forward_inputs(batch, self._scheduler.future_map)
+        forward_batch = ForwardBatch.init_new(
+            batch, self._runner, return_hidden_states_before_norm=False
+        )
+        positions = forward_batch.positions
+        stage_batch = StageBatch(
             owner=self._scheduler.instance.instance,
             rows=forward_batch.req_pool_indices,
             seq_lens=forward_batch.seq_lens,
@@ -149,13 +146,36 @@ class SglangEngine:
             prefix_lens=forward_batch.extend_prefix_lens,
             extend_lens=forward_batch.extend_seq_lens,
         )
+        backend = self._runner.attn_backend
 
         def segment(layers: LayerRange, hidden: Hidden) -> Hidden:
-            return decoder.layers(layers, positions, forward_batch, hidden)
+            with forward_context(ForwardContext(attn_backend=backend)):
+                backend.init_forward_metadata(forward_batch)
+                return self._decoder.layers(layers, positions, forward_batch, hidden)
 
-        embedded = decoder.embed(input_ids, positions, forward_batch, input_embeds)
-        hidden = self.cooperate(batch, embedded, segment)
-        return decoder.finish(positions, forward_batch, hidden)
+        embedded = self._decoder.embed(
+            forward_batch.input_ids, positions, forward_batch, forward_batch.input_embeds
+        )
+        return stage_batch, embedded, segment
+
+    def finish(self, batch: Any, hidden: Hidden) -> Any:
+        """SGLang's own step on a batch whose layers have run: norm, head, sampling."""
+        self._arrived = hidden
+        return self._scheduler.run_batch(batch)
+
+    def _finish_forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
+        """Stands in for the decoder stack's forward while some of its layers are elsewhere."""
+        hidden, self._arrived = self._arrived, None
+        if hidden is None:
+            raise InternalError("a forward pass outside the pipeline while layers are dropped")
+        return self._decoder.finish(positions, forward_batch, hidden)
 
     @torch.no_grad()
     def run_stage(

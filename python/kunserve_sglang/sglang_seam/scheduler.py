@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +13,15 @@ import zmq
 # The class is taken from its module at definition: the hook that installs our subclass rewrites
 # every imported name `Scheduler`, and a subclass must not inherit from itself.
 from sglang.srt.managers import scheduler as upstream
+from sglang.srt.utils import DynamicGradMode
 
 from kunserve_sglang.config import InstanceConfig, instance_from_environment
 from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance.agent import Agent, Body
 from kunserve_sglang.instance.control import ControlLink
 from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
+from kunserve_sglang.sglang_seam.batches import settled
+from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner, KunServeWorker
 from kunserve_sglang.transport import HostAwareDataPlane
@@ -24,11 +29,17 @@ from kunserve_sglang.transport import HostAwareDataPlane
 _IDLE_WAIT_MS = 500
 
 
+class _LayersLeft(Exception):
+    """Leaves SGLang's loop at a step boundary: its batches can no longer run here alone."""
+
+
 class KunServeScheduler(upstream.Scheduler):
     """Adds the agent to SGLang's loop: one call at each step boundary, one wait when idle."""
 
     instance: InstanceConfig
     agent: Agent
+    running_batch: Any
+    last_batch: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         instance = instance_from_environment()
@@ -39,6 +50,9 @@ class KunServeScheduler(upstream.Scheduler):
             os.sched_setaffinity(0, instance.cpus)
             torch.set_num_threads(len(instance.cpus))
         super().__init__(*args, **kwargs)
+        self._in_own_loop = False
+        self.cooperation = Cooperation(self)
+        self.engine = SglangEngine(self)
         self.agent = self._build_agent()
         self._idle = self._build_idle_poller()
 
@@ -55,15 +69,70 @@ class KunServeScheduler(upstream.Scheduler):
         """The launcher refuses to serve without our key: it proves that the plugin took effect."""
         return {**super().get_init_info(), "kunserve": type(self).__name__}
 
+    # -- the loop --------------------------------------------------------------------------------
+
+    def event_loop_normal(self) -> None:
+        """Without overlap scheduling."""
+        self._run(super().event_loop_normal)
+
+    def event_loop_overlap(self) -> None:
+        """With overlap scheduling, which pauses while layers are dropped."""
+        self._run(super().event_loop_overlap)
+
+    @DynamicGradMode()  # type: ignore[untyped-decorator]
+    def _run(self, independent_loop: Callable[[], None]) -> None:
+        """SGLang's own loop, for as long as all layers are here; else the cooperative one."""
+        while not self.gracefully_exit:
+            if self.engine.cooperating:
+                self.cooperation.turn()
+                continue
+            self._in_own_loop = True
+            with contextlib.suppress(_LayersLeft):
+                independent_loop()
+            self._in_own_loop = False
+
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         """First thing in every turn of the loop, with all results applied: the step boundary."""
         super().process_input_requests(recv_reqs)
         self.agent.poll()
+        if self._in_own_loop and self.engine.cooperating:
+            raise _LayersLeft
 
     def maybe_sleep_on_idle(self) -> None:
         """Wait for a request, a command or a peer's micro-batch instead of spinning."""
         self.agent.publish()
-        self._idle.poll(_IDLE_WAIT_MS)
+        self.wait_for_events(_IDLE_WAIT_MS)
+
+    def wait_for_events(self, timeout_ms: int) -> bool:
+        """Until a request, a command or a peer's packet is there; false if none came in time."""
+        self.agent.before_sleep()
+        return bool(self._idle.poll(timeout_ms))
+
+    def receive_requests(self) -> list[Any]:
+        requests: list[Any] = self.request_receiver.recv_requests()
+        return requests
+
+    @property
+    def paused(self) -> bool:
+        return bool(self._engine_paused)
+
+    def before_next_batch(self, running: Any) -> None:
+        """What SGLang does before it looks for the next batch."""
+        self.process_pending_chunked_abort()
+        self._abort_on_waiting_timeout()
+        self._abort_on_running_timeout(running)
+        chunked = self.chunked_req
+        if chunked is not None and chunked.extend_range.end > len(chunked.prefix_indices):
+            self.stash_chunked_request(chunked)
+
+    def quiesce(self) -> None:
+        """Apply all results that are pending; all requests are then in the running batch."""
+        self.cooperation.quiesce()
+        while self.enable_overlap and self.result_queue:
+            self.process_batch_result(*self.result_queue.popleft())
+        if self.last_batch is not None and self.last_batch.forward_mode.is_extend():
+            self.running_batch = settled(self.running_batch, self.last_batch, self.chunked_req)
+        self.last_batch = None
 
     def requests_with_slots(self) -> list[Any]:
         """All requests that hold token slots, each once."""
@@ -82,14 +151,13 @@ class KunServeScheduler(upstream.Scheduler):
         profile = runner.kv_cache_configurator.profile
         context: zmq.Context[Any] = zmq.Context(1)
         plane = HostAwareDataPlane(instance.data_socket)
-        engine = SglangEngine(self)
         hello = Hello(
             version=PROTOCOL_VERSION,
             instance=instance.instance,
             url=instance.url,
             data_address=plane.address,
             scheduler=type(self).__name__,
-            layer_count=engine.layer_count,
+            layer_count=self.engine.layer_count,
             memory=profile,
             capacity=self.max_total_num_tokens,
         )
@@ -99,13 +167,11 @@ class KunServeScheduler(upstream.Scheduler):
             pool=runner.memory.pool,
             parameters=runner.memory.parameters,
             kv=runner.token_to_kv_pool.store,
-            engine=engine,
+            engine=self.engine,
             plane=plane,
             control=ControlLink(context, instance.control_address, hello),
         )
-        agent = Agent(body, peer_timeout_s=instance.peer_timeout_s)
-        engine.cooperate = agent.forward
-        return agent
+        return Agent(body, peer_timeout_s=instance.peer_timeout_s)
 
     def _build_idle_poller(self) -> zmq.Poller:
         poller = zmq.Poller()

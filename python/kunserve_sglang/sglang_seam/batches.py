@@ -1,0 +1,62 @@
+"""Taking SGLang's batches apart and putting them together."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+
+def no_requests() -> Any:
+    """An empty batch."""
+    return ScheduleBatch(reqs=[], batch_is_full=False)
+
+
+def merged(batch: Any, other: Any) -> Any:
+    """One decode batch of both; neither may be used afterwards."""
+    if batch.is_empty():
+        return other
+    if not other.is_empty():
+        batch.merge_batch(other)
+    return batch
+
+
+def settled(running: Any, batch: Any, chunked: Any) -> Any:
+    """The running batch, and what goes on of a batch whose results have been applied.
+
+    Finished requests have left; a request with chunks still to come (`chunked`, or the batch's
+    own at its time) does not decode yet.
+    """
+    unfinished = [r for r in (chunked, batch.chunked_req) if r is not None]
+    batch.filter_batch(chunked_req_to_exclude=unfinished)
+    whole = merged(running, batch)
+    whole.chunked_req = None  # it will decode one day, perhaps in this very batch
+    return whole
+
+
+def split(batch: Any, size: int) -> tuple[Any, Any]:
+    """A decode batch of the first `size` requests, and one of the others."""
+    count = batch.batch_size()
+    if size >= count:
+        return batch, no_requests()
+    rest = copy.copy(batch)
+    rest.sampling_info = _copy_of_sampling(batch.sampling_info, rest)
+    batch.filter_batch(keep_indices=list(range(size)))
+    rest.filter_batch(keep_indices=list(range(size, count)))
+    return batch, rest
+
+
+def _copy_of_sampling(info: Any, batch: Any) -> Any:
+    """Filtering replaces tensors and never writes to them, so that a shallow copy is enough."""
+    info = copy.copy(info)
+    orchestrator = copy.copy(info.penalizer_orchestrator)
+    orchestrator.batch = batch
+    orchestrator.penalizers = {
+        kind: copy.copy(penalizer) for kind, penalizer in orchestrator.penalizers.items()
+    }
+    for penalizer in orchestrator.penalizers.values():
+        penalizer._orchestrator_ref = weakref.ref(orchestrator)
+    info.penalizer_orchestrator = orchestrator
+    return info

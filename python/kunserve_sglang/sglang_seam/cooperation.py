@@ -1,0 +1,160 @@
+"""The scheduler's turns while some of its layers are elsewhere.
+
+SGLang's own loops run a batch and wait for it. Here an owner has several micro-batches on their
+way, and is a stage for its peers besides. What SGLang sees as its running batch is the crowd of
+all requests, ready or in flight; the tensors of the ready ones are kept apart.
+
+A later micro-batch may build on an earlier one that is still in flight (the next chunk of a
+prompt, a prefix just cached, a slot just freed), because every stage runs the micro-batches of one
+owner in order (invariant 5).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kunserve_sglang.errors import InternalError
+from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
+
+if TYPE_CHECKING:
+    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+
+_WAIT_MS = 100
+_ACTIVE_PEER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    sequence: int
+    batch: Any
+
+
+class Cooperation:
+    """Turns of the loop in cooperative mode; takes SGLang's batches over and gives them back."""
+
+    def __init__(self, scheduler: KunServeScheduler) -> None:
+        self._scheduler = scheduler
+        self._entered = False
+        self._ready = no_requests()
+        self._crowd = no_requests()
+        self._flights: deque[_Flight] = deque()
+
+    # -- entering and leaving --------------------------------------------------------------------
+
+    def turn(self) -> bool:
+        """Receive, collect, launch, serve; true if the result of an own batch was applied."""
+        scheduler = self._scheduler
+        scheduler.process_input_requests(scheduler.receive_requests())
+        if not scheduler.engine.cooperating or scheduler.paused:
+            return False
+        if not self._entered:
+            self._enter()
+        collected = self._collect()
+        launched = self._launch()
+        if not collected and not launched and not scheduler.agent.serve_one():
+            self._rest()
+        return collected
+
+    def quiesce(self) -> None:
+        """Wait for everything in flight and give the batches back to SGLang.
+
+        Peers are served meanwhile, since they may have to come to rest as well.
+        """
+        if not self._entered:
+            return
+        while self._flights:
+            if not self._collect():
+                self._scheduler.agent.serve_one(_WAIT_MS / 1e3)
+        self._scheduler.running_batch = self._ready
+        self._ready = no_requests()
+        self._entered = False
+
+    def _enter(self) -> None:
+        scheduler = self._scheduler
+        self._ready = scheduler.running_batch
+        self._ready.chunked_req = None  # SGLang leaves it there; by now it may be one that decodes
+        self._crowd = no_requests()
+        scheduler.running_batch = self._crowd
+        self._count()
+        self._entered = True
+
+    # -- own micro-batches -----------------------------------------------------------------------
+
+    def _launch(self) -> bool:
+        batch = self._next_batch()
+        if batch is None:
+            self._count()
+            return False
+        scheduler = self._scheduler
+        scheduler.cur_batch_for_debug = batch
+        sequence = scheduler.agent.pipeline.submit(*scheduler.engine.begin(batch))
+        self._flights.append(_Flight(sequence, batch))
+        self._count()
+        return True
+
+    def _collect(self) -> bool:
+        scheduler = self._scheduler
+        returned = scheduler.agent.pipeline.collect()
+        if returned is None:
+            return False
+        sequence, hidden = returned
+        flight = self._flights.popleft()
+        if flight.sequence != sequence:
+            raise InternalError(f"micro-batch {sequence} came back before {flight.sequence}")
+        result = scheduler.engine.finish(flight.batch, hidden)
+        scheduler.process_batch_result(flight.batch, result)
+        self._absorb(flight.batch)
+        return True
+
+    def _absorb(self, batch: Any) -> None:
+        """What is left of a batch that has come back is ready for its next step."""
+        self._ready = settled(self._ready, batch, self._scheduler.chunked_req)
+        self._count()
+
+    def _next_batch(self) -> Any:
+        """What SGLang would run next, as far as it is not in flight; None if nothing may start."""
+        scheduler = self._scheduler
+        if len(self._flights) >= self._limit():
+            return None
+        scheduler.before_next_batch(self._crowd)
+        plan = scheduler.get_new_batch_prefill(self._crowd)
+        if plan.batch_to_run is not None:
+            return plan.batch_to_run
+        return self._next_decode()
+
+    def _next_decode(self) -> Any:
+        self._ready.filter_batch()
+        if self._ready.is_empty():
+            return None
+        share = -(-len(self._crowd.reqs) // self._limit())
+        batch, self._ready = split(self._ready, share)
+        if not batch.check_decode_mem():
+            # Requests have to be retracted: SGLang must see all of them to choose.
+            batch, self._ready = merged(batch, self._ready), no_requests()
+            if self._flights:
+                self._ready = batch
+                return None
+        batch = self._scheduler.update_running_batch(batch)
+        return None if batch.is_empty() else batch
+
+    def _limit(self) -> int:
+        """How many own micro-batches keep all stages busy."""
+        pipeline = self._scheduler.agent.pipeline
+        return 1 if pipeline.active_peers(_ACTIVE_PEER_S) else pipeline.stages
+
+    def _count(self) -> None:
+        """Let SGLang see everybody who holds slots; it counts a chunked prompt by itself."""
+        flying = [r for f in self._flights for r in f.batch.reqs if r is not f.batch.chunked_req]
+        before = len(self._crowd.reqs)
+        self._crowd.reqs = [*self._ready.reqs, *flying]
+        if len(self._crowd.reqs) < before:
+            self._crowd.batch_is_full = False
+
+    # -- nothing to do ---------------------------------------------------------------------------
+
+    def _rest(self) -> None:
+        scheduler = self._scheduler
+        if not scheduler.wait_for_events(_WAIT_MS) and not self._flights:
+            scheduler.on_idle()
