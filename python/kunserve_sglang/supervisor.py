@@ -111,7 +111,7 @@ class Supervisor:
         self._router = subprocess.Popen(
             [sys.executable, "-m", "kunserve_sglang.router"],
             env=environment,
-            start_new_session=True,
+            process_group=0,
         )
 
     def _wait_until_ready(self) -> bool:

@@ -66,7 +66,9 @@ def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: st
     Refuses to serve (exit status 3) if our scheduler did not take the place of SGLang's.
     """
     die_with_parent(signal.SIGKILL)
-    os.setsid()
+    # A process group of its own, so that a Ctrl-C reaches the launcher alone; but no session: Linux
+    # shares CPUs among sessions first, and was seen to starve a pinned scheduler for seconds.
+    os.setpgid(0, 0)
     _fresh_process(config, folder)
     server_args = copy.copy(server_args)
     object.__setattr__(server_args, "host", "127.0.0.1")
