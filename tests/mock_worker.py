@@ -26,8 +26,11 @@ from kunserve_sglang.messages import (
     Pages,
     Prepare,
     Slots,
+    Span,
     Status,
     ToRouter,
+    Trace,
+    Traced,
     TransitionStats,
     Vote,
 )
@@ -264,6 +267,9 @@ class MockInstance:
             after = message.transition.after
             self._offered = next(g for g in after if self.number in g.ids)
             return self.on_prepare(message)
+        if isinstance(message, Trace):
+            spans = () if message.record else (Span("step", 10.0 + self.number, 0.5, {"n": 1}),)
+            return Traced(call=message.call, spans=spans)
         if isinstance(message, Abort):
             self._offered = None
             return Done(call=message.call, epoch=message.epoch, ok=True)

@@ -132,6 +132,23 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     stats: TransitionStats = TransitionStats()
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """What an instance did: `start` in monotonic seconds of its host, `duration` in seconds."""
+
+    name: str
+    start: float
+    duration: float
+    details: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+class Traced(msgspec.Struct, frozen=True, kw_only=True, tag="traced"):
+    """Answer to `Trace`: what was recorded until now, and how many spans found no room."""
+
+    call: int
+    spans: tuple[Span, ...] = ()
+    lost: int = 0
+
+
 # --- router -> instance -------------------------------------------------------------------------
 
 
@@ -164,8 +181,15 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     reason: str
 
 
-ToRouter = Hello | Status | Vote | Done
-ToInstance = Welcome | Prepare | Commit | Abort
+class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
+    """Begin to record spans, or end it and hand them over."""
+
+    call: int
+    record: bool
+
+
+ToRouter = Hello | Status | Vote | Done | Traced
+ToInstance = Welcome | Prepare | Commit | Abort | Trace
 
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)

@@ -19,6 +19,7 @@ from kunserve_sglang.instance.exchange import Exchange
 from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.parameters import ParameterStore
 from kunserve_sglang.instance.pipeline import Pipeline, PipelineCounters
+from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.layout import LayerRange, Layout, Member, MemoryProfile
 from kunserve_sglang.memory import PhysicalPagePool
 from kunserve_sglang.messages import (
@@ -28,8 +29,11 @@ from kunserve_sglang.messages import (
     Mode,
     Pages,
     Prepare,
+    Span,
     Status,
     ToInstance,
+    Trace,
+    Traced,
     Transition,
     TransitionKind,
     TransitionStats,
@@ -38,6 +42,9 @@ from kunserve_sglang.messages import (
 from kunserve_sglang.transport import DataPlane, Packet
 
 _STATUS_INTERVAL_S = 0.05
+
+BUSY = ("own layers", "peer's layers", "finish", "schedule")
+"""Spans in which a member of a group does something useful."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,7 @@ class Agent:
         self.layout = self._alone(epoch=0)
         self._pipeline: Pipeline | None = None
         self._counters = PipelineCounters()
+        self.tracer = Tracer()
         self._deferred: deque[Packet] = deque()
         self._stale_packets = 0
         self._next_status = 0.0
@@ -130,6 +138,8 @@ class Agent:
             counters={
                 "micro_batches_own": self._counters.own,
                 "micro_batches_foreign": self._counters.foreign,
+                "busy_ms": int(1e3 * sum(s for n, s in self.tracer.seconds.items() if n in BUSY)),
+                "bubble_ms": int(1e3 * self._counters.bubble_s),
                 "stale_packets": self._stale_packets,
                 "malformed_commands": self._body.control.malformed,
             },
@@ -170,6 +180,17 @@ class Agent:
             self._reply(message, "not prepared for this epoch")
         elif isinstance(message, Abort):
             self._reply(message)
+        elif isinstance(message, Trace):
+            self._trace(message)
+
+    def _trace(self, message: Trace) -> None:
+        spans: list[Span] = []
+        lost = 0
+        if message.record:
+            self.tracer.start()
+        else:
+            spans, lost = self.tracer.stop()
+        self._body.control.send(Traced(call=message.call, spans=tuple(spans), lost=lost))
 
     def _prepare(self, message: Prepare) -> None:
         transition = message.transition
@@ -235,7 +256,8 @@ class Agent:
             defer=self._deferred.append,
         )
         try:
-            stats = exchange.run(packets, deadline)
+            with self.tracer.span("exchange", epoch=transition.epoch):
+                stats = exchange.run(packets, deadline)
         except TransitionTimeout as error:
             self.mode = resting
             if commit:
@@ -272,6 +294,7 @@ class Agent:
                 kv=body.kv,
                 plane=body.plane,
                 counters=self._counters,
+                tracer=self.tracer,
                 peer_timeout_s=self._timeout,
             )
             body.engine.enter_cooperation(list(layout.ids))

@@ -11,26 +11,33 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.engine import Engine, Hidden, Segment, StageBatch
 from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.request_table import MirroredRows, SentRows, TableDelta
+from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.layout import Layout
 from kunserve_sglang.transport import DataPlane, Packet
 
 
 @dataclass(slots=True)
 class PipelineCounters:
-    """Since start: own micro-batches and those of others."""
+    """Since start: micro-batches of this owner and of others, and time lost in bubbles.
+
+    A bubble is time in which this stage waited although the group had a micro-batch on its way.
+    """
 
     own: int = 0
     foreign: int = 0
+    bubble_s: float = 0.0
 
 
 @dataclass(slots=True)
 class _OwnBatch:
-    sequence: int
+    header: wire.MicroBatch
     batch: StageBatch
     delta: TableDelta
     segment: Segment
@@ -56,6 +63,7 @@ class Pipeline:
         kv: KvStore,
         plane: DataPlane,
         counters: PipelineCounters,
+        tracer: Tracer,
         peer_timeout_s: float,
     ) -> None:
         self._me = me
@@ -65,6 +73,8 @@ class Pipeline:
         self._engine = engine
         self._plane = plane
         self._counters = counters
+        self._tracer = tracer
+        self._idle_since: float | None = None
         self._timeout = peer_timeout_s
         table = engine.request_table()
         rows, context = table.shape
@@ -98,13 +108,24 @@ class Pipeline:
         Runs the own layers at once if they come first.
         """
         delta = self._sent.difference(batch.rows, batch.seq_lens)
-        own = _OwnBatch(self._sequence, batch, delta, segment)
+        self._progress = time.monotonic()
+        self._end_idle(self._progress)
+        header = wire.MicroBatch(
+            sender=self._me,
+            epoch=self._layout.epoch,
+            owner=self._me,
+            sequence=self._sequence,
+            position=0,
+            decode=batch.decode,
+            has_residual=hidden[1] is not None,
+            launched=self._progress,
+        )
+        own = _OwnBatch(header, batch, delta, segment)
         self._sequence += 1
         self._counters.own += 1
-        self._progress = time.monotonic()
         self._own.append(own)
         self._pass_on(own, 0, hidden)
-        return own.sequence
+        return header.sequence
 
     def collect(self) -> tuple[int, Hidden] | None:
         """Owner: the oldest own micro-batch, if it is through all stages.
@@ -119,11 +140,12 @@ class Pipeline:
                 raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
             return None
         self._own.popleft()
-        return own.sequence, own.result
+        return own.header.sequence, own.result
 
     def serve(self, packet: Packet, header: wire.MicroBatch) -> None:
         """Run this stage's layers on a micro-batch that arrived, and pass it on."""
         self._progress = time.monotonic()
+        self._end_idle(header.launched)
         if header.owner == self._me:
             self._returned(packet, header)
             return
@@ -138,13 +160,29 @@ class Pipeline:
         batch, delta, hidden = wire.unpack_batch(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
-        hidden = self._engine.run_stage(
-            batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
-        )
-        self._send(header.owner, header.sequence, self._position + 1, batch, delta, hidden)
+        with self._tracer.span("peer's layers", owner=header.owner, sequence=header.sequence):
+            hidden = self._engine.run_stage(
+                batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
+            )
+        self._send(header, self._position + 1, batch, delta, hidden)
+
+    def begin_idle(self) -> None:
+        """Nothing to do here until a packet arrives or something is submitted."""
+        if self._idle_since is None:
+            self._idle_since = time.monotonic()
+
+    def _end_idle(self, work_since: float) -> None:
+        """There is work, and it was on its way since `work_since`: the wait was a bubble."""
+        if self._idle_since is not None:
+            now = time.monotonic()
+            begin = self._idle_since if self._own else max(self._idle_since, work_since)
+            if begin < now:
+                self._counters.bubble_s += now - begin
+                self._tracer.add("wait", begin, now, {})
+            self._idle_since = None
 
     def _returned(self, packet: Packet, header: wire.MicroBatch) -> None:
-        own = next((o for o in self._own if o.sequence == header.sequence), None)
+        own = next((o for o in self._own if o.header.sequence == header.sequence), None)
         if own is None or own.result is not None:
             raise InternalError(f"micro-batch {header.sequence} came back unasked")
         _, _, hidden = wire.unpack_batch(header, packet.tensors)
@@ -153,30 +191,25 @@ class Pipeline:
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""
         if position == self._position:
-            hidden = own.segment(self._layers, hidden)
+            with self._tracer.span("own layers", sequence=own.header.sequence):
+                hidden = own.segment(self._layers, hidden)
             position += 1
         if position == self.stages:
             own.result = hidden
         else:
-            self._send(self._me, own.sequence, position, own.batch, own.delta, hidden)
+            self._send(own.header, position, own.batch, own.delta, hidden)
 
     def _send(
         self,
-        owner: int,
-        sequence: int,
+        header: wire.MicroBatch,
         position: int,
         batch: StageBatch,
         delta: TableDelta,
         hidden: Hidden,
     ) -> None:
-        target = owner if position == self.stages else self._layout.members[position].instance
-        header = wire.MicroBatch(
-            sender=self._me,
-            epoch=self._layout.epoch,
-            owner=owner,
-            sequence=sequence,
-            position=position,
-            decode=batch.decode,
-            has_residual=hidden[1] is not None,
+        last = position == self.stages
+        target = header.owner if last else self._layout.members[position].instance
+        header = msgspec.structs.replace(
+            header, sender=self._me, position=position, has_residual=hidden[1] is not None
         )
         self._plane.send(target, wire.encode(header), wire.pack_batch(batch, delta, hidden))

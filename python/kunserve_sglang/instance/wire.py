@@ -19,6 +19,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 class MicroBatch(Envelope, frozen=True, kw_only=True, tag="micro_batch"):
     """A micro-batch of `owner` on its way to stage `position`; back at its owner after the last.
 
+    `launched` is when it left its owner, in monotonic seconds of that host.
+
     Tensors: seq_lens, positions, out_slots, rows, table starts, table lengths, table slots,
     [prefix_lens, extend_lens unless decode], hidden, [residual if has_residual].
     """
@@ -28,6 +30,7 @@ class MicroBatch(Envelope, frozen=True, kw_only=True, tag="micro_batch"):
     position: int
     decode: bool
     has_residual: bool
+    launched: float
 
 
 class TakenSlots(Envelope, frozen=True, kw_only=True, tag="taken_slots"):

@@ -20,9 +20,11 @@ from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.dispatch import POLICIES
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
 from kunserve_sglang.router.health import Probes
+from kunserve_sglang.router.hub import NoAnswer
 from kunserve_sglang.router.metrics import Metrics
 from kunserve_sglang.router.proxy import Proxy
 from kunserve_sglang.router.settings import RouterConfig
+from kunserve_sglang.router.tracing import TraceRunning, Tracing
 
 _ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
@@ -39,6 +41,8 @@ class RouterApp:
                 RequestError: _request_error,
                 NoPlan: _no_plan,
                 TransitionRunning: _transition_running,
+                TraceRunning: _trace_running,
+                NoAnswer: _no_answer,
                 HTTPException: _http_error,
                 Exception: _internal_error,
             },
@@ -64,7 +68,7 @@ def build_app(
     proxy = Proxy(control.registry, session, POLICIES[config.dispatch])
     routes = [
         *_probe_routes(Probes(control.registry, session, config.cluster)),
-        *_admin_routes(Admin(control), config.admin_key),
+        *_admin_routes(Admin(control), Tracing(control), config.admin_key),
         *_fanout_routes(Fanout(control, session, config.api_key), config.admin_key),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
     ]
@@ -80,13 +84,14 @@ def _probe_routes(probes: Probes) -> list[Route]:
     ]
 
 
-def _admin_routes(admin: Admin, key: str | None) -> list[Route]:
+def _admin_routes(admin: Admin, tracing: Tracing, key: str | None) -> list[Route]:
     return [
         Route("/kunserve/status", admin.status),
         Route("/kunserve/events", admin.events),
         Route("/kunserve/plan", admin.plan, methods=["POST"]),
         Route("/kunserve/drop", admin_only(key, admin.drop), methods=["POST"]),
         Route("/kunserve/restore", admin_only(key, admin.restore), methods=["POST"]),
+        Route("/kunserve/trace", admin_only(key, tracing.record), methods=["POST"]),
         Route("/kunserve/policy", admin.policy),
         Route("/kunserve/policy", admin_only(key, admin.set_policy), methods=["PUT"]),
         Route("/workers", admin.workers),
@@ -116,6 +121,14 @@ async def _no_plan(request: Request, error: Exception) -> Response:  # noqa: ARG
 
 async def _transition_running(request: Request, error: Exception) -> Response:  # noqa: ARG001
     return error_answer(409, "transition_running", str(error))
+
+
+async def _trace_running(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return error_answer(409, "trace_running", str(error))
+
+
+async def _no_answer(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return error_answer(504, "no_answer", str(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -17,26 +17,26 @@ Tokens = Annotated[int, Meta(gt=0)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 
 
-class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A misspelled field is an error, not a default."""
 
 
-class RestoreBody(_Body, frozen=True, kw_only=True):
+class RestoreBody(Body, frozen=True, kw_only=True):
     instances: Ids | UnsetType = UNSET
 
 
-class DropBody(_Body, frozen=True, kw_only=True):
+class DropBody(Body, frozen=True, kw_only=True):
     instances: Ids | UnsetType = UNSET
     tokens: Tokens | UnsetType = UNSET
 
 
-class PlanBody(_Body, frozen=True, kw_only=True):
+class PlanBody(Body, frozen=True, kw_only=True):
     kind: TransitionKind = TransitionKind.DROP
     instances: Ids | UnsetType = UNSET
     tokens: Tokens | UnsetType = UNSET
 
 
-class PolicyBody(_Body, frozen=True, kw_only=True):
+class PolicyBody(Body, frozen=True, kw_only=True):
     """What is left out stays as it is."""
 
     auto: bool | UnsetType = UNSET
@@ -47,7 +47,7 @@ class PolicyBody(_Body, frozen=True, kw_only=True):
     cooldown_s: Seconds | UnsetType = UNSET
 
 
-_B = TypeVar("_B", bound=_Body)
+_B = TypeVar("_B", bound=Body)
 
 
 async def read_body(request: Request, kind: type[_B]) -> _B:

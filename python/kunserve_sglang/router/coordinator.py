@@ -114,7 +114,7 @@ class Coordinator:
                 return str(error)
             if isinstance(answer, Vote) and answer.ok:
                 return ""
-            reason = answer.reason if isinstance(answer, Vote) else answer.error
+            reason = answer.reason if isinstance(answer, Vote) else f"unexpected {answer}"
             return f"instance {instance} refused: {reason}"
 
         reasons = await asyncio.gather(*(ask(i) for i in plan.instances))

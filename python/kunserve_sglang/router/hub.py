@@ -20,14 +20,16 @@ from kunserve_sglang.messages import (
     Hello,
     Prepare,
     Status,
+    Trace,
+    Traced,
     Vote,
     Welcome,
     decode_to_router,
     encode,
 )
 
-Call = Prepare | Commit | Abort
-Answer = Vote | Done
+Call = Prepare | Commit | Abort | Trace
+Answer = Vote | Done | Traced
 
 
 class NoAnswer(TransientError):

@@ -83,13 +83,15 @@ class Cooperation:
     # -- own micro-batches -----------------------------------------------------------------------
 
     def _launch(self) -> bool:
-        batch = self._next_batch()
-        if batch is None:
-            self._count()
-            return False
         scheduler = self._scheduler
-        scheduler.cur_batch_for_debug = batch
-        sequence = scheduler.agent.pipeline.submit(*scheduler.engine.begin(batch))
+        with scheduler.agent.tracer.span("schedule"):
+            batch = self._next_batch()
+            if batch is None:
+                self._count()
+                return False
+            scheduler.cur_batch_for_debug = batch
+            begun = scheduler.engine.begin(batch)
+        sequence = scheduler.agent.pipeline.submit(*begun)
         self._flights.append(_Flight(sequence, batch))
         self._count()
         return True
@@ -103,9 +105,10 @@ class Cooperation:
         flight = self._flights.popleft()
         if flight.sequence != sequence:
             raise InternalError(f"micro-batch {sequence} came back before {flight.sequence}")
-        result = scheduler.engine.finish(flight.batch, hidden)
-        scheduler.process_batch_result(flight.batch, result)
-        self._absorb(flight.batch)
+        with scheduler.agent.tracer.span("finish", sequence=sequence):
+            result = scheduler.engine.finish(flight.batch, hidden)
+            scheduler.process_batch_result(flight.batch, result)
+            self._absorb(flight.batch)
         return True
 
     def _absorb(self, batch: Any) -> None:
@@ -156,5 +159,6 @@ class Cooperation:
 
     def _rest(self) -> None:
         scheduler = self._scheduler
+        scheduler.agent.pipeline.begin_idle()
         if not scheduler.wait_for_events(_WAIT_MS) and not self._flights:
             scheduler.on_idle()

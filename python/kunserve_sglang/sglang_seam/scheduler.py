@@ -98,6 +98,13 @@ class KunServeScheduler(upstream.Scheduler):
         if self._in_own_loop and self.engine.cooperating:
             raise _LayersLeft
 
+    def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """One step; in cooperative mode its last part only."""
+        if self.engine.cooperating:
+            return super().run_batch(batch, *args, **kwargs)
+        with self.agent.tracer.span("step", requests=len(batch.reqs)):
+            return super().run_batch(batch, *args, **kwargs)
+
     def maybe_sleep_on_idle(self) -> None:
         """Wait for a request, a command or a peer's micro-batch instead of spinning."""
         self.agent.publish()

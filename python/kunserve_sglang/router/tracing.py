@@ -1,0 +1,88 @@
+"""Recordings of what the instances do, as Chrome trace JSON (chrome://tracing, Perfetto)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from msgspec import UNSET, Meta, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kunserve_sglang.errors import TransientError
+from kunserve_sglang.messages import Span, Trace, Traced
+from kunserve_sglang.router.answers import RequestError, json_answer
+from kunserve_sglang.router.bodies import Body, Ids, read_body
+from kunserve_sglang.router.control_plane import ControlPlane
+
+_ANSWER_TIMEOUT_S = 10.0
+
+
+class TraceBody(Body, frozen=True, kw_only=True):
+    """How long to record, and on which instances (all, if left out)."""
+
+    seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    instances: Ids | UnsetType = UNSET
+
+
+class TraceRunning(TransientError):
+    """Another recording is under way; there is never more than one."""
+
+
+class Tracing:
+    """`POST /kunserve/trace`: records for a while, then answers with all spans."""
+
+    def __init__(self, control: ControlPlane) -> None:
+        self._control = control
+        self._running = False
+
+    async def record(self, request: Request) -> Response:
+        body = await read_body(request, TraceBody)
+        known = self._control.registry.instances
+        wanted = sorted(known) if body.instances is UNSET else sorted(set(body.instances))
+        if unknown := [i for i in wanted if i not in known]:
+            message = f"instances: {unknown} are not known"
+            raise RequestError(422, "unknown_instance", message, "instances")
+        if self._running:
+            raise TraceRunning("a recording is still running")
+        self._running = True
+        try:
+            await self._tell(wanted, record=True)
+            await asyncio.sleep(body.seconds)
+            answers = await self._tell(wanted, record=False)
+        finally:
+            self._running = False
+        lost = sum(a.lost for a in answers.values())
+        events = chrome_events({i: a.spans for i, a in answers.items()})
+        return json_answer({"traceEvents": events, "otherData": {"lost_spans": lost}})
+
+    async def _tell(self, instances: Sequence[int], *, record: bool) -> dict[int, Traced]:
+        hub = self._control.hub
+        calls = [Trace(call=hub.next_call(), record=record) for _ in instances]
+        answers = await asyncio.gather(
+            *(hub.call(i, c, _ANSWER_TIMEOUT_S) for i, c in zip(instances, calls, strict=True))
+        )
+        return {i: a for i, a in zip(instances, answers, strict=True) if isinstance(a, Traced)}
+
+
+def chrome_events(spans: Mapping[int, Sequence[Span]]) -> list[dict[str, Any]]:
+    """Complete events in microseconds, one process an instance, the earliest span at 0."""
+    start = min((s.start for many in spans.values() for s in many), default=0.0)
+    events: list[dict[str, Any]] = []
+    for instance, many in sorted(spans.items()):
+        name = {"name": f"instance {instance}"}
+        events.append({"name": "process_name", "ph": "M", "pid": instance, "args": name})
+        events += [
+            {
+                "name": s.name,
+                "ph": "X",
+                "pid": instance,
+                "tid": 0,
+                "ts": round(1e6 * (s.start - start), 1),
+                "dur": round(1e6 * s.duration, 1),
+                "args": s.details,
+            }
+            for s in many
+        ]
+    return events
