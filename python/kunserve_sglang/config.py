@@ -26,6 +26,13 @@ class OverloadPolicy(StrEnum):
     NONE = "none"
 
 
+class MicroBatches(StrEnum):
+    """How an owner in a group forms micro-batches: by predicted time, or one at a time."""
+
+    LOOKAHEAD = "lookahead"
+    ONE = "one"
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity."""
 
@@ -37,6 +44,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     drop_threshold: float = 0.95
     restore_threshold: float = 0.5
     max_group_size: int = 8
+    micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     admin_api_key: str | None = None
     vote_timeout_s: float = 10.0
     exchange_timeout_s: float = 60.0
@@ -69,6 +77,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     owners: int
     cpus: tuple[int, ...] = ()
     page_bytes: int = 0
+    micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     peer_timeout_s: float = 60.0
 
     def to_environment(self) -> str:

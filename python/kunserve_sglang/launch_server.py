@@ -15,6 +15,7 @@ import psutil
 
 from kunserve_sglang.config import (
     ClusterConfig,
+    MicroBatches,
     OverloadPolicy,
     format_size,
     parse_size,
@@ -67,6 +68,12 @@ def kunserve_parser() -> argparse.ArgumentParser:
         "--max-group-size", type=int, default=8, help="most instances that may cooperate"
     )
     group.add_argument(
+        "--micro-batches",
+        choices=[m.value for m in MicroBatches],
+        default=MicroBatches.LOOKAHEAD.value,
+        help="in a group: as many as keep all stages busy, of equal time, or one an owner",
+    )
+    group.add_argument(
         "--admin-api-key", help="key that calls under /kunserve need to change anything"
     )
     group.add_argument("--help-sglang", action="store_true", help="list SGLang's flags and exit")
@@ -85,6 +92,7 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         drop_threshold=flags.drop_threshold,
         restore_threshold=flags.restore_threshold,
         max_group_size=flags.max_group_size,
+        micro_batches=MicroBatches(flags.micro_batches),
         admin_api_key=flags.admin_api_key,
     )
 

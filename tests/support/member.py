@@ -12,6 +12,7 @@ import time
 from array import array
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
@@ -69,6 +70,8 @@ class Member:
 
     def __init__(self, config: InstanceConfig, server: dict[str, Any]) -> None:
         os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
+        # Measurements of this model are of no use to anybody else.
+        os.environ["XDG_CACHE_HOME"] = str(Path(server["model_path"]).parent)
         plugin.register()
         HookRegistry.apply_hooks()
         torch.set_num_threads(1)

@@ -39,6 +39,7 @@ from kunserve_sglang.messages import (
     TransitionStats,
     Vote,
 )
+from kunserve_sglang.policy.cost_model import CostEstimate
 from kunserve_sglang.transport import DataPlane, Packet
 
 _STATUS_INTERVAL_S = 0.05
@@ -59,6 +60,7 @@ class Body:
     engine: Engine
     plane: DataPlane
     control: ControlLink
+    costs: CostEstimate
 
 
 class Agent:
@@ -295,6 +297,7 @@ class Agent:
                 plane=body.plane,
                 counters=self._counters,
                 tracer=self.tracer,
+                costs=body.costs,
                 peer_timeout_s=self._timeout,
             )
             body.engine.enter_cooperation(list(layout.ids))

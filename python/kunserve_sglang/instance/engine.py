@@ -10,6 +10,7 @@ import torch
 
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load
+from kunserve_sglang.policy.cost_model import Chunk, Work
 
 Hidden = tuple[torch.Tensor, torch.Tensor | None]
 """Hidden states `(tokens, hidden)` and the residual stream, as decoder layers pass them on."""
@@ -38,6 +39,13 @@ class StageBatch:
     @property
     def decode(self) -> bool:
         return self.extend_lens is None
+
+    def work(self) -> Work:
+        """What the cost model sees of it."""
+        if self.prefix_lens is None or self.extend_lens is None:
+            return Work(decodes=len(self.seq_lens), context=int(self.seq_lens.sum()))
+        spans = zip(self.prefix_lens.tolist(), self.extend_lens.tolist(), strict=True)
+        return Work(chunks=tuple(Chunk(prefix, tokens) for prefix, tokens in spans))
 
 
 class Engine(Protocol):
@@ -88,6 +96,14 @@ class Engine(Protocol):
 
         `table` holds that owner's request rows in this stage's addresses (slot + `base`).
         """
+        ...
+
+    def blank_hidden(self, tokens: int) -> Hidden:
+        """Hidden states of no meaning, for measuring what layers cost."""
+        ...
+
+    def forget_owners(self) -> None:
+        """Request tables given to `run_stage` so far will not be given again."""
         ...
 
     def bind_kv(self) -> None:

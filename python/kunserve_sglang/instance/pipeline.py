@@ -7,8 +7,10 @@ decides what comes first lives with the runtime (`sglang_seam.cooperation`).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -20,7 +22,13 @@ from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.request_table import MirroredRows, SentRows, TableDelta
 from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.layout import Layout
+from kunserve_sglang.policy.cost_model import CostEstimate
+from kunserve_sglang.policy.formation import PeerWork
 from kunserve_sglang.transport import DataPlane, Packet
+
+_NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
+_SILENT_ROUNDS = 3
+"""An owner that has sent nothing for so many rounds has no work."""
 
 
 @dataclass(slots=True)
@@ -49,6 +57,7 @@ class _Peer:
     mirror: MirroredRows
     sequence: int = -1
     arrived: float = 0.0
+    work: PeerWork = _NO_WORK
 
 
 class Pipeline:
@@ -64,6 +73,7 @@ class Pipeline:
         plane: DataPlane,
         counters: PipelineCounters,
         tracer: Tracer,
+        costs: CostEstimate,
         peer_timeout_s: float,
     ) -> None:
         self._me = me
@@ -74,6 +84,7 @@ class Pipeline:
         self._plane = plane
         self._counters = counters
         self._tracer = tracer
+        self._costs = costs
         self._idle_since: float | None = None
         self._timeout = peer_timeout_s
         table = engine.request_table()
@@ -85,6 +96,7 @@ class Pipeline:
             if m.instance != me
         }
         self._sequence = 0
+        self._round_ms = 0.0
         self._own: deque[_OwnBatch] = deque()
         self._progress = time.monotonic()
 
@@ -97,16 +109,19 @@ class Pipeline:
         """Own micro-batches that were submitted and not collected."""
         return len(self._own)
 
-    def active_peers(self, within_s: float) -> int:
-        """Other owners whose last micro-batch came less than `within_s` ago."""
-        since = time.monotonic() - within_s
-        return sum(peer.arrived > since for peer in self._peers.values())
+    def peers_work(self) -> list[PeerWork]:
+        """What the other owners have going round; those that fell silent have nothing."""
+        now = time.monotonic()
+        rounds = sum(p.work.round_ms for p in self._peers.values())
+        silent_s = _SILENT_ROUNDS * (rounds + self._round_ms) / 1e3
+        return [p.work for p in self._peers.values() if now - p.arrived < silent_s]
 
-    def submit(self, batch: StageBatch, hidden: Hidden, segment: Segment) -> int:
+    def submit(self, batch: StageBatch, hidden: Hidden, segment: Segment, work: PeerWork) -> int:
         """Owner: put one micro-batch on its way; returns its number.
 
-        Runs the own layers at once if they come first.
+        Runs the own layers at once if they come first. `work` is for the other owners to know.
         """
+        self._round_ms = work.round_ms
         delta = self._sent.difference(batch.rows, batch.seq_lens)
         self._progress = time.monotonic()
         self._end_idle(self._progress)
@@ -119,6 +134,8 @@ class Pipeline:
             decode=batch.decode,
             has_residual=hidden[1] is not None,
             launched=self._progress,
+            cost_ms=work.batch_ms,
+            round_ms=work.round_ms,
         )
         own = _OwnBatch(header, batch, delta, segment)
         self._sequence += 1
@@ -157,10 +174,11 @@ class Pipeline:
             )
         peer.sequence = header.sequence
         peer.arrived = self._progress
+        peer.work = PeerWork(batch_ms=header.cost_ms, round_ms=header.round_ms)
         batch, delta, hidden = wire.unpack_batch(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
-        with self._tracer.span("peer's layers", owner=header.owner, sequence=header.sequence):
+        with self._measured("peer's layers", header, batch):
             hidden = self._engine.run_stage(
                 batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
             )
@@ -191,13 +209,23 @@ class Pipeline:
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""
         if position == self._position:
-            with self._tracer.span("own layers", sequence=own.header.sequence):
+            with self._measured("own layers", own.header, own.batch):
                 hidden = own.segment(self._layers, hidden)
             position += 1
         if position == self.stages:
             own.result = hidden
         else:
             self._send(own.header, position, own.batch, own.delta, hidden)
+
+    @contextlib.contextmanager
+    def _measured(self, name: str, header: wire.MicroBatch, batch: StageBatch) -> Iterator[None]:
+        """A span of stage work, from which the cost model learns as well."""
+        started = time.monotonic()
+        yield
+        ended = time.monotonic()
+        details = {"owner": header.owner, "sequence": header.sequence}
+        self._tracer.add(name, started, ended, details)
+        self._costs.observe(batch.work(), 1e3 * (ended - started) / len(self._layers))
 
     def _send(
         self,

@@ -19,7 +19,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 class MicroBatch(Envelope, frozen=True, kw_only=True, tag="micro_batch"):
     """A micro-batch of `owner` on its way to stage `position`; back at its owner after the last.
 
-    `launched` is when it left its owner, in monotonic seconds of that host.
+    `launched` is when it left its owner, in monotonic seconds of that host;
+    `cost_ms` its predicted time through all stages, `round_ms` that of all its owner's work.
 
     Tensors: seq_lens, positions, out_slots, rows, table starts, table lengths, table slots,
     [prefix_lens, extend_lens unless decode], hidden, [residual if has_residual].
@@ -31,6 +32,8 @@ class MicroBatch(Envelope, frozen=True, kw_only=True, tag="micro_batch"):
     decode: bool
     has_residual: bool
     launched: float
+    cost_ms: float
+    round_ms: float
 
 
 class TakenSlots(Envelope, frozen=True, kw_only=True, tag="taken_slots"):

@@ -44,7 +44,9 @@ class MemfdDriver:
             raise InternalError(f"page size {page_bytes} is no multiple of {mmap.PAGESIZE}")
         self.page_bytes = page_bytes
         self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, pages * page_bytes)
+        if pages:
+            # Physical memory now: what is short must show at start, not as a SIGBUS in a burst.
+            os.posix_fallocate(self._fd, 0, pages * page_bytes)
 
     def reserve(self, nbytes: int) -> int:
         return _mmap(None, nbytes, _PROT_NONE, _RESERVED, -1, 0)

@@ -15,14 +15,16 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kunserve_sglang.config import MicroBatches
 from kunserve_sglang.errors import InternalError
+from kunserve_sglang.policy.formation import Outlook, look_ahead
 from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
+from kunserve_sglang.sglang_seam.lookahead import batch_work, chunks_of, crowd_work, prompts_ahead
 
 if TYPE_CHECKING:
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
 _WAIT_MS = 100
-_ACTIVE_PEER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,15 @@ class Cooperation:
     def _launch(self) -> bool:
         scheduler = self._scheduler
         with scheduler.agent.tracer.span("schedule"):
-            batch = self._next_batch()
+            outlook = self._outlook()
+            batch = self._next_batch(outlook)
             if batch is None:
                 self._count()
                 return False
             scheduler.cur_batch_for_debug = batch
             begun = scheduler.engine.begin(batch)
-        sequence = scheduler.agent.pipeline.submit(*begun)
+        work = outlook.work_of(batch_work(batch))
+        sequence = scheduler.agent.pipeline.submit(*begun, work)
         self._flights.append(_Flight(sequence, batch))
         self._count()
         return True
@@ -116,22 +120,37 @@ class Cooperation:
         self._ready = settled(self._ready, batch, self._scheduler.chunked_req)
         self._count()
 
-    def _next_batch(self) -> Any:
+    def _outlook(self) -> Outlook:
+        """All there is to do, ours and the peers', in predicted time."""
+        scheduler = self._scheduler
+        pipeline = scheduler.agent.pipeline
+        return look_ahead(
+            scheduler.costs,
+            crowd_work(self._crowd),
+            prompts_ahead(scheduler, pipeline.stages),
+            pipeline.peers_work(),
+            layers=scheduler.engine.layer_count,
+            stages=pipeline.stages,
+            split=scheduler.instance.micro_batches is MicroBatches.LOOKAHEAD,
+        )
+
+    def _next_batch(self, outlook: Outlook) -> Any:
         """What SGLang would run next, as far as it is not in flight; None if nothing may start."""
         scheduler = self._scheduler
-        if len(self._flights) >= self._limit():
+        if len(self._flights) >= outlook.count:
             return None
         scheduler.before_next_batch(self._crowd)
-        plan = scheduler.get_new_batch_prefill(self._crowd)
+        with chunks_of(scheduler, outlook):
+            plan = scheduler.get_new_batch_prefill(self._crowd)
         if plan.batch_to_run is not None:
             return plan.batch_to_run
-        return self._next_decode()
+        return self._next_decode(outlook.count)
 
-    def _next_decode(self) -> Any:
+    def _next_decode(self, count: int) -> Any:
         self._ready.filter_batch()
         if self._ready.is_empty():
             return None
-        share = -(-len(self._crowd.reqs) // self._limit())
+        share = -(-len(self._crowd.reqs) // count)
         batch, self._ready = split(self._ready, share)
         if not batch.check_decode_mem():
             # Requests have to be retracted: SGLang must see all of them to choose.
@@ -141,11 +160,6 @@ class Cooperation:
                 return None
         batch = self._scheduler.update_running_batch(batch)
         return None if batch.is_empty() else batch
-
-    def _limit(self) -> int:
-        """How many own micro-batches keep all stages busy."""
-        pipeline = self._scheduler.agent.pipeline
-        return 1 if pipeline.active_peers(_ACTIVE_PEER_S) else pipeline.stages
 
     def _count(self) -> None:
         """Let SGLang see everybody who holds slots; it counts a chunked prompt by itself."""

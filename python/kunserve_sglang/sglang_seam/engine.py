@@ -119,13 +119,13 @@ class SglangEngine:
     # -- execution -------------------------------------------------------------------------------
 
     def enter_cooperation(self, owners: list[int]) -> None:
-        self._backends.clear()
+        self.forget_owners()
         self._allocator.prefer_low_slots(True)
         self._decoder.install(self._finish_forward)
         self.cooperating = True
 
     def leave_cooperation(self) -> None:
-        self._backends.clear()
+        self.forget_owners()
         self._allocator.prefer_low_slots(False)
         self._decoder.uninstall()
         self.cooperating = False
@@ -197,6 +197,13 @@ class SglangEngine:
         with forward_context(ForwardContext(attn_backend=backend)):
             backend.init_forward_metadata(forward_batch)
             return self._decoder.layers(layers, batch.positions, forward_batch, hidden)
+
+    def blank_hidden(self, tokens: int) -> Hidden:
+        size = self._runner.model_config.hidden_size
+        return torch.zeros((tokens, size), dtype=self._runner.dtype), None
+
+    def forget_owners(self) -> None:
+        self._backends.clear()
 
     def _backend(self, owner: int, table: torch.Tensor) -> AttentionBackend:
         """An attention backend of its own for each owner: it reads that owner's request table."""

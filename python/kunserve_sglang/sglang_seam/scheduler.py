@@ -19,7 +19,9 @@ from kunserve_sglang.config import InstanceConfig, instance_from_environment
 from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance.agent import Agent, Body
 from kunserve_sglang.instance.control import ControlLink
+from kunserve_sglang.instance.profiling import load_or_measure, shapes
 from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
+from kunserve_sglang.policy.cost_model import CostEstimate, CostModel
 from kunserve_sglang.sglang_seam.batches import settled
 from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
@@ -53,6 +55,7 @@ class KunServeScheduler(upstream.Scheduler):
         self._in_own_loop = False
         self.cooperation = Cooperation(self)
         self.engine = SglangEngine(self)
+        self.costs = CostEstimate(self._cost_model())
         self.agent = self._build_agent()
         self._idle = self._build_idle_poller()
 
@@ -152,6 +155,15 @@ class KunServeScheduler(upstream.Scheduler):
             found[self.chunked_req.rid] = self.chunked_req
         return list(found.values())
 
+    def _cost_model(self) -> CostModel:
+        """Measured on this machine, or remembered from an earlier start."""
+        config = self.model_config
+        chunk = self.chunked_prefill_size or self.max_prefill_tokens
+        key = (config.model_path, str(config.hf_config), str(config.dtype), self.device)
+        work = shapes(self.max_total_num_tokens, config.context_len, chunk)
+        with torch.inference_mode():
+            return load_or_measure(self.engine, repr((*key, torch.get_num_threads(), chunk)), work)
+
     def _build_agent(self) -> Agent:
         runner: KunServeModelRunner = self.tp_worker.model_runner
         instance = self.instance
@@ -177,6 +189,7 @@ class KunServeScheduler(upstream.Scheduler):
             engine=self.engine,
             plane=plane,
             control=ControlLink(context, instance.control_address, hello),
+            costs=self.costs,
         )
         return Agent(body, peer_timeout_s=instance.peer_timeout_s)
 

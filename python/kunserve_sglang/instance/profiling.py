@@ -1,0 +1,120 @@
+"""Measures what micro-batches cost on this machine, for the cost model of batch formation."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+
+from kunserve_sglang.instance.engine import Engine, StageBatch
+from kunserve_sglang.layout import LayerRange
+from kunserve_sglang.policy.cost_model import Chunk, CostModel, Sample, Work, fit
+
+_LAYERS = 6
+"""Decoder layers are alike: a few tell enough, in a fraction of the time."""
+
+_REPEATS = 3
+_PROBE_OWNER = -1
+
+
+def shapes(slots: int, context: int, chunk: int) -> Iterator[Work]:
+    """What is measured, as far as `slots` slots and requests of `context` tokens allow."""
+    for decodes in (1, 2, 4, 8, 16, 32, 64):
+        for length in (16, 128, 512, 1024):
+            if decodes * length <= slots and length <= context:
+                yield Work(decodes=decodes, context=decodes * length)
+    for tokens in sorted({16, 32, 64, min(128, chunk), min(256, chunk), min(512, chunk)}):
+        for prefix in (0, 128, 512, 1024):
+            if prefix + tokens <= min(slots, context):
+                yield Work(chunks=(Chunk(prefix, tokens),))
+    for many in (2, 4, 8):
+        if many * 32 <= min(slots, chunk):
+            yield Work(chunks=(Chunk(0, 32),) * many)
+
+
+def measure(engine: Engine, work: Iterable[Work]) -> list[Sample]:
+    """Run each shape on this instance's own layers. To be called while all slots are free."""
+    work = list(work)
+    # Once over everything: the first touch of a page costs more than computing on it.
+    batch, table = _probe(max(work, key=lambda w: w.context))
+    everything = LayerRange(0, engine.layer_count)
+    engine.forget_owners()
+    engine.run_stage(batch, table, 0, everything, engine.blank_hidden(len(batch.positions)))
+    return [Sample(work=w, ms=_measure(engine, w)) for w in work]
+
+
+def load_or_measure(engine: Engine, key: str, work: Iterable[Work]) -> CostModel:
+    """The cached model for `key`, or a new one. A cache that cannot be written is no error."""
+    path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=CostModel)
+    except (FileNotFoundError, msgspec.DecodeError):
+        model = fit(measure(engine, work))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(msgspec.json.encode(model))
+        scratch.replace(path)
+    except OSError:
+        return model
+    return model
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kunserve" / "profiles"
+
+
+def _measure(engine: Engine, work: Work) -> float:
+    """Milliseconds per layer; the first run, which compiles kernels, does not count.
+
+    Each run takes other layers, so that neither parameters nor KV are still in a cache.
+    """
+    width = min(_LAYERS, engine.layer_count)
+    windows = engine.layer_count // width
+    batch, table = _probe(work)
+    engine.forget_owners()
+    hidden = engine.blank_hidden(len(batch.positions))
+    times = []
+    for repeat in range(1 + _REPEATS):
+        first = repeat % windows * width
+        layers = LayerRange(first, first + width)
+        # This thread's time: what other programs take of the core says nothing about the shape.
+        started = time.thread_time()
+        engine.run_stage(batch, table, 0, layers, hidden)
+        times.append(time.thread_time() - started)
+    return 1e3 * min(times[1:]) / width  # whatever disturbs a run makes it longer
+
+
+def _probe(work: Work) -> tuple[StageBatch, torch.Tensor]:
+    """A batch of that shape on slots 1, 2, ..., and the request table that goes with it."""
+    if work.decodes:
+        length = max(1, work.context // work.decodes)
+        spans = [Chunk(length - 1, 1)] * work.decodes
+    else:
+        spans = list(work.chunks)
+    lengths = torch.tensor([s.prefix + s.tokens for s in spans])
+    table = torch.zeros((len(spans), int(lengths.max())), dtype=torch.int32)
+    positions, slots, first = [], [], 1
+    for row, span in enumerate(spans):
+        end = span.prefix + span.tokens
+        table[row, :end] = torch.arange(first, first + end)
+        positions.append(torch.arange(span.prefix, end))
+        slots.append(torch.arange(first + span.prefix, first + end))
+        first += end
+    extend = not work.decodes
+    batch = StageBatch(
+        owner=_PROBE_OWNER,
+        rows=torch.arange(len(spans)),
+        seq_lens=lengths,
+        positions=torch.cat(positions),
+        out_slots=torch.cat(slots),
+        prefix_lens=torch.tensor([s.prefix for s in spans]) if extend else None,
+        extend_lens=torch.tensor([s.tokens for s in spans]) if extend else None,
+    )
+    return batch, table

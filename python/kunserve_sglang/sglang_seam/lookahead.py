@@ -1,0 +1,65 @@
+"""SGLang's queues and batches as the work that batch formation reasons about."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from kunserve_sglang.policy.cost_model import Chunk, Work
+from kunserve_sglang.policy.formation import Outlook
+
+if TYPE_CHECKING:
+    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+
+
+def crowd_work(crowd: Any) -> Work:
+    """One decode step of all running requests."""
+    return Work(decodes=len(crowd.reqs), context=sum(r.seqlen for r in crowd.reqs))
+
+
+def batch_work(batch: Any) -> Work:
+    """A scheduled batch."""
+    if batch.forward_mode.is_extend():
+        pairs = zip(batch.prefix_lens, batch.extend_lens, strict=True)
+        return Work(chunks=tuple(Chunk(prefix, tokens) for prefix, tokens in pairs))
+    return Work(decodes=batch.batch_size(), context=int(batch.seq_lens_cpu.sum()))
+
+
+def prompts_ahead(scheduler: KunServeScheduler, chunks: int) -> list[Chunk]:
+    """The next prefill work, at most `chunks` times what SGLang takes at once.
+
+    Cached prefixes of waiting requests are not looked up: that would cost a walk of the tree for
+    each of them at each step.
+    """
+    limit = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+    found: list[Chunk] = []
+    room = chunks * limit
+    chunked = scheduler.chunked_req
+    if chunked is not None:
+        done = chunked.extend_range.end
+        left = min(len(chunked.origin_input_ids) + len(chunked.output_ids) - done, limit)
+        if left > 0:
+            found.append(Chunk(done, left))
+            room -= left
+    if scheduler.running_batch.batch_is_full:
+        return found
+    for request in scheduler.waiting_queue:
+        if room <= 0:
+            break
+        tokens = min(len(request.origin_input_ids) + len(request.output_ids), limit)
+        found.append(Chunk(0, tokens))
+        room -= tokens
+    return found
+
+
+@contextlib.contextmanager
+def chunks_of(scheduler: KunServeScheduler, outlook: Outlook) -> Iterator[None]:
+    """Let SGLang cut prompts into chunks no longer than the outlook says."""
+    configured = scheduler.chunked_prefill_size
+    if configured is not None:
+        scheduler.chunked_prefill_size = min(configured, outlook.chunk_tokens)
+    try:
+        yield
+    finally:
+        scheduler.chunked_prefill_size = configured

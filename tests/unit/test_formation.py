@@ -1,0 +1,96 @@
+"""Lookahead batch formation: equal parts, no more of them than pay, owners that agree."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kunserve_sglang.policy.cost_model import Chunk, CostEstimate, CostModel, Work
+from kunserve_sglang.policy.formation import (
+    PeerWork,
+    chunk_target_ms,
+    look_ahead,
+    split_count,
+)
+
+COSTS = CostEstimate(
+    CostModel(prefill=(0.7, 0.0, 0.025, 3.5e-5, 0.005, 1.8e-5), decode=(0.8, 0.04, 0.0011))
+)
+LAYERS = 30
+
+
+def peer(ms: float) -> PeerWork:
+    return PeerWork(batch_ms=ms, round_ms=ms)
+
+
+def round_ms(own: float, count: int, peers: list[PeerWork], fixed: float, stages: int) -> float:
+    """How long a round takes at least: no stage idles, and no micro-batch overtakes itself."""
+    work = own + (count - 1) * fixed
+    total = work + sum(p.round_ms for p in peers)
+    return max([total / stages, work / count, *(p.batch_ms for p in peers)])
+
+
+def test_equal_owners_send_one_micro_batch_each() -> None:
+    assert split_count(100, [peer(100)], fixed_ms=20, stages=2, most=4) == 1
+    assert split_count(100, [peer(100)] * 3, fixed_ms=20, stages=4, most=8) == 1
+
+
+def test_an_owner_alone_keeps_every_stage_busy() -> None:
+    assert split_count(200, [], fixed_ms=20, stages=2, most=4) == 2
+    assert split_count(400, [], fixed_ms=10, stages=4, most=8) == 4
+
+
+def test_an_owner_with_more_work_sends_more_micro_batches() -> None:
+    assert split_count(300, [peer(60)], fixed_ms=20, stages=2, most=4) == 2
+
+
+def test_a_split_that_costs_more_than_it_brings_is_not_made() -> None:
+    assert split_count(100, [peer(90)], fixed_ms=60, stages=2, most=4) == 1
+    assert split_count(10, [], fixed_ms=1000, stages=2, most=4) == 1
+
+
+@given(
+    st.floats(1, 1000),
+    st.lists(st.floats(1, 1000), max_size=3),
+    st.floats(0, 200),
+    st.integers(1, 8),
+)
+def test_the_choice_is_never_worse_than_no_split(
+    own: float, others: list[float], fixed: float, most: int
+) -> None:
+    peers = [peer(ms) for ms in others]
+    stages = len(peers) + 1
+    count = split_count(own, peers, fixed_ms=fixed, stages=stages, most=most)
+    assert 1 <= count <= most
+    chosen = round_ms(own, count, peers, fixed, stages)
+    assert chosen <= round_ms(own, 1, peers, fixed, stages)
+    best = min(round_ms(own, n, peers, fixed, stages) for n in range(1, most + 1))
+    assert chosen <= best / 0.97**most
+
+
+def test_a_chunk_waits_for_nobody_and_lets_nobody_wait() -> None:
+    assert chunk_target_ms(500, [peer(130)], fixed_ms=20, stages=2) == 130
+    assert chunk_target_ms(500, [peer(130), peer(90)], fixed_ms=20, stages=3) == 90
+    assert chunk_target_ms(500, [], fixed_ms=20, stages=2) == 250
+    assert chunk_target_ms(500, [peer(10)], fixed_ms=20, stages=2) == 80
+
+
+def test_a_long_prompt_is_cut_to_the_time_of_the_peers_micro_batches() -> None:
+    decodes = Work(decodes=16, context=16 * 200)
+    other = peer(LAYERS * COSTS.predict(decodes))
+    outlook = look_ahead(
+        COSTS, decodes, [Chunk(0, 256), Chunk(0, 256)], [other], layers=LAYERS, stages=2
+    )
+    chunk = Work(chunks=(Chunk(0, outlook.chunk_tokens),))
+    assert 0.9 * other.batch_ms < outlook.work_of(chunk).batch_ms <= other.batch_ms
+    assert outlook.count > 1  # there is more than the peer's work to send round
+
+
+def test_short_prompts_share_a_chunk() -> None:
+    outlook = look_ahead(COSTS, Work(), [Chunk(0, 30)] * 4, [peer(400)], layers=LAYERS, stages=2)
+    assert outlook.chunk_tokens == 120
+
+
+def test_without_work_there_is_no_plan_to_split() -> None:
+    outlook = look_ahead(COSTS, Work(), [], [], layers=LAYERS, stages=2)
+    assert (outlook.count, outlook.round_ms) == (1, 0.0)
