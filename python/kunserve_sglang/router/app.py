@@ -65,7 +65,7 @@ class RouterApp:
 def build_app(
     config: RouterConfig, control: ControlPlane, session: aiohttp.ClientSession
 ) -> RouterApp:
-    proxy = Proxy(control.registry, session, POLICIES[config.dispatch])
+    proxy = Proxy(control.registry, session, POLICIES[config.dispatch], control.latency)
     routes = [
         *_probe_routes(Probes(control.registry, session, config.cluster)),
         *_admin_routes(Admin(control), Tracing(control), config.admin_key),

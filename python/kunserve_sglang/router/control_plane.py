@@ -17,6 +17,7 @@ from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.hub import ControlHub
+from kunserve_sglang.router.latency import Latency
 from kunserve_sglang.router.registry import Instance, Registry
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class ControlPlane:
         self.config = config
         self.registry = Registry()
         self.events = EventLog()
+        self.latency = Latency()
         self.hub = ControlHub(address)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.monitor = OverloadMonitor(
@@ -123,6 +125,7 @@ class ControlPlane:
             ),
             "policy": self.policy(),
             "transition": to_json_types(self.coordinator.running),
+            "latency": self.latency.summary(),
             "instances": [_describe(i) for _, i in sorted(self.registry.instances.items())],
         }
 

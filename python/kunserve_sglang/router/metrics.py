@@ -12,9 +12,9 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kunserve_sglang.messages import Mode, Status
+from kunserve_sglang.messages import Mode, Status, TransitionKind
 from kunserve_sglang.router.control_plane import ControlPlane
-from kunserve_sglang.router.events import Event, EventLog
+from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.exposition import merge_expositions
 from kunserve_sglang.router.proxy import ProxyStats
 from kunserve_sglang.router.upstream import Question, ask_all, credentials
@@ -31,7 +31,15 @@ class _Totals:
     def __init__(self, events: EventLog) -> None:
         self._events = events
         self._last_epoch = 0
-        self.outcomes: Counter[tuple[str, str]] = Counter()
+        # All from the start: a series that begins at 1 hides its first event from `increase()`.
+        self.outcomes: Counter[tuple[str, str]] = Counter(
+            {
+                (kind, end): 0
+                for kind in TransitionKind
+                for end in Outcome
+                if end is not Outcome.RUNNING
+            }
+        )
         self.bytes: Counter[str] = Counter()
         self.last: dict[str, Event] = {}
 
@@ -60,6 +68,7 @@ class ControlPlaneCollector(Collector):
         yield from self._memory_and_load()
         yield from self._transitions()
         yield from self._requests()
+        yield from self._latencies()
 
     def _reports(self) -> list[tuple[str, Status]]:
         instances = sorted(self._control.registry.instances.items())
@@ -134,6 +143,14 @@ class ControlPlaneCollector(Collector):
             "Answers that an instance broke off in the middle.",
             value=self._stats.cut,
         )
+
+    def _latencies(self) -> Iterator[Metric]:
+        latency = self._control.latency
+        for histogram in (latency.ttft_seconds, latency.tpot_seconds):
+            for metric in histogram.collect():
+                # The text format has no place for the time of creation but one more metric.
+                metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+                yield metric
 
 
 class Metrics:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from kunserve_sglang.router.answers import error_answer, retry_later
 from kunserve_sglang.router.dispatch import Dispatcher, Policy, first, request_tokens
+from kunserve_sglang.router.latency import Latency, StreamTimer
 from kunserve_sglang.router.registry import Instance, Registry
 from kunserve_sglang.router.upstream import (
     REFUSED,
@@ -46,11 +47,12 @@ class ProxyStats:
 class _Exchange:
     """One request and the state of its answer."""
 
-    __slots__ = ("_receive", "_send", "body", "scope", "started", "status")
+    __slots__ = ("_receive", "_send", "arrived", "body", "scope", "started", "status")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self.body = b""
+        self.arrived = 0.0
         self.started = False
         self.status = 0
         self._receive = receive
@@ -93,8 +95,15 @@ class Proxy:
     A request is sent again only if no connection could be made, so no instance has seen it.
     """
 
-    def __init__(self, registry: Registry, session: aiohttp.ClientSession, policy: Policy) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        session: aiohttp.ClientSession,
+        policy: Policy,
+        latency: Latency,
+    ) -> None:
         self.stats = ProxyStats()
+        self._latency = latency
         self._registry = registry
         self._session = session
         self._policy = policy
@@ -104,6 +113,7 @@ class Proxy:
         exchange = _Exchange(scope, receive, send)
         if not await exchange.read_body():
             return
+        exchange.arrived = self._latency.clock()
         relay = asyncio.create_task(self._serve(exchange))
         gone = asyncio.create_task(exchange.client_gone())
         try:
@@ -180,9 +190,24 @@ class Proxy:
     async def _stream(self, response: aiohttp.ClientResponse, exchange: _Exchange) -> None:
         await exchange.start(response.status, answer_headers(response.raw_headers))
         read, write = response.content.readany, exchange.write
-        while chunk := await read():
-            await write(chunk, more=True)
+        if not _is_stream(response):
+            while chunk := await read():
+                await write(chunk, more=True)
+        else:
+            timer = StreamTimer(self._latency, exchange.arrived)
+            try:
+                while chunk := await read():
+                    timer.chunk()
+                    await write(chunk, more=True)
+            finally:
+                timer.end()
         await write(b"", more=False)
+
+
+def _is_stream(response: aiohttp.ClientResponse) -> bool:
+    """Whether tokens come as they are made; of other answers the first chunk says nothing."""
+    kind = response.headers.get("Content-Type", "")
+    return response.status == 200 and kind.startswith("text/event-stream")
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
