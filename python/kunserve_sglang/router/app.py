@@ -17,6 +17,7 @@ from kunserve_sglang.router.admin import Admin, admin_only
 from kunserve_sglang.router.answers import RequestError, error_answer, retry_later
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
+from kunserve_sglang.router.dashboard import dashboard_routes
 from kunserve_sglang.router.dispatch import POLICIES
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
 from kunserve_sglang.router.health import Probes
@@ -71,6 +72,7 @@ def build_app(
         *_admin_routes(Admin(control), Tracing(control), config.admin_key),
         *_fanout_routes(Fanout(control, session, config.api_key), config.admin_key),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
+        *dashboard_routes(),
     ]
     return RouterApp(routes, proxy)
 

@@ -169,6 +169,7 @@ def _describe(instance: Instance) -> dict[str, Any]:
         "mode": instance.mode.value,
         "serving": instance.serving,
         "in_flight": instance.in_flight,
+        "layer_count": hello.layer_count,
     }
     if instance.lost:
         described["lost"] = instance.lost

@@ -1,0 +1,76 @@
+// The router's admin API. Addresses are relative, so that the page works below any prefix.
+
+const READ_TIMEOUT_MS = 5_000;
+/** Above what the router allows a vote and an exchange together. */
+const TRANSITION_TIMEOUT_MS = 180_000;
+
+/** The router gave an answer, and it was no. */
+export class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+
+  get wantsKey() {
+    return this.status === 401;
+  }
+}
+
+/** There was no answer, or none of the router. */
+export class Unreachable extends Error {}
+
+/** What went wrong, by the name of the browser's error. */
+const REASONS = {
+  TimeoutError: "no answer in time",
+  SyntaxError: "something else answers at this address",
+};
+
+/** In this variable and nowhere else: it is gone with the page. */
+let adminKey = "";
+
+export function setAdminKey(key) {
+  adminKey = key;
+}
+
+export function read(path) {
+  return call(path, { timeoutMs: READ_TIMEOUT_MS });
+}
+
+export function plan(kind) {
+  return call("kunserve/plan", { body: { kind }, timeoutMs: READ_TIMEOUT_MS });
+}
+
+/** Runs a drop or restore to its end; returns its event. */
+export function transition(kind, body) {
+  return call(`kunserve/${kind}`, { body, timeoutMs: TRANSITION_TIMEOUT_MS });
+}
+
+async function call(path, { body, timeoutMs }) {
+  let response;
+  let answer;
+  try {
+    response = await fetch(path, {
+      method: body ? "POST" : "GET",
+      body: body && JSON.stringify(body),
+      headers: headers(body),
+      cache: "no-store",
+      signal: AbortSignal.timeout(timeoutMs),
+    });
+    answer = await response.json();
+  } catch (error) {
+    throw new Unreachable(REASONS[error.name] ?? "no connection");
+  }
+  if (!response.ok) {
+    throw new Refused(response.status, answer.error?.message ?? `HTTP ${response.status}`);
+  }
+  return answer;
+}
+
+function headers(body) {
+  const all = { Accept: "application/json" };
+  if (body) {
+    all["Content-Type"] = "application/json";
+    if (adminKey) all.Authorization = `Bearer ${adminKey}`;
+  }
+  return all;
+}

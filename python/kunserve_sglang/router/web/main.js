@@ -1,0 +1,77 @@
+// Puts the page together: asks the router once a second and hands the answers to the parts.
+
+import { read } from "./api.js";
+import { Confirmation } from "./confirm.js";
+import { byId, setText } from "./dom.js";
+import { showEvents } from "./events.js";
+import { showFigures } from "./figures.js";
+import { percent, timeOfDay } from "./format.js";
+import { History } from "./history.js";
+import { showMap } from "./map.js";
+import { Poller } from "./poll.js";
+
+const EVENTS_SHOWN = 50;
+
+const history = new History();
+const actions = { drop: byId("drop"), restore: byId("restore") };
+const poller = new Poller(ask, { succeeded: show, failed: showUnreachable });
+const confirmation = new Confirmation(() => poller.now());
+
+async function ask() {
+  const [status, { events }] = await Promise.all([
+    read("kunserve/status"),
+    read(`kunserve/events?limit=${EVENTS_SHOWN}`),
+  ]);
+  return { status, events };
+}
+
+function show({ status, events }) {
+  byId("unreachable").hidden = true;
+  byId("main").removeAttribute("aria-busy");
+  byId("main").classList.remove("stale");
+  const running = status.transition;
+  setConnection(running ? `${running.kind} in progress` : "live", running ? "busy" : "good");
+  showPolicy(status.policy);
+  showFigures(status);
+  history.add(status, events);
+  history.show();
+  showMap(status.instances);
+  showEvents(running ? [...events, running] : events);
+  setActions(status.instances.some((instance) => instance.group));
+}
+
+function showUnreachable(error, lastSuccess) {
+  setConnection("unreachable", "bad");
+  const notice = byId("unreachable");
+  const since = lastSuccess
+    ? `What you see is from ${timeOfDay(lastSuccess)}.`
+    : "There is nothing to show yet.";
+  const text = `The router cannot be reached: ${error.message}. ${since} It is asked again by itself.`;
+  setText(notice, text);
+  notice.hidden = false;
+  byId("main").classList.add("stale");
+  setActions(false);
+}
+
+function setConnection(text, tone) {
+  const badge = byId("connection");
+  setText(badge, text);
+  badge.dataset.tone = tone;
+}
+
+function setActions(possible) {
+  for (const button of Object.values(actions)) button.disabled = !possible;
+}
+
+function showPolicy(policy) {
+  const text = policy.auto
+    ? `Automatic: drops when demand exceeds ${percent(policy.drop)} of the capacity, ` +
+      `restores below ${percent(policy.restore)}.`
+    : "Automatic drops and restores are off.";
+  setText(byId("policy"), text);
+}
+
+for (const [kind, button] of Object.entries(actions)) {
+  button.addEventListener("click", () => confirmation.open(kind));
+}
+poller.start();
