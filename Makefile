@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 TYPED := python/kunserve_sglang scripts $(if $(wildcard benchmark/*.py),benchmark)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types format freeze clean
+.PHONY: help env demo test browser lint types format freeze clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ demo: env ## a burst on two instances, with and without KunServe
 
 test: env ## run the tests (ARGS="-k name" to choose)
 	@$(RUN) -m pytest $(ARGS)
+
+browser: ## install what the tests of the dashboard need: Debian's Chromium (as root)
+	@command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
 
 lint: env ## check style and types
 	@$(RUN) -m ruff check .

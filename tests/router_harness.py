@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from kunserve_sglang.config import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.server import listen, serve
 from kunserve_sglang.router.settings import RouterConfig
@@ -146,9 +148,19 @@ class RouterCluster(Client):
         events = self.get("/kunserve/events?limit=1").json["events"]
         return events[0] if events else None
 
-    def close(self) -> None:
+    def stop_router(self) -> None:
+        """End the router; its instances go on without it."""
         self._background.loop.call_soon_threadsafe(self._stop.set)
         self._serving.result(10)
+
+    def start_router(self) -> None:
+        """After `stop_router`: another one at the same port."""
+        self._stop = asyncio.Event()
+        cluster = msgspec.structs.replace(self.config.cluster, port=self.port)
+        self._serving = self._serve(listen(cluster))
+
+    def close(self) -> None:
+        self.stop_router()
         for instance in self.instances:
             instance.stop()
         self._background.stop()
