@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
+from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -79,15 +80,15 @@ class Member:
             device="cpu",
             attention_backend="torch_native",
             sampling_backend="pytorch",
-            disable_overlap_schedule=True,
             skip_tokenizer_init=True,
             log_level="error",
-            **server,
+            **{"disable_overlap_schedule": True, **server},
         )
         ports = PortArgs.init_new(arguments)
         self.scheduler = KunServeScheduler(arguments, ports, 0, 0, 0, 0, 0, 0, None)
         self.scheduler.schedule_stream = self.scheduler.device_module.Stream()
         self.scheduler._war_barrier_enabled = False
+        self.scheduler.result_queue = deque()
         self.scheduler.run_batch = self._run_batch
         self.requests: dict[str, Any] = {}
         self.largest_slot = 0
@@ -169,6 +170,8 @@ class Member:
         s = self.scheduler
         if s.engine.cooperating:
             return bool(s.cooperation.turn())
+        if s.enable_overlap:
+            return self._overlap_step()
         s.process_input_requests([])
         plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
         s.running_batch, batch = plan.running_batch, plan.batch_to_run
@@ -176,6 +179,29 @@ class Member:
             s.process_batch_result(batch, s.run_batch(batch))
         else:
             s.on_idle()
+        s.last_batch = batch
+        return batch is not None
+
+    def _overlap_step(self) -> bool:
+        """One turn of SGLang's overlap loop: results are applied one step later."""
+        s = self.scheduler
+        s.process_input_requests([])
+        plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
+        s.running_batch, batch = plan.running_batch, plan.batch_to_run
+        at_once = s.is_disable_overlap_for_batch(batch, last_batch=s.last_batch)
+        if at_once:
+            s.process_batch_result(*s.result_queue.popleft())
+        result = None
+        if batch:
+            result = s.run_batch(batch)
+            s._apply_war_barrier()
+            s.result_queue.append((batch.copy(), result))
+        if s.last_batch:
+            if not at_once:
+                s.process_batch_result(*s.result_queue.popleft())
+        elif batch is None:
+            s.on_idle()
+        s.launch_batch_sample_if_needed(result, batch)
         s.last_batch = batch
         return batch is not None
 

@@ -29,7 +29,7 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield cluster
 
 
-def _cluster(folder: Path, size: int, model: Path) -> ScriptedCluster:
+def _cluster(folder: Path, size: int, model: Path, **server: object) -> ScriptedCluster:
     """Budgets so small that requests queue and are retracted without a drop."""
     return ScriptedCluster(
         folder,
@@ -42,6 +42,7 @@ def _cluster(folder: Path, size: int, model: Path) -> ScriptedCluster:
         dtype="float32",
         schedule_conservativeness=0.1,
         context_length=1024,
+        **server,
     )
 
 
@@ -102,6 +103,18 @@ def test_pressure_was_real(pair: ScriptedCluster) -> None:
     assert sum(e.compacted_slots for e in events) > 0
     assert sum(e.exchanged_bytes for e in events) > 0
     assert sum(e.kind is TransitionKind.RESTORE for e in events) > 20
+
+
+def test_two_cycles_with_overlap_scheduling(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A transition finds a step whose results have not been applied yet."""
+    folder = tmp_path_factory.mktemp("overlap")
+    with _cluster(folder, 2, tiny_model, disable_overlap_schedule=False) as cluster:
+        for seed in range(200, 206):
+            events, differences = _play(cluster, random_scripts(seed, 2, PAIR_GATES))
+            assert differences == [], seed
+            assert len(events) >= 2
 
 
 FOUR_GATES = (

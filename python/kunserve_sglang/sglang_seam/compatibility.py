@@ -65,7 +65,6 @@ def with_defaults(argv: list[str]) -> list[str]:
         "--attention-backend": ["torch_native"],
         "--sampling-backend": ["pytorch"],
         "--log-level": ["warning"],
-        "--disable-overlap-schedule": [],
     }
     given = {argument.split("=")[0] for argument in argv}
     extra = [x for flag, value in defaults.items() if flag not in given for x in (flag, *value)]

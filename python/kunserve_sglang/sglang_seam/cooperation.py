@@ -39,6 +39,7 @@ class Cooperation:
     def __init__(self, scheduler: KunServeScheduler) -> None:
         self._scheduler = scheduler
         self._entered = False
+        self._overlaps = False
         self._ready = no_requests()
         self._crowd = no_requests()
         self._flights: deque[_Flight] = deque()
@@ -71,11 +72,15 @@ class Cooperation:
                 self._scheduler.agent.serve_one(_WAIT_MS / 1e3)
         self._scheduler.running_batch = self._ready
         self._ready = no_requests()
+        self._scheduler.overlap(self._overlaps)
         self._entered = False
 
     def _enter(self) -> None:
         scheduler = self._scheduler
         self._ready = scheduler.running_batch
+        # The pipeline overlaps more than SGLang's loop could; a result is applied when it comes.
+        self._overlaps = scheduler.enable_overlap
+        scheduler.overlap(False)
         self._ready.chunked_req = None  # SGLang leaves it there; by now it may be one that decodes
         self._crowd = no_requests()
         scheduler.running_batch = self._crowd

@@ -135,6 +135,10 @@ class KunServeScheduler(upstream.Scheduler):
         if chunked is not None and chunked.extend_range.end > len(chunked.prefix_indices):
             self.stash_chunked_request(chunked)
 
+    def overlap(self, on: bool) -> None:
+        """Whether results are applied one step later, as SGLang's overlap loop does."""
+        self.enable_overlap = self.tp_worker.enable_overlap = on
+
     def quiesce(self) -> None:
         """Apply all results that are pending; all requests are then in the running batch."""
         self.cooperation.quiesce()
