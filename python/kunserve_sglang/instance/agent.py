@@ -1,4 +1,4 @@
-"""The instance's own head: its mode, its part in transitions, its status.
+"""The instance's own head: its mode, its layout, its pipeline, its status.
 
 The runtime calls `poll` at every step boundary; everything that changes the instance happens
 inside that call. See `docs/structures.md` for the life of a drop.
@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
-from kunserve_sglang.errors import InternalError, TransitionTimeout
+from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance import wire
-from kunserve_sglang.instance.control import ControlLink
-from kunserve_sglang.instance.engine import Engine
-from kunserve_sglang.instance.exchange import Exchange
-from kunserve_sglang.instance.kv_store import KvStore
-from kunserve_sglang.instance.parameters import ParameterStore
+from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.pipeline import Pipeline, PipelineCounters
 from kunserve_sglang.instance.trace import Tracer
-from kunserve_sglang.layout import LayerRange, Layout, Member, MemoryProfile
-from kunserve_sglang.memory import PhysicalPagePool
+from kunserve_sglang.instance.transitions import Participant
+from kunserve_sglang.layout import LayerRange, Layout, Member
 from kunserve_sglang.messages import (
     Abort,
     Commit,
-    Done,
     Mode,
     Pages,
     Prepare,
@@ -34,33 +28,13 @@ from kunserve_sglang.messages import (
     ToInstance,
     Trace,
     Traced,
-    Transition,
-    TransitionKind,
-    TransitionStats,
-    Vote,
 )
-from kunserve_sglang.policy.cost_model import CostEstimate
-from kunserve_sglang.transport import DataPlane, Packet
+from kunserve_sglang.transport import Packet
 
 _STATUS_INTERVAL_S = 0.05
 
 BUSY = ("own layers", "peer's layers", "finish", "schedule")
 """Spans in which a member of a group does something useful."""
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """What an agent is the head of."""
-
-    instance: int
-    profile: MemoryProfile
-    pool: PhysicalPagePool
-    parameters: ParameterStore
-    kv: KvStore
-    engine: Engine
-    plane: DataPlane
-    control: ControlLink
-    costs: CostEstimate
 
 
 class Agent:
@@ -79,6 +53,7 @@ class Agent:
         self._stale_packets = 0
         self._next_status = 0.0
         self._last_status: Status | None = None
+        self._participant = Participant(body, self, peer_timeout_s=peer_timeout_s)
         self.check_pages()
 
     @property
@@ -110,7 +85,7 @@ class Agent:
         """Do what the next packet of a peer asks for; false if none came in time."""
         packet = self._deferred.popleft() if self._deferred else self._body.plane.receive(timeout_s)
         if packet is not None:
-            self._serve(packet)
+            self.serve(packet)
         return packet is not None
 
     def publish(self, *, force: bool = False) -> None:
@@ -164,7 +139,10 @@ class Agent:
 
     # -- stage work ------------------------------------------------------------------------------
 
-    def _serve(self, packet: Packet) -> None:
+    def defer(self, packet: Packet) -> None:
+        self._deferred.append(packet)
+
+    def serve(self, packet: Packet) -> None:
         header = wire.decode(packet.header)
         if self._pipeline is None or header.epoch != self.layout.epoch:
             self._stale_packets += 1
@@ -177,11 +155,11 @@ class Agent:
 
     def _obey(self, message: ToInstance) -> None:
         if isinstance(message, Prepare):
-            self._prepare(message)
+            self._participant.prepare(message)
         elif isinstance(message, Commit):
-            self._reply(message, "not prepared for this epoch")
+            self._participant.reply(message, "not prepared for this epoch")
         elif isinstance(message, Abort):
-            self._reply(message)
+            self._participant.reply(message)
         elif isinstance(message, Trace):
             self._trace(message)
 
@@ -194,95 +172,7 @@ class Agent:
             spans, lost = self.tracer.stop()
         self._body.control.send(Traced(call=message.call, spans=tuple(spans), lost=lost))
 
-    def _prepare(self, message: Prepare) -> None:
-        transition = message.transition
-        epoch = transition.epoch
-        self._body.engine.quiesce()
-        reason = self._objection(transition)
-        vote = Vote(call=message.call, epoch=epoch, ok=not reason, reason=reason)
-        if reason:
-            self._body.control.send(vote)
-            return
-        resting = self.mode
-        dropping = transition.kind is TransitionKind.DROP
-        self.mode = Mode.PREPARING if dropping else Mode.RESTORING
-        self._connect(transition)
-        self._body.control.send(vote)
-        self.publish(force=True)
-        decision, packets = self._await_decision(message)
-        if decision is None or isinstance(decision, Commit):
-            self._execute(transition, decision, packets, resting)
-        else:
-            self.mode = resting
-            if isinstance(decision, Abort):
-                self._reply(decision)
-        self.publish(force=True)
-
-    def _await_decision(
-        self, message: Prepare
-    ) -> tuple[Commit | Abort | Prepare | None, list[Packet]]:
-        """Stand still, but go on as a stage: members that have not stopped yet need us.
-
-        Returns the decision; None if a member's data shows that the group has committed; the
-        `Prepare` itself if nobody decided in time, which counts as an abort.
-        """
-        deadline = time.monotonic() + message.decision_s
-        epoch = message.transition.epoch
-        while time.monotonic() < deadline:
-            packet = self._body.plane.receive(0.001)
-            if packet is not None:
-                if wire.decode(packet.header).epoch == epoch:
-                    return None, [packet]
-                self._serve(packet)
-            command = self._body.control.receive()
-            if isinstance(command, Commit | Abort) and command.epoch == epoch:
-                return command, []
-        return message, []
-
-    def _execute(
-        self,
-        transition: Transition,
-        commit: Commit | None,
-        packets: list[Packet],
-        resting: Mode,
-    ) -> None:
-        deadline = time.monotonic() + (commit.deadline_s if commit else self._timeout)
-        body = self._body
-        exchange = Exchange(
-            self._me,
-            transition,
-            engine=body.engine,
-            parameters=body.parameters,
-            kv=body.kv,
-            plane=body.plane,
-            defer=self._deferred.append,
-        )
-        try:
-            with self.tracer.span("exchange", epoch=transition.epoch):
-                stats = exchange.run(packets, deadline)
-        except TransitionTimeout as error:
-            self.mode = resting
-            if commit:
-                self._reply(commit, str(error))
-            return
-        self._adopt(exchange.after)
-        # Before the answer: whoever hears of the end of a transition finds the new state.
-        self.publish(force=True)
-        if commit is None:
-            commit = self._late_commit(transition.epoch)
-        if commit:
-            self._reply(commit, stats=stats)
-
-    def _late_commit(self, epoch: int) -> Commit | None:
-        """The router's decision, which a peer's data has overtaken."""
-        deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline:
-            command = self._body.control.receive(0.05)
-            if isinstance(command, Commit) and command.epoch == epoch:
-                return command
-        return None
-
-    def _adopt(self, layout: Layout) -> None:
+    def adopt(self, layout: Layout) -> None:
         """The data is where `layout` says: run by it from the next step on."""
         body = self._body
         self.layout = layout
@@ -307,56 +197,6 @@ class Agent:
             body.engine.leave_cooperation()
             self.mode = Mode.INDEPENDENT
         self.check_pages()
-
-    def _objection(self, transition: Transition) -> str:
-        """Why this member cannot take part; empty if it can."""
-        before = next((x for x in transition.before if self._me in x.ids), None)
-        after = next((x for x in transition.after if self._me in x.ids), None)
-        if before is None or after is None:
-            return "the plan has no part for this instance"
-        profile = self._body.profile
-        if transition.epoch <= self.layout.epoch:
-            return f"epoch {transition.epoch} is not after {self.layout.epoch}"
-        if before != self.layout:
-            return f"the plan starts from another layout than epoch {self.layout.epoch}"
-        if not after.covers(self._body.engine.layer_count):
-            return "the plan does not hold every layer exactly once"
-        member = after.member(self._me)
-        owners = len(after.members)
-        if owners > profile.owners:
-            return f"a group of {owners} is larger than {profile.owners}"
-        if member.capacity > profile.capacity(member.layers, owners):
-            return f"{member.capacity} slots for {owners} owners do not fit the memory budget"
-        self._body.engine.evict_cached(member.capacity)
-        taken = len(self._body.engine.taken_slots())
-        if taken > member.capacity:
-            return f"requests hold {taken} slots, {member.capacity} would be left"
-        return ""
-
-    def _connect(self, transition: Transition) -> None:
-        peers = {
-            m.instance: m.address
-            for layout in (*transition.before, *transition.after)
-            for m in layout.members
-            if m.instance != self._me
-        }
-        self._body.plane.connect(peers)
-
-    def _reply(
-        self,
-        command: Commit | Abort,
-        error: str = "",
-        stats: TransitionStats | None = None,
-    ) -> None:
-        self._body.control.send(
-            Done(
-                call=command.call,
-                epoch=command.epoch,
-                ok=not error,
-                error=error,
-                stats=stats or TransitionStats(),
-            )
-        )
 
     def _alone(self, epoch: int) -> Layout:
         body = self._body

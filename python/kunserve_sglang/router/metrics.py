@@ -95,7 +95,10 @@ class ControlPlaneCollector(Collector):
         running = _gauge("running_requests", "Requests that hold slots.", "instance")
         waiting = _gauge("waiting_requests", "Requests that wait for slots.", "instance")
         counters = _counter("instance_counters", "What instances count.", "instance", "counter")
+        bubbles = _gauge("bubble_fraction", "Of a stage's time, since start.", "instance")
         for label, status in self._reports():
+            busy, bubble = (status.counters.get(n, 0) for n in ("busy_ms", "bubble_ms"))
+            bubbles.add_metric([label], bubble / max(1, busy + bubble))
             for use in ("parameters", "kv", "free", "total"):
                 pages.add_metric([label, use], getattr(status.pages, use))
             for state in ("used", "cached", "capacity"):
@@ -105,7 +108,7 @@ class ControlPlaneCollector(Collector):
             waiting.add_metric([label], status.load.waiting)
             for name, value in sorted(status.counters.items()):
                 counters.add_metric([label, name], value)
-        yield from (pages, slots, demand, running, waiting, counters)
+        yield from (pages, slots, demand, running, waiting, counters, bubbles)
 
     def _transitions(self) -> Iterator[Metric]:
         self._totals.update()

@@ -17,7 +17,8 @@ from sglang.srt.utils import DynamicGradMode
 
 from kunserve_sglang.config import InstanceConfig, instance_from_environment
 from kunserve_sglang.errors import InternalError
-from kunserve_sglang.instance.agent import Agent, Body
+from kunserve_sglang.instance.agent import Agent
+from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.control import ControlLink
 from kunserve_sglang.instance.profiling import load_or_measure, shapes
 from kunserve_sglang.messages import PROTOCOL_VERSION, Hello

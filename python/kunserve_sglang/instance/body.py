@@ -1,0 +1,29 @@
+"""The parts of an instance that carry layers and KV, as one argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kunserve_sglang.instance.control import ControlLink
+from kunserve_sglang.instance.engine import Engine
+from kunserve_sglang.instance.kv_store import KvStore
+from kunserve_sglang.instance.parameters import ParameterStore
+from kunserve_sglang.layout import MemoryProfile
+from kunserve_sglang.memory import PhysicalPagePool
+from kunserve_sglang.policy.cost_model import CostEstimate
+from kunserve_sglang.transport import DataPlane
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What an agent is the head of."""
+
+    instance: int
+    profile: MemoryProfile
+    pool: PhysicalPagePool
+    parameters: ParameterStore
+    kv: KvStore
+    engine: Engine
+    plane: DataPlane
+    control: ControlLink
+    costs: CostEstimate

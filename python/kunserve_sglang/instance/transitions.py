@@ -1,0 +1,195 @@
+"""A member's side of a transition: vote, wait for the decision, move the data (two-phase)."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from kunserve_sglang.errors import TransitionTimeout
+from kunserve_sglang.instance import wire
+from kunserve_sglang.instance.body import Body
+from kunserve_sglang.instance.exchange import Exchange
+from kunserve_sglang.instance.trace import Tracer
+from kunserve_sglang.layout import Layout
+from kunserve_sglang.messages import (
+    Abort,
+    Commit,
+    Done,
+    Mode,
+    Prepare,
+    Transition,
+    TransitionKind,
+    TransitionStats,
+    Vote,
+)
+from kunserve_sglang.transport import Packet
+
+
+class Host(Protocol):
+    """What a transition changes of the instance it runs in, and needs it for."""
+
+    mode: Mode
+    layout: Layout
+    tracer: Tracer
+
+    def adopt(self, layout: Layout) -> None:
+        """The data is where `layout` says: run by it from the next step on."""
+        ...
+
+    def serve(self, packet: Packet) -> None:
+        """Stage work for a peer that has not come to rest yet."""
+        ...
+
+    def defer(self, packet: Packet) -> None:
+        """A packet of the new layout came early: serve it once that is adopted."""
+        ...
+
+    def publish(self, *, force: bool = False) -> None: ...
+
+
+class Participant:
+    """Runs one transition after the other; each ends in bounded time (invariant 6)."""
+
+    def __init__(self, body: Body, host: Host, *, peer_timeout_s: float) -> None:
+        self._body = body
+        self._host = host
+        self._me = body.instance
+        self._timeout = peer_timeout_s
+
+    def prepare(self, message: Prepare) -> None:
+        transition = message.transition
+        epoch = transition.epoch
+        self._body.engine.quiesce()
+        reason = self._objection(transition)
+        vote = Vote(call=message.call, epoch=epoch, ok=not reason, reason=reason)
+        if reason:
+            self._body.control.send(vote)
+            return
+        resting = self._host.mode
+        dropping = transition.kind is TransitionKind.DROP
+        self._host.mode = Mode.PREPARING if dropping else Mode.RESTORING
+        self._connect(transition)
+        self._body.control.send(vote)
+        self._host.publish(force=True)
+        decision, packets = self._await_decision(message)
+        if decision is None or isinstance(decision, Commit):
+            self._execute(transition, decision, packets, resting)
+        else:
+            self._host.mode = resting
+            if isinstance(decision, Abort):
+                self.reply(decision)
+        self._host.publish(force=True)
+
+    def _await_decision(
+        self, message: Prepare
+    ) -> tuple[Commit | Abort | Prepare | None, list[Packet]]:
+        """Stand still, but go on as a stage: members that have not stopped yet need us.
+
+        Returns the decision; None if a member's data shows that the group has committed; the
+        `Prepare` itself if nobody decided in time, which counts as an abort.
+        """
+        deadline = time.monotonic() + message.decision_s
+        epoch = message.transition.epoch
+        while time.monotonic() < deadline:
+            packet = self._body.plane.receive(0.001)
+            if packet is not None:
+                if wire.decode(packet.header).epoch == epoch:
+                    return None, [packet]
+                self._host.serve(packet)
+            command = self._body.control.receive()
+            if isinstance(command, Commit | Abort) and command.epoch == epoch:
+                return command, []
+        return message, []
+
+    def _execute(
+        self,
+        transition: Transition,
+        commit: Commit | None,
+        packets: list[Packet],
+        resting: Mode,
+    ) -> None:
+        deadline = time.monotonic() + (commit.deadline_s if commit else self._timeout)
+        body = self._body
+        exchange = Exchange(
+            self._me,
+            transition,
+            engine=body.engine,
+            parameters=body.parameters,
+            kv=body.kv,
+            plane=body.plane,
+            defer=self._host.defer,
+        )
+        try:
+            with self._host.tracer.span("exchange", epoch=transition.epoch):
+                stats = exchange.run(packets, deadline)
+        except TransitionTimeout as error:
+            self._host.mode = resting
+            if commit:
+                self.reply(commit, str(error))
+            return
+        self._host.adopt(exchange.after)
+        # Before the answer: whoever hears of the end of a transition finds the new state.
+        self._host.publish(force=True)
+        if commit is None:
+            commit = self._late_commit(transition.epoch)
+        if commit:
+            self.reply(commit, stats=stats)
+
+    def _late_commit(self, epoch: int) -> Commit | None:
+        """The router's decision, which a peer's data has overtaken."""
+        deadline = time.monotonic() + self._timeout
+        while time.monotonic() < deadline:
+            command = self._body.control.receive(0.05)
+            if isinstance(command, Commit) and command.epoch == epoch:
+                return command
+        return None
+
+    def _objection(self, transition: Transition) -> str:
+        """Why this member cannot take part; empty if it can."""
+        before = next((x for x in transition.before if self._me in x.ids), None)
+        after = next((x for x in transition.after if self._me in x.ids), None)
+        if before is None or after is None:
+            return "the plan has no part for this instance"
+        profile = self._body.profile
+        if transition.epoch <= self._host.layout.epoch:
+            return f"epoch {transition.epoch} is not after {self._host.layout.epoch}"
+        if before != self._host.layout:
+            return f"the plan starts from another layout than epoch {self._host.layout.epoch}"
+        if not after.covers(self._body.engine.layer_count):
+            return "the plan does not hold every layer exactly once"
+        member = after.member(self._me)
+        owners = len(after.members)
+        if owners > profile.owners:
+            return f"a group of {owners} is larger than {profile.owners}"
+        if member.capacity > profile.capacity(member.layers, owners):
+            return f"{member.capacity} slots for {owners} owners do not fit the memory budget"
+        self._body.engine.evict_cached(member.capacity)
+        taken = len(self._body.engine.taken_slots())
+        if taken > member.capacity:
+            return f"requests hold {taken} slots, {member.capacity} would be left"
+        return ""
+
+    def _connect(self, transition: Transition) -> None:
+        peers = {
+            m.instance: m.address
+            for layout in (*transition.before, *transition.after)
+            for m in layout.members
+            if m.instance != self._me
+        }
+        self._body.plane.connect(peers)
+
+    def reply(
+        self,
+        command: Commit | Abort,
+        error: str = "",
+        stats: TransitionStats | None = None,
+    ) -> None:
+        self._body.control.send(
+            Done(
+                call=command.call,
+                epoch=command.epoch,
+                ok=not error,
+                error=error,
+                stats=stats or TransitionStats(),
+            )
+        )
