@@ -79,6 +79,18 @@ def test_what_was_received_may_be_kept_and_changed(make: MakePlane) -> None:
     assert torch.equal(kept, torch.full((1000,), 2.0))
 
 
+def test_what_was_sent_may_change_at_once(make: MakePlane) -> None:
+    """A transition unmaps what it has just sent."""
+    a, b = make("a"), make("b")
+    a.connect({1: b.address})
+    sent = torch.ones(500_000)
+    for _ in range(20):
+        a.send(1, b"", [sent])
+        sent.add_(1)
+    for number in range(20):
+        assert torch.equal(received(b).tensors[0], torch.full((500_000,), 1.0 + number))
+
+
 def test_two_peers_talk_at_once(make: MakePlane) -> None:
     planes = [make(name) for name in "abc"]
     for number, plane in enumerate(planes):
@@ -131,6 +143,22 @@ def test_more_than_the_ring_holds(pair: tuple[LocalDataPlane, LocalDataPlane]) -
         assert packet.header == str(number).encode()
         expected = large if number % 500 == 0 else torch.full((99,), number)
         assert torch.equal(packet.tensors[0], expected)
+
+
+def test_room_is_what_fits_the_ring(pair: tuple[LocalDataPlane, LocalDataPlane]) -> None:
+    a, b = pair
+    assert a.room(1) == 64 << 10
+    for _ in range(200):
+        size = max(64, a.room(1) // 3)
+        outbox = a._outboxes[1]
+        assert size <= outbox.room
+        a.send(1, b"", [torch.zeros(size, dtype=torch.uint8)])
+        if a.room(1) < 10_000:
+            while b.receive() is not None:
+                continue
+    while b.receive() is not None:
+        continue
+    assert a.room(1) == 64 << 10
 
 
 def test_the_ring_is_reused_in_any_order_of_release(

@@ -4,18 +4,20 @@ All members run `Exchange.run` at the same time, each at a step boundary. The sa
 every transition; which layers go and come follows from the layouts before and after:
 
 1. barrier: every owner tells all participants its taken slots, before and after compaction;
-2. everything that leaves this member is packed and sent;
+2. KV that leaves this member is packed and sent;
 3. dropped layers and KV that moved away give their pages back; what stays shrinks to what is
    needed, so that step 4 always finds its pages;
-4. parameters that come back and KV that arrives get pages and are received;
+4. parameters that come back and KV that arrives get pages and are received, while parameters that
+   others need are sent piece by piece;
 5. every owner's sub-range grows to its new capacity.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,9 +26,15 @@ from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.engine import Engine
 from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.parameters import ParameterStore
-from kunserve_sglang.layout import Layout, kv_moves, parameter_loads
+from kunserve_sglang.layout import Layout, ParameterLoad, kv_moves, parameter_loads
 from kunserve_sglang.messages import Transition, TransitionStats
 from kunserve_sglang.transport import DataPlane, Packet
+
+_PIECE_BYTES = 1 << 20
+"""Parameters travel in pieces: large enough to copy fast, small enough to leave room for others."""
+
+_ROOM_WAIT_S = 0.001
+_PATIENCE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,18 @@ def compact(taken: torch.Tensor, capacity: int) -> SlotChange:
     target = taken.clone()
     target[high] = room
     return SlotChange(taken, target)
+
+
+@dataclass(slots=True)
+class _Due:
+    """What has to arrive: parameters with the memory they go to, and KV by owner and layer."""
+
+    layers: dict[int, torch.Tensor]
+    rows: set[tuple[int, int]]
+    arrived: Counter[int] = field(default_factory=Counter)
+
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.rows)
 
 
 class Exchange:
@@ -94,7 +114,7 @@ class Exchange:
         self._sent_kv = 0
 
     def run(self, first_packets: list[Packet], deadline: float) -> TransitionStats:
-        """Do it all; `deadline` is in monotonic seconds.
+        """Do it all; `deadline` is in monotonic seconds. Takes `first_packets` over.
 
         Raises `TransitionTimeout` from the barrier, while nothing has changed yet, and `PeerLost`
         after it, when layers or KV may be gone and the member has to recover.
@@ -130,9 +150,8 @@ class Exchange:
         for peer in self._participants:
             if peer != self._me:
                 self._plane.send(peer, header, [mine.source, mine.target])
-        queue = list(packets)
         while len(self._changes) < len(self._participants):
-            packet = queue.pop(0) if queue else self._receive(deadline)
+            packet = packets.pop(0) if packets else self._receive(deadline)
             if packet is None:
                 missing = set(self._participants) - set(self._changes)
                 raise TransitionTimeout(f"members {sorted(missing)} did not reach the barrier")
@@ -140,21 +159,17 @@ class Exchange:
             if received.epoch != self._epoch:
                 continue
             if isinstance(received, wire.TakenSlots):
-                self._changes[received.sender] = SlotChange(*packet.tensors)
+                # Copies: what arrived lies in memory that the sender wants back.
+                self._changes[received.sender] = SlotChange(*(t.clone() for t in packet.tensors))
             else:
                 # A faster member is past its barrier already; its data waits its turn.
                 self._early.append(packet)
-        self._early += queue
+        self._early += packets
+        packets.clear()
 
     # -- step 2 ----------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        for load in self._loads:
-            if load.source == self._me:
-                header = wire.LayerParameters(sender=self._me, epoch=self._epoch, layer=load.layer)
-                # Cloned: the pages may be unmapped before the transport has read them.
-                data = self._parameters.bytes_of(load.layer).clone()
-                self._plane.send(load.target, wire.encode(header), [data])
         for move in self._moves:
             if move.source == self._me:
                 change = self._changes[move.owner]
@@ -199,36 +214,85 @@ class Exchange:
 
     # -- step 4 ----------------------------------------------------------------------------------
 
+    def _pieces(self) -> Iterator[tuple[ParameterLoad, int, torch.Tensor]]:
+        """What this member has to send of parameters; no transition that loads drops any."""
+        for load in self._loads:
+            if load.source == self._me:
+                data = self._parameters.bytes_of(load.layer)
+                for offset in range(0, len(data), _PIECE_BYTES):
+                    yield load, offset, data[offset : offset + _PIECE_BYTES]
+
+    def _send_pieces(
+        self, pieces: deque[tuple[ParameterLoad, int, torch.Tensor]], *, at_least: int
+    ) -> None:
+        """Send what finds room: the same few megabytes of shared memory serve for everything.
+
+        `at_least` so many go even if there is none: a peer may hold on to what it has received.
+        """
+        while pieces:
+            if at_least <= 0 and self._plane.room(pieces[0][0].target) < _PIECE_BYTES:
+                return
+            at_least -= 1
+            load, offset, data = pieces.popleft()
+            header = wire.LayerParameters(
+                sender=self._me, epoch=self._epoch, layer=load.layer, offset=offset
+            )
+            self._plane.send(load.target, wire.encode(header), [data])
+
     def _receive_all(self, deadline: float) -> int:
         for owner in self.after.ids:
             self._kv.admit(owner)
         layers = [load.layer for load in self._loads if load.target == self._me]
-        targets = {layer: self._parameters.reserve(layer) for layer in layers}
-        rows = {(m.owner, m.layer) for m in self._moves if m.target == self._me}
-        for owner, layer in rows:
+        due = _Due(
+            layers={layer: self._parameters.reserve(layer) for layer in layers},
+            rows={(m.owner, m.layer) for m in self._moves if m.target == self._me},
+        )
+        for owner, layer in due.rows:
             self._kv.resize(layer, owner, self._changes[owner].highest)
-        while targets or rows:
-            packet = self._early.pop(0) if self._early else self._receive(deadline)
-            if packet is None:
-                raise PeerLost(f"waited for layers {sorted(targets)} and KV of {sorted(rows)}")
-            header = wire.decode(packet.header)
-            if header.epoch != self._epoch:
-                continue
-            if isinstance(header, wire.LayerParameters):
-                targets.pop(header.layer).copy_(packet.tensors[0])
-                self._parameters.attach(header.layer)
-            elif isinstance(header, wire.KvRows):
-                rows.remove((header.owner, header.layer))
-                k, v = packet.tensors
-                slots = self._changes[header.owner].target
-                self._kv.scatter(header.layer, header.owner, slots, k, v)
-            elif isinstance(header, wire.MicroBatch):
-                self._defer(packet)
-            else:
-                raise InternalError(f"{type(header).__name__} after the barrier")
+        pieces = deque(self._pieces())
+        left, patience = len(pieces), time.monotonic() + _PATIENCE_S
+        while pieces or due:
+            self._send_pieces(pieces, at_least=int(time.monotonic() > patience))
+            if len(pieces) < left:
+                left, patience = len(pieces), time.monotonic() + _PATIENCE_S
+            if due:
+                self._take_one(due, deadline, waiting_to_send=bool(pieces))
+            elif pieces:
+                time.sleep(_ROOM_WAIT_S)  # nothing else to do until a peer has read some
+            if pieces and time.monotonic() > deadline:
+                raise PeerLost(f"instance {pieces[0][0].target} does not take its parameters")
         for packet in self._early:
             self._defer(packet)
         return self._parameters.nbytes(layers)
+
+    def _take_one(self, due: _Due, deadline: float, *, waiting_to_send: bool) -> None:
+        wait = time.monotonic() + _ROOM_WAIT_S if waiting_to_send else deadline
+        packet = self._early.pop(0) if self._early else self._receive(wait)
+        if packet is not None:
+            self._store(packet, due)
+        elif time.monotonic() > deadline:
+            raise PeerLost(f"waited for layers {sorted(due.layers)} and KV of {sorted(due.rows)}")
+
+    def _store(self, packet: Packet, due: _Due) -> None:
+        header = wire.decode(packet.header)
+        if header.epoch != self._epoch:
+            return
+        if isinstance(header, wire.LayerParameters):
+            data, layer = packet.tensors[0], header.layer
+            due.layers[layer][header.offset : header.offset + len(data)] = data
+            due.arrived[layer] += len(data)
+            if due.arrived[layer] == len(due.layers[layer]):
+                self._parameters.attach(layer)
+                del due.layers[layer]
+        elif isinstance(header, wire.KvRows):
+            due.rows.remove((header.owner, header.layer))
+            k, v = packet.tensors
+            slots = self._changes[header.owner].target
+            self._kv.scatter(header.layer, header.owner, slots, k, v)
+        elif isinstance(header, wire.MicroBatch):
+            self._defer(packet)
+        else:
+            raise InternalError(f"{type(header).__name__} after the barrier")
 
     # -- step 5 ----------------------------------------------------------------------------------
 

@@ -48,9 +48,10 @@ class KvRows(Envelope, frozen=True, kw_only=True, tag="kv_rows"):
 
 
 class LayerParameters(Envelope, frozen=True, kw_only=True, tag="layer_parameters"):
-    """All parameters of `layer`. Tensors: flat uint8."""
+    """Bytes of the parameters of `layer`, from `offset` on. Tensors: flat uint8."""
 
     layer: int
+    offset: int
 
 
 Header = MicroBatch | TakenSlots | KvRows | LayerParameters

@@ -47,9 +47,16 @@ class DataPlane(Protocol):
         ...
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
-        """Never blocks. The tensors must not be written to afterwards.
+        """Never blocks. The tensors are copied: they may change, or be unmapped, afterwards.
 
         Raises `PeerLost` if the peer is known to have gone.
+        """
+        ...
+
+    def room(self, peer: int) -> int:
+        """Bytes that can be sent at once with no memory but what is there for it.
+
+        More can be sent, at the price of memory: whoever moves much waits for room instead.
         """
         ...
 

@@ -79,6 +79,9 @@ class LocalDataPlane:
             raise InternalError(f"instance {peer} is not connected")
         self._outboxes[peer].send(header, list(tensors))
 
+    def room(self, peer: int) -> int:
+        return self._outboxes[peer].room
+
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
         # One event at a time: what is not taken stays in the kernel, visible to `poll_handles`.
         while events := self._epoll.poll(timeout_s, 1):
@@ -168,6 +171,10 @@ class _Outbox:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    @property
+    def room(self) -> int:
+        return 0 if self._waiting else self._ring.room
 
     def send(self, header: bytes, tensors: list[torch.Tensor]) -> None:
         specs = tuple(TensorSpec.of(t) for t in tensors)

@@ -78,6 +78,9 @@ class HostAwareDataPlane:
             raise InternalError(f"instance {peer} is not connected")
         self._ways[peer].send(peer, header, tensors)
 
+    def room(self, peer: int) -> int:
+        return self._ways[peer].room(peer)
+
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
         if self._tcp is None:
             return self._local.receive(timeout_s)

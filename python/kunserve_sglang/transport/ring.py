@@ -74,6 +74,17 @@ class RingWriter:
         self._nbytes = nbytes
         self._head = 0
 
+    @property
+    def room(self) -> int:
+        """Bytes that a `write` would find room for in one piece."""
+        tail: int = _TAIL.unpack_from(self._map)[0]
+        if tail == self._head:
+            return self._nbytes
+        used = self._head - tail
+        to_end = self._nbytes - self._head % self._nbytes
+        free = self._nbytes - used
+        return max(min(to_end, free), free - to_end)
+
     def write(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
         """Copy in; returns (first byte, end) as counts for `RingReader.read`, None if full."""
         needed = packed_bytes(tensors)

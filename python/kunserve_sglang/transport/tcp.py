@@ -12,6 +12,8 @@ import zmq
 from kunserve_sglang.errors import InternalError
 from kunserve_sglang.transport.data import Packet, TensorSpec
 
+_PIECE_BYTES = 64 << 20
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 
@@ -47,8 +49,11 @@ class TcpDataPlane:
             raise InternalError(f"instance {peer} is not connected")
         specs = tuple(TensorSpec.of(t) for t in tensors)
         frames: list[Any] = [header, _encoder.encode(specs)]
-        frames += [t.contiguous().flatten().view(torch.uint8).numpy().data for t in tensors]
+        frames += [t.flatten().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]
         self._outboxes[peer][1].send_multipart(frames, copy=False)
+
+    def room(self, peer: int) -> int:  # noqa: ARG002
+        return _PIECE_BYTES  # ZMQ queues, and says nothing of what the network has taken
 
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
         if not self._inbox.poll(int(timeout_s * 1000)):
