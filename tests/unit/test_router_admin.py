@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,16 +17,17 @@ from tests.router_harness import Answer, RouterCluster, until
 Start = Callable[..., RouterCluster]
 
 
-def refuse(message: Prepare) -> Vote:
+def refuse(router: RouterCluster, message: Prepare) -> Vote:  # noqa: ARG001 (a script)
     return Vote(call=message.call, epoch=message.transition.epoch, ok=False, reason="not now")
 
 
-def never(message: Prepare) -> None:  # noqa: ARG001 (a script)
+def never(router: RouterCluster, message: Prepare) -> None:  # noqa: ARG001 (a script)
     return None
 
 
-def late(message: Prepare) -> Vote | None:
-    time.sleep(0.6)  # twice the deadline for votes
+def late(router: RouterCluster, message: Prepare) -> Vote:
+    """A yes after the router has given up and told the other member so."""
+    until(lambda: router.instances[0].obeyed["Abort"])
     return vote_yes(message)
 
 
@@ -189,7 +191,7 @@ def test_a_second_transition_is_a_conflict(router: RouterCluster) -> None:
 
 @pytest.mark.parametrize("script", [refuse, never, late])
 def test_a_member_that_does_not_vote_yes_aborts(router: RouterCluster, script: Any) -> None:
-    router.instances[1].on_prepare = script
+    router.instances[1].on_prepare = partial(script, router)
     started = time.monotonic()
     answer = router.post("/kunserve/drop")
     assert time.monotonic() - started < 5
