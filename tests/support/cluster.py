@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kunserve_sglang.config import ClusterConfig, InstanceConfig
-from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.messages import TransitionKind, to_json_types
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.events import Event
 from tests.support.member import Action, Gate, Output, serve
@@ -169,7 +169,7 @@ class ScriptedCluster:
             time.sleep(0.01)
 
     def status(self) -> list[dict[str, Any]]:
-        instances: list[dict[str, Any]] = self.control.plane.status()["instances"]
+        instances: list[dict[str, Any]] = to_json_types(self.control.plane.status().instances)
         return instances
 
     def numbers(self, member: int) -> tuple[int, int]:

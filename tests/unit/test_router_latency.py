@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kunserve_sglang.messages import to_json_types
 from kunserve_sglang.router.latency import WINDOW_S, Latency, StreamTimer
 from tests.mock_worker import Canned
 from tests.router_harness import RouterCluster, until
@@ -38,7 +39,7 @@ def stream(latency: Latency, clock: FakeClock, gaps: list[float]) -> None:
 
 def test_without_answers_there_is_nothing_to_say(clock: FakeClock) -> None:
     nothing = {"p50": None, "p90": None, "p99": None}
-    assert Latency(clock).summary() == {
+    assert to_json_types(Latency(clock).summary()) == {
         "ttft_ms": nothing,
         "tpot_ms": nothing,
         "samples": 0,
@@ -50,39 +51,39 @@ def test_first_chunk_and_pace(clock: FakeClock) -> None:
     latency = Latency(clock)
     stream(latency, clock, [0.5, 0.01, 0.03])
     summary = latency.summary()
-    assert summary["samples"] == 1
-    assert summary["ttft_ms"]["p50"] == pytest.approx(500)
-    assert summary["tpot_ms"]["p99"] == pytest.approx(20)
+    assert summary.samples == 1
+    assert summary.ttft_ms.p50 == pytest.approx(500)
+    assert summary.tpot_ms.p99 == pytest.approx(20)
 
 
 @pytest.mark.parametrize(("gaps", "samples"), [([], 0), ([0.2], 1)])
 def test_one_chunk_has_no_pace(clock: FakeClock, gaps: list[float], samples: int) -> None:
     latency = Latency(clock)
     stream(latency, clock, gaps)
-    assert latency.summary()["samples"] == samples
-    assert latency.summary()["tpot_ms"]["p50"] is None
+    assert latency.summary().samples == samples
+    assert latency.summary().tpot_ms.p50 is None
 
 
 def test_quantiles_are_nearest_ranks(clock: FakeClock) -> None:
     latency = Latency(clock)
     for hundredth in range(100, 0, -1):
         latency.first_chunk(clock.now, hundredth / 100)
-    quantiles = latency.summary()["ttft_ms"]
-    assert quantiles == {
-        "p50": pytest.approx(500),
-        "p90": pytest.approx(900),
-        "p99": pytest.approx(990),
-    }
+    quantiles = latency.summary().ttft_ms
+    assert (quantiles.p50, quantiles.p90, quantiles.p99) == (
+        pytest.approx(500),
+        pytest.approx(900),
+        pytest.approx(990),
+    )
 
 
 def test_quantiles_forget_and_histograms_do_not(clock: FakeClock) -> None:
     latency = Latency(clock)
     stream(latency, clock, [7.0, 0.1])
     clock.now += WINDOW_S - 0.05
-    assert latency.summary()["samples"] == 0
-    assert latency.summary()["tpot_ms"]["p50"] == pytest.approx(100)
+    assert latency.summary().samples == 0
+    assert latency.summary().tpot_ms.p50 == pytest.approx(100)
     clock.now += 1
-    assert latency.summary()["tpot_ms"]["p50"] is None
+    assert latency.summary().tpot_ms.p50 is None
     (ttft,) = latency.ttft_seconds.collect()
     counts = {s.labels["le"]: s.value for s in ttft.samples if s.name.endswith("_bucket")}
     assert (counts["6.0"], counts["12.0"]) == (0, 1)

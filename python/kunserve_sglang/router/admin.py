@@ -16,20 +16,26 @@ from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import TransitionKind, to_json_types
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.router.answers import RequestError, error_answer, json_answer
-from kunserve_sglang.router.bodies import (
+from kunserve_sglang.router.api import (
+    AcceptedPlan,
     DropBody,
+    Events,
+    PlanAnswer,
     PlanBody,
+    PlannedGroup,
     PolicyBody,
     RestoreBody,
-    read_body,
-    read_limit,
-    read_wait,
+    Worker,
+    Workers,
+    WorkerStats,
 )
+from kunserve_sglang.router.bodies import read_body, read_limit, read_wait
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
 
 logger = logging.getLogger(__name__)
+
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -66,13 +72,13 @@ class Admin:
         return json_answer(self._control.status())
 
     async def events(self, request: Request) -> Response:
-        return json_answer({"events": self._control.events.latest(read_limit(request))})
+        return json_answer(Events(events=self._control.events.latest(read_limit(request))))
 
     async def plan(self, request: Request) -> Response:
         """A dry run of a drop or restore."""
         body = await read_body(request, PlanBody)
         target = self._target(body.kind, body.instances, body.tokens)
-        return json_answer(_describe_plan(self._control.plan(body.kind, **target)))
+        return json_answer(PlanAnswer(**_described(self._control.plan(body.kind, **target))))
 
     async def drop(self, request: Request) -> Response:
         body = await read_body(request, DropBody)
@@ -91,7 +97,7 @@ class Admin:
         body = await read_body(request, PolicyBody)
         given = to_json_types(body)
         auto = given.pop("auto", None)
-        wanted = {**self._control.policy(), **given}
+        wanted = {**to_json_types(self._control.policy()), **given}
         if wanted["restore"] >= wanted["drop"]:
             field = "restore" if "restore" in given else "drop"
             raise RequestError(
@@ -106,18 +112,17 @@ class Admin:
 
     async def workers(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         workers = [
-            {
-                "id": number,
-                "url": instance.hello.url,
-                "is_healthy": instance.available,
-                "load": instance.in_flight,
-                "mode": instance.mode,
-            }
+            Worker(
+                id=number,
+                url=instance.hello.url,
+                is_healthy=instance.available,
+                load=instance.in_flight,
+                mode=instance.mode,
+            )
             for number, instance in sorted(self._control.registry.instances.items())
         ]
-        healthy = sum(w["is_healthy"] is True for w in workers)
-        stats = {"total": len(workers), "healthy": healthy}
-        return json_answer({"workers": workers, "total": len(workers), "stats": stats})
+        stats = WorkerStats(total=len(workers), healthy=sum(w.is_healthy for w in workers))
+        return json_answer(Workers(workers=workers, total=len(workers), stats=stats))
 
     def _target(
         self, kind: TransitionKind, instances: list[int] | UnsetType, tokens: int | UnsetType
@@ -156,7 +161,7 @@ class Admin:
         await asyncio.sleep(0)  # let it begin: another call may have come first
         if task.done():
             return json_answer(task.result())
-        return json_answer({"accepted": True, **_describe_plan(plan)}, 202)
+        return json_answer(AcceptedPlan(**_described(plan)), 202)
 
     def _ended(self, task: asyncio.Task[Event]) -> None:
         self._background.discard(task)
@@ -164,7 +169,8 @@ class Admin:
             logger.warning("transition asked for by hand: %s", error)
 
 
-def _describe_plan(plan: Plan) -> dict[str, Any]:
+def _described(plan: Plan) -> dict[str, Any]:
+    """The fields of `PlanAnswer`."""
     return {
         "kind": plan.transition.kind,
         "instances": plan.instances,
@@ -176,9 +182,9 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _describe_group(layout: Layout) -> dict[str, Any]:
-    return {
-        "instances": layout.ids,
-        "layers": [[m.layers.lo, m.layers.hi] for m in layout.members],
-        "capacity": sum(m.capacity for m in layout.members),
-    }
+def _describe_group(layout: Layout) -> PlannedGroup:
+    return PlannedGroup(
+        instances=layout.ids,
+        layers=[m.layers for m in layout.members],
+        capacity=sum(m.capacity for m in layout.members),
+    )

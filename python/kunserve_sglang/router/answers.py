@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from starlette.responses import Response
 
 from kunserve_sglang.errors import KunServeError
+from kunserve_sglang.router.api import ErrorAnswer, ErrorDetail
 
 _ERROR_TYPES = {
     400: "invalid_request_error",
@@ -21,6 +23,7 @@ _ERROR_TYPES = {
     501: "not_supported_error",
     502: "upstream_error",
     503: "unavailable_error",
+    504: "timeout_error",
 }
 
 _RETRY_AFTER_S = 1
@@ -57,10 +60,13 @@ def error_answer(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """`code` is for programs and never changes, `message` is for people."""
-    error = {"message": message, "type": _ERROR_TYPES[status], "code": code}
-    if field is not None:
-        error["field"] = field
-    return json_answer({"error": error}, status, headers)
+    detail = ErrorDetail(
+        message=message,
+        type=_ERROR_TYPES[status],
+        code=code,
+        field=UNSET if field is None else field,
+    )
+    return json_answer(ErrorAnswer(error=detail), status, headers)
 
 
 def retry_later(code: str, message: str) -> Response:

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
-from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from kunserve_sglang.config import ClusterConfig, OverloadPolicy
-from kunserve_sglang.messages import Hello, TransitionKind, to_json_types
+from kunserve_sglang.messages import Hello, TransitionKind
 from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
+from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, Policy
 from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.hub import ControlHub
@@ -108,8 +109,8 @@ class ControlPlane:
         )
         return event
 
-    def policy(self) -> dict[str, Any]:
-        return {"auto": self.auto, **to_json_types(self.monitor.thresholds)}
+    def policy(self) -> Policy:
+        return Policy(auto=self.auto, **msgspec.structs.asdict(self.monitor.thresholds))
 
     def set_policy(self, auto: bool | None, thresholds: dict[str, float]) -> None:
         """Change what was given, keep the rest; values are checked by the caller."""
@@ -117,17 +118,17 @@ class ControlPlane:
             self.auto = auto
         self.monitor.thresholds = msgspec.structs.replace(self.monitor.thresholds, **thresholds)
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> ClusterStatus:
         """The body of `GET /kunserve/status`."""
-        return {
-            "epoch": max(
+        return ClusterStatus(
+            epoch=max(
                 (i.status.epoch for i in self.registry.instances.values() if i.status), default=0
             ),
-            "policy": self.policy(),
-            "transition": to_json_types(self.coordinator.running),
-            "latency": self.latency.summary(),
-            "instances": [_describe(i) for _, i in sorted(self.registry.instances.items())],
-        }
+            policy=self.policy(),
+            transition=self.coordinator.running,
+            latency=self.latency.summary(),
+            instances=[_describe(i) for _, i in sorted(self.registry.instances.items())],
+        )
 
     def _on_hello(self, hello: Hello) -> None:
         if hello.instance not in self.registry.instances:
@@ -161,29 +162,28 @@ class ControlPlane:
                 self._retry_after = time.monotonic() + _RETRY_S
 
 
-def _describe(instance: Instance) -> dict[str, Any]:
+def _describe(instance: Instance) -> InstanceStatus:
     hello, status = instance.hello, instance.status
-    described: dict[str, Any] = {
-        "id": hello.instance,
-        "url": hello.url,
-        "mode": instance.mode.value,
-        "serving": instance.serving,
-        "in_flight": instance.in_flight,
-        "layer_count": hello.layer_count,
-    }
-    if instance.lost:
-        described["lost"] = instance.lost
-    if status is not None:
-        layers = status.layout.member(hello.instance).layers
-        described |= {
-            "epoch": status.epoch,
-            "group": list(status.layout.ids),
-            "layers": [layers.lo, layers.hi],
-            "pages": to_json_types(status.pages),
-            "slots": to_json_types(status.load.slots),
-            "running": status.load.running,
-            "waiting": status.load.waiting,
-            "demand": status.load.demand,
-            "counters": status.counters,
-        }
-    return described
+    described = InstanceStatus(
+        id=hello.instance,
+        url=hello.url,
+        mode=instance.mode,
+        serving=instance.serving,
+        in_flight=instance.in_flight,
+        layer_count=hello.layer_count,
+        lost=instance.lost or UNSET,
+    )
+    if status is None:
+        return described
+    return msgspec.structs.replace(
+        described,
+        epoch=status.epoch,
+        group=status.layout.ids,
+        layers=status.layout.member(hello.instance).layers,
+        pages=status.pages,
+        slots=status.load.slots,
+        running=status.load.running,
+        waiting=status.load.waiting,
+        demand=status.load.demand,
+        counters=status.counters,
+    )

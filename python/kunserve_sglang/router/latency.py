@@ -6,9 +6,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from prometheus_client import Histogram
+
+from kunserve_sglang.router.api import LatencySummary, Quantiles
 
 WINDOW_S = 60.0
 """The quantiles of the status are about this last stretch of time."""
@@ -57,16 +58,16 @@ class Latency:
         self.tpot_seconds.observe(tpot_s)
         self._tpot.append((now, tpot_s))
 
-    def summary(self) -> dict[str, Any]:
-        """Quantiles over the last minute in milliseconds, null where there is no sample."""
+    def summary(self) -> LatencySummary:
+        """Quantiles over the last minute."""
         since = self.clock() - WINDOW_S
         ttft, tpot = _since(self._ttft, since), _since(self._tpot, since)
-        return {
-            "ttft_ms": _quantiles(ttft),
-            "tpot_ms": _quantiles(tpot),
-            "samples": len(ttft),
-            "window_s": WINDOW_S,
-        }
+        return LatencySummary(
+            ttft_ms=_quantiles(ttft),
+            tpot_ms=_quantiles(tpot),
+            samples=len(ttft),
+            window_s=WINDOW_S,
+        )
 
 
 class StreamTimer:
@@ -98,9 +99,10 @@ def _since(samples: deque[tuple[float, float]], since: float) -> list[float]:
     return sorted(seconds for at, seconds in samples if at >= since)
 
 
-def _quantiles(ordered: list[float]) -> dict[str, float | None]:
+def _quantiles(ordered: list[float]) -> Quantiles:
     """By nearest rank: each is a time that some answer really took."""
-    return {
-        name: 1e3 * ordered[math.ceil(share * len(ordered)) - 1] if ordered else None
-        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
-    }
+
+    def rank(share: float) -> float | None:
+        return 1e3 * ordered[math.ceil(share * len(ordered)) - 1] if ordered else None
+
+    return Quantiles(p50=rank(0.5), p90=rank(0.9), p99=rank(0.99))

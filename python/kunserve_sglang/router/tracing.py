@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from kunserve_sglang.errors import TransientError
 from kunserve_sglang.messages import Span, Trace, Traced
 from kunserve_sglang.router.answers import RequestError, json_answer
-from kunserve_sglang.router.bodies import Body, Ids, read_body
+from kunserve_sglang.router.api import Recording, TraceBody, TraceDetails
+from kunserve_sglang.router.bodies import read_body
 from kunserve_sglang.router.control_plane import ControlPlane
 
 _ANSWER_TIMEOUT_S = 10.0
-
-
-class TraceBody(Body, frozen=True, kw_only=True):
-    """How long to record, and on which instances (all, if left out)."""
-
-    seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
-    instances: Ids | UnsetType = UNSET
 
 
 class TraceRunning(TransientError):
@@ -55,7 +49,7 @@ class Tracing:
             self._running = False
         lost = sum(a.lost for a in answers.values())
         events = chrome_events({i: a.spans for i, a in answers.items()})
-        return json_answer({"traceEvents": events, "otherData": {"lost_spans": lost}})
+        return json_answer(Recording(trace_events=events, other_data=TraceDetails(lost_spans=lost)))
 
     async def _tell(self, instances: Sequence[int], *, record: bool) -> dict[int, Traced]:
         hub = self._control.hub
