@@ -182,14 +182,21 @@ class MockInstance:
     `on_prepare` is asked for the vote; None means that it never comes.
     """
 
-    def __init__(self, number: int, control_address: str, background: Background) -> None:
+    def __init__(
+        self,
+        number: int,
+        control_address: str,
+        background: Background,
+        *,
+        reporting: bool = True,
+    ) -> None:
         self.number = number
         self.worker = MockWorker(background)
         self.on_prepare: Callable[[Prepare], Vote | None] = vote_yes
         self.load = Load(
             slots=Slots(used=0, cached=0, capacity=CAPACITY), running=0, waiting=0, demand=0
         )
-        self.reporting = True
+        self.reporting = reporting
         self.obeyed: Counter[str] = Counter()
         whole = Member(
             instance=number, layers=LayerRange(0, LAYERS), capacity=CAPACITY, address=f"d{number}"

@@ -119,14 +119,16 @@ class RouterCluster(Client):
             control_address=self.control_address,
             api_key=api_key,
         )
+        key = self.config.cluster.read_api_key
+        self.reader = {"Authorization": f"Bearer {key}"} if key else {}
         listener = listen(self.config.cluster)
         super().__init__(listener.getsockname()[1])
         self._serving = self._serve(listener)
         self.instances = [self.add(i) for i in range(count)]
         self.ready(count)
 
-    def add(self, number: int) -> MockInstance:
-        return MockInstance(number, self.control_address, self._background)
+    def add(self, number: int, *, reporting: bool = True) -> MockInstance:
+        return MockInstance(number, self.control_address, self._background, reporting=reporting)
 
     def ready(self, count: int) -> None:
         """Wait until so many instances take requests and have reported."""
@@ -138,14 +140,14 @@ class RouterCluster(Client):
         until(known)
 
     def status(self) -> Any:
-        return self.get("/kunserve/status").json
+        return self.get("/kunserve/status", **self.reader).json
 
     def described(self, number: int) -> Any:
         return next(d for d in self.status()["instances"] if d["id"] == number)
 
     def event(self) -> Any:
         """The latest event."""
-        events = self.get("/kunserve/events?limit=1").json["events"]
+        events = self.get("/kunserve/events?limit=1", **self.reader).json["events"]
         return events[0] if events else None
 
     def stop_router(self) -> None:

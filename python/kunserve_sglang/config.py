@@ -46,6 +46,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_group_size: int = 8
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     admin_api_key: str | None = None
+    read_api_key: str | None = None
     vote_timeout_s: float = 10.0
     exchange_timeout_s: float = 60.0
     peer_timeout_s: float = 60.0

@@ -76,6 +76,9 @@ def kunserve_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--admin-api-key", help="key that calls under /kunserve need to change anything"
     )
+    group.add_argument(
+        "--read-api-key", help="key that calls under /kunserve need to look (default: none needed)"
+    )
     group.add_argument("--help-sglang", action="store_true", help="list SGLang's flags and exit")
     return parser
 
@@ -94,6 +97,7 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         max_group_size=flags.max_group_size,
         micro_batches=MicroBatches(flags.micro_batches),
         admin_api_key=flags.admin_api_key,
+        read_api_key=flags.read_api_key,
     )
 
 

@@ -177,7 +177,9 @@ class Supervisor:
         host = "127.0.0.1" if self._config.host == "0.0.0.0" else self._config.host
         connection = http.client.HTTPConnection(host, self._config.port, timeout=5)
         try:
-            connection.request("GET", path)
+            key = self._config.read_api_key
+            headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
+            connection.request("GET", path, headers=headers)
             answer: dict[str, Any] = json.loads(connection.getresponse().read())
         except (OSError, http.client.HTTPException, json.JSONDecodeError):
             return None  # not up yet; the caller asks again

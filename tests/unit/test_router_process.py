@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -104,6 +105,17 @@ def test_an_idle_router_ends_quietly(port: int, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
     assert b"Traceback" not in errors
+
+
+def test_the_audit_log_is_plain_json_beside_the_other_lines(port: int, tmp_path: Path) -> None:
+    process = start(config(port, tmp_path).to_environment())
+    client = Client(port)
+    until(lambda: answers(client), 20)
+    assert client.put("/kunserve/policy", {"drop": 0.9}).status == 200
+    process.terminate()
+    _, errors = process.communicate(timeout=20)
+    (line,) = [line for line in errors.splitlines() if b"kunserve/policy" in line]
+    assert json.loads(line)["body"] == {"drop": 0.9}
 
 
 @pytest.mark.parametrize("environment", [None, "{", '{"cluster": {}}'])

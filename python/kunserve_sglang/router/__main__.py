@@ -16,6 +16,7 @@ import setproctitle
 
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.processes import die_with_parent
+from kunserve_sglang.router.audit import logger as audit
 from kunserve_sglang.router.server import listen, serve
 from kunserve_sglang.router.settings import RouterConfig, router_from_environment
 
@@ -30,6 +31,7 @@ def main() -> int:
         format="[%(asctime)s router] %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
+    _open_audit_log()
     try:
         config = router_from_environment()
         listener = listen(config.cluster)
@@ -45,6 +47,15 @@ def main() -> int:
         logger.error("%s", error)
         return 2
     return 0
+
+
+def _open_audit_log() -> None:
+    """Beside the other lines and without their prefix: whoever reads JSON takes those with `{`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    audit.addHandler(handler)
+    audit.setLevel(logging.INFO)
+    audit.propagate = False
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

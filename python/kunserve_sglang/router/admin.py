@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -15,7 +13,7 @@ from starlette.responses import Response
 from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import TransitionKind, to_json_types
 from kunserve_sglang.policy.planner import Plan
-from kunserve_sglang.router.answers import RequestError, error_answer, json_answer
+from kunserve_sglang.router.answers import RequestError, json_answer
 from kunserve_sglang.router.api import (
     AcceptedPlan,
     DropBody,
@@ -35,30 +33,6 @@ from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
 
 logger = logging.getLogger(__name__)
-
-
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-def admin_only(key: str | None, endpoint: Endpoint) -> Endpoint:
-    """`endpoint` for those who have the admin key; without a key set, for everybody."""
-    if key is None:
-        return endpoint
-    expected = key.encode()
-
-    async def guarded(request: Request) -> Response:
-        header = request.headers.get("authorization", "").encode("latin-1")
-        scheme, _, given = header.partition(b" ")
-        if scheme.lower() != b"bearer" or not secrets.compare_digest(given, expected):
-            return error_answer(
-                401,
-                "admin_key_required",
-                "this call needs the admin key: Authorization: Bearer <key>",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return await endpoint(request)
-
-    return guarded
 
 
 class Admin:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import aiohttp
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kunserve_sglang.policy.planner import NoPlan
-from kunserve_sglang.router.admin import Admin, admin_only
+from kunserve_sglang.router.access import Endpoint, Keys
+from kunserve_sglang.router.admin import Admin
 from kunserve_sglang.router.answers import RequestError, error_answer, retry_later
+from kunserve_sglang.router.audit import Audited
+from kunserve_sglang.router.calls import CALLS, Access
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.dashboard import dashboard_routes
@@ -34,6 +39,7 @@ class RouterApp:
     """Our own paths go to Starlette; every other is SGLang's and takes the shortest way there."""
 
     def __init__(self, routes: list[Route], proxy: Proxy) -> None:
+        self.routes = routes
         self._paths = {route.path for route in routes}
         self._proxy = proxy
         self._starlette = Starlette(
@@ -66,11 +72,12 @@ class RouterApp:
 def build_app(
     config: RouterConfig, control: ControlPlane, session: aiohttp.ClientSession
 ) -> RouterApp:
+    keys = Keys(config)
     proxy = Proxy(control.registry, session, POLICIES[config.dispatch], control.latency)
     routes = [
         *_probe_routes(Probes(control.registry, session, config.cluster)),
-        *_admin_routes(Admin(control), Tracing(control), config.admin_key),
-        *_fanout_routes(Fanout(control, session, config.api_key), config.admin_key),
+        *_admin_routes(Admin(control), Tracing(control), keys),
+        *_fanout_routes(Fanout(control, session, config.api_key, keys), keys),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
         *dashboard_routes(),
     ]
@@ -86,23 +93,27 @@ def _probe_routes(probes: Probes) -> list[Route]:
     ]
 
 
-def _admin_routes(admin: Admin, tracing: Tracing, key: str | None) -> list[Route]:
+def _admin_routes(admin: Admin, tracing: Tracing, keys: Keys) -> list[Route]:
+    endpoints: dict[str, Endpoint] = {
+        "status": admin.status,
+        "plan": admin.plan,
+        "drop": admin.drop,
+        "restore": admin.restore,
+        "policy": admin.policy,
+        "set_policy": admin.set_policy,
+        "events": admin.events,
+        "trace": tracing.record,
+        "workers": admin.workers,
+    }
     return [
-        Route("/kunserve/status", admin.status),
-        Route("/kunserve/events", admin.events),
-        Route("/kunserve/plan", admin.plan, methods=["POST"]),
-        Route("/kunserve/drop", admin_only(key, admin.drop), methods=["POST"]),
-        Route("/kunserve/restore", admin_only(key, admin.restore), methods=["POST"]),
-        Route("/kunserve/trace", admin_only(key, tracing.record), methods=["POST"]),
-        Route("/kunserve/policy", admin.policy),
-        Route("/kunserve/policy", admin_only(key, admin.set_policy), methods=["PUT"]),
-        Route("/workers", admin.workers),
+        _guarded(call.path, endpoints[call.name], (call.method,), call.access, keys)
+        for call in CALLS
     ]
 
 
-def _fanout_routes(fanout: Fanout, key: str | None) -> list[Route]:
+def _fanout_routes(fanout: Fanout, keys: Keys) -> list[Route]:
     return [
-        *(Route(p, admin_only(key, fanout.to_all), methods=m) for p, m in TO_ALL.items()),
+        *(_guarded(p, fanout.to_all, m, Access.CHANGE, keys) for p, m in TO_ALL.items()),
         *(Route(p, fanout.refused, methods=_ANY_METHOD) for p in REFUSED),
         Route("/get_load", fanout.loads),
         Route("/get_loads", fanout.loads),
@@ -110,6 +121,18 @@ def _fanout_routes(fanout: Fanout, key: str | None) -> list[Route]:
         Route("/get_server_info", fanout.server_info),
         Route("/server_info", fanout.server_info),
     ]
+
+
+def _guarded(
+    path: str, endpoint: Endpoint, methods: Sequence[str], access: Access, keys: Keys
+) -> Route:
+    """For those who have the key; every change is written down, the refused ones too."""
+    return Route(
+        path,
+        keys.guard(access, endpoint),
+        methods=methods,
+        middleware=[Middleware(Audited, keys)] if access is Access.CHANGE else None,
+    )
 
 
 async def _request_error(request: Request, error: Exception) -> Response:  # noqa: ARG001

@@ -11,7 +11,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kunserve_sglang.router.access import Keys
 from kunserve_sglang.router.answers import error_answer, json_answer, retry_later
+from kunserve_sglang.router.calls import Access
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.exposition import merge_expositions
 from kunserve_sglang.router.upstream import Question, Reply, ask, ask_all, credentials, question_of
@@ -61,9 +63,14 @@ class Fanout:
     """Endpoints that are about more than one instance."""
 
     def __init__(
-        self, control: ControlPlane, session: aiohttp.ClientSession, api_key: str | None
+        self,
+        control: ControlPlane,
+        session: aiohttp.ClientSession,
+        api_key: str | None,
+        keys: Keys,
     ) -> None:
         self._credentials = credentials(api_key)
+        self._keys = keys
         self._control = control
         self._session = session
 
@@ -109,7 +116,7 @@ class Fanout:
         return json_answer(_labelled({r.instance: msgspec.json.decode(r.body) for r in replies}))
 
     async def server_info(self, request: Request) -> Response:
-        """One instance's answer, and what KunServe makes of all of them."""
+        """One instance's answer, and for those who may look what KunServe makes of all of them."""
         question = await question_of(request)
         reply = await self._first(question)
         if reply is None:
@@ -117,6 +124,8 @@ class Fanout:
         if reply.error:
             return error_answer(502, "instance_failed", reply.failure)
         if not reply.ok:
+            return _pass_on(reply)
+        if not self._keys.open(Access.READ, request):
             return _pass_on(reply)
         info = msgspec.json.decode(reply.body)
         return json_answer({**info, "kunserve": self._control.status()})

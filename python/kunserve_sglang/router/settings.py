@@ -30,6 +30,15 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     launcher: int = 0
     runtime_folder: str = ""
 
+    def __post_init__(self) -> None:
+        read = self.cluster.read_api_key
+        if read and not self.admin_key:
+            raise ConfigurationError(
+                "--read-api-key needs --admin-api-key, or those who may not look could still change"
+            )
+        if read and read == self.admin_key:
+            raise ConfigurationError("--read-api-key must differ from the admin key")
+
     @property
     def admin_key(self) -> str | None:
         """What calls that change something need; as in SGLang, the API key if there is no other."""
