@@ -27,6 +27,7 @@ LOOKS = [
     ("GET", "/kunserve/status"),
     ("GET", "/kunserve/events"),
     ("GET", "/kunserve/policy"),
+    ("GET", "/kunserve/openapi.json"),
     ("POST", "/kunserve/plan"),
     ("GET", "/workers"),
 ]
@@ -79,9 +80,9 @@ def test_the_read_key_changes_nothing(start_router: Start) -> None:
     assert router.post("/kunserve/drop", {}, **ADMIN).json["status"] == "committed"
 
 
-def test_probes_need_no_key(start_router: Start) -> None:
+def test_probes_and_the_docs_page_need_no_key(start_router: Start) -> None:
     router = with_keys(start_router)
-    for path in ("/health", "/liveness", "/readiness", "/metrics"):
+    for path in ("/health", "/liveness", "/readiness", "/metrics", "/docs"):
         assert router.get(path).status == 200
 
 

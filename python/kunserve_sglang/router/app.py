@@ -24,6 +24,7 @@ from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.dashboard import dashboard_routes
 from kunserve_sglang.router.dispatch import POLICIES
+from kunserve_sglang.router.docs import Docs
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
 from kunserve_sglang.router.health import Probes
 from kunserve_sglang.router.hub import NoAnswer
@@ -74,10 +75,12 @@ def build_app(
 ) -> RouterApp:
     keys = Keys(config)
     proxy = Proxy(control.registry, session, POLICIES[config.dispatch], control.latency)
+    docs = Docs(keys)
     routes = [
         *_probe_routes(Probes(control.registry, session, config.cluster)),
-        *_admin_routes(Admin(control), Tracing(control), keys),
+        *_admin_routes(Admin(control), Tracing(control), docs, keys),
         *_fanout_routes(Fanout(control, session, config.api_key, keys), keys),
+        Route("/docs", docs.page),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
         *dashboard_routes(),
     ]
@@ -93,7 +96,7 @@ def _probe_routes(probes: Probes) -> list[Route]:
     ]
 
 
-def _admin_routes(admin: Admin, tracing: Tracing, keys: Keys) -> list[Route]:
+def _admin_routes(admin: Admin, tracing: Tracing, docs: Docs, keys: Keys) -> list[Route]:
     endpoints: dict[str, Endpoint] = {
         "status": admin.status,
         "plan": admin.plan,
@@ -103,6 +106,7 @@ def _admin_routes(admin: Admin, tracing: Tracing, keys: Keys) -> list[Route]:
         "set_policy": admin.set_policy,
         "events": admin.events,
         "trace": tracing.record,
+        "openapi": docs.openapi,
         "workers": admin.workers,
     }
     return [

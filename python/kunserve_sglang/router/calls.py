@@ -1,4 +1,4 @@
-"""Every call of the admin API in one table: routes are made from it."""
+"""Every call of the admin API in one table: routes and the OpenAPI document are made from it."""
 
 from __future__ import annotations
 
@@ -140,6 +140,14 @@ CALLS = (
         answers={200: Recording},
         body=TraceBody,
         errors=(409, 504),
+    ),
+    Call(
+        name="openapi",
+        method="GET",
+        path="/kunserve/openapi.json",
+        access=Access.READ,
+        about="This document.",
+        answers={200: dict[str, Any]},
     ),
     Call(
         name="workers",
