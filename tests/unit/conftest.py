@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from tests.mock_worker import MockWorker
     from tests.router_harness import RouterCluster
 
 
@@ -43,3 +44,15 @@ def idle_router() -> Iterator[RouterCluster]:
     router = RouterCluster(2)
     yield router
     router.close()
+
+
+@pytest.fixture
+def worker() -> Iterator[MockWorker]:
+    """Some HTTP server, and no router."""
+    from tests.mock_worker import Background, MockWorker
+
+    background = Background()
+    worker = MockWorker(background)
+    yield worker
+    worker.stop()
+    background.stop()
