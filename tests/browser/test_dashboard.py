@@ -176,6 +176,41 @@ def test_the_admin_key_is_asked_for_and_not_kept(start_router: Start, visit: Ope
     expect(page.get_by_label("Admin key")).to_be_visible()
 
 
+def test_the_read_key_is_asked_for_and_changes_nothing(start_router: Start, visit: Open) -> None:
+    router = start_router(2, admin_api_key="secret", read_api_key="look")
+    page = visit(router).page
+    expect(page.locator("#connection")).to_have_text("key needed")
+    key = page.get_by_label("Key to look at this cluster")
+    expect(key).to_be_focused()
+    key.fill("wrong")
+    key.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("The router does not accept this key.")
+    key.fill("look")
+    page.get_by_role("button", name="Show the cluster").click()
+    expect(page.locator("#connection")).to_have_text("live")
+    expect(key).to_be_hidden()
+    expect(instance(page, 0)).to_contain_text(f"Holds all {LAYERS} layers")
+
+    dialog = ask_for(page, "Drop")
+    confirm(dialog, "Drop")
+    expect(dialog.get_by_role("alert")).to_have_text("The admin key is needed.")
+    assert router.event() is None
+    dialog.get_by_label("Admin key").fill("secret")
+    dialog.get_by_label("Admin key").press("Enter")
+    expect(dialog).to_be_hidden()
+    assert router.event()["status"] == "committed"
+
+
+def test_the_admin_key_opens_everything_at_once(start_router: Start, visit: Open) -> None:
+    router = start_router(2, admin_api_key="secret", read_api_key="look")
+    page = visit(router).page
+    key = page.get_by_label("Key to look at this cluster")
+    key.fill("secret")
+    key.press("Enter")
+    confirm(ask_for(page, "Drop"), "Drop")
+    expect(page.get_by_role("heading", name="Group of instances 0 and 1")).to_be_visible()
+
+
 def test_a_router_that_stops_and_comes_back(start_router: Start, visit: Open) -> None:
     router = start_router(1)
     seen = visit(router)

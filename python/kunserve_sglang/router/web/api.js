@@ -25,34 +25,42 @@ const REASONS = {
   SyntaxError: "something else answers at this address",
 };
 
-/** In this variable and nowhere else: it is gone with the page. */
+/** In these variables and nowhere else: they are gone with the page. */
 let adminKey = "";
+let readKey = "";
 
 export function setAdminKey(key) {
   adminKey = key;
 }
 
+/** What opens the calls that only look: the read key, or the admin key. */
+export function setReadKey(key) {
+  readKey = key;
+}
+
 export function read(path) {
-  return call(path, { timeoutMs: READ_TIMEOUT_MS });
+  return call(path, { key: readKey || adminKey, timeoutMs: READ_TIMEOUT_MS });
 }
 
 export function plan(kind) {
-  return call("kunserve/plan", { body: { kind }, timeoutMs: READ_TIMEOUT_MS });
+  const key = readKey || adminKey;
+  return call("kunserve/plan", { body: { kind }, key, timeoutMs: READ_TIMEOUT_MS });
 }
 
 /** Runs a drop or restore to its end; returns its event. */
 export function transition(kind, body) {
-  return call(`kunserve/${kind}`, { body, timeoutMs: TRANSITION_TIMEOUT_MS });
+  const key = adminKey || readKey;
+  return call(`kunserve/${kind}`, { body, key, timeoutMs: TRANSITION_TIMEOUT_MS });
 }
 
-async function call(path, { body, timeoutMs }) {
+async function call(path, { body, key, timeoutMs }) {
   let response;
   let answer;
   try {
     response = await fetch(path, {
       method: body ? "POST" : "GET",
       body: body && JSON.stringify(body),
-      headers: headers(body),
+      headers: headers(body, key),
       cache: "no-store",
       signal: AbortSignal.timeout(timeoutMs),
     });
@@ -66,11 +74,9 @@ async function call(path, { body, timeoutMs }) {
   return answer;
 }
 
-function headers(body) {
+function headers(body, key) {
   const all = { Accept: "application/json" };
-  if (body) {
-    all["Content-Type"] = "application/json";
-    if (adminKey) all.Authorization = `Bearer ${adminKey}`;
-  }
+  if (body) all["Content-Type"] = "application/json";
+  if (key) all.Authorization = `Bearer ${key}`;
   return all;
 }

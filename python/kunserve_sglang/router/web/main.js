@@ -1,6 +1,6 @@
 // Puts the page together: asks the router once a second and hands the answers to the parts.
 
-import { read } from "./api.js";
+import { read, Refused } from "./api.js";
 import { Confirmation } from "./confirm.js";
 import { byId, setText } from "./dom.js";
 import { showEvents } from "./events.js";
@@ -9,12 +9,14 @@ import { percent, timeOfDay } from "./format.js";
 import { History } from "./history.js";
 import { showMap } from "./map.js";
 import { Poller } from "./poll.js";
+import { SignIn } from "./signin.js";
 
 const EVENTS_SHOWN = 50;
 
 const history = new History();
 const actions = { drop: byId("drop"), restore: byId("restore") };
-const poller = new Poller(ask, { succeeded: show, failed: showUnreachable });
+const poller = new Poller(ask, { succeeded: show, failed: showFailure });
+const signIn = new SignIn(() => poller.now());
 const confirmation = new Confirmation(() => poller.now());
 
 async function ask() {
@@ -27,6 +29,7 @@ async function ask() {
 
 function show({ status, events }) {
   byId("unreachable").hidden = true;
+  signIn.done();
   byId("main").removeAttribute("aria-busy");
   byId("main").classList.remove("stale");
   const running = status.transition;
@@ -40,6 +43,18 @@ function show({ status, events }) {
   setActions(status.instances.some((instance) => instance.group));
 }
 
+function showFailure(error, lastSuccess) {
+  byId("main").classList.add("stale");
+  setActions(false);
+  if (error instanceof Refused && error.wantsKey) {
+    byId("unreachable").hidden = true;
+    setConnection("key needed", "bad");
+    signIn.ask();
+  } else {
+    showUnreachable(error, lastSuccess);
+  }
+}
+
 function showUnreachable(error, lastSuccess) {
   setConnection("unreachable", "bad");
   const notice = byId("unreachable");
@@ -49,8 +64,6 @@ function showUnreachable(error, lastSuccess) {
   const text = `The router cannot be reached: ${error.message}. ${since} It is asked again by itself.`;
   setText(notice, text);
   notice.hidden = false;
-  byId("main").classList.add("stale");
-  setActions(false);
 }
 
 function setConnection(text, tone) {
