@@ -20,7 +20,12 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 import msgspec
 import torch
-from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    ContinueGenerationReqInput,
+    PauseGenerationReqInput,
+    TokenizedGenerateReqInput,
+)
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
 from sglang.srt.plugins.hook_registry import HookRegistry
@@ -56,7 +61,14 @@ class Gate:
     name: str
 
 
-Action = Add | AbortRequest | Gate
+@dataclass(frozen=True)
+class Pause:
+    """Generation pauses for some turns of the loop, with requests left in place or retracted."""
+
+    mode: str
+
+
+Action = Add | AbortRequest | Gate | Pause
 
 
 @dataclass(frozen=True)
@@ -138,8 +150,18 @@ class Member:
             self._add(action)
         elif isinstance(action, AbortRequest):
             self._abort(action.rid)
+        elif isinstance(action, Pause):
+            self._pause(action)
         else:
             self._gate(action, link)
+
+    def _pause(self, pause: Pause) -> None:
+        s = self.scheduler
+        s.pause_generation(PauseGenerationReqInput(mode=pause.mode))
+        for _ in range(20):
+            if s.engine.cooperating:
+                assert not s.cooperation.turn()
+        s.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
 
     def _abort(self, rid: str) -> None:
         request = self.requests.get(rid)

@@ -15,7 +15,7 @@ from kunserve_sglang.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.events import Event, Outcome
 from tests.support.cluster import ScriptedCluster
-from tests.support.member import Output
+from tests.support.member import Output, Pause
 from tests.support.schedules import Script, random_scripts
 
 PAGE = 4096
@@ -115,6 +115,19 @@ def test_two_cycles_with_overlap_scheduling(
             events, differences = _play(cluster, random_scripts(seed, 2, PAIR_GATES))
             assert differences == [], seed
             assert len(events) >= 2
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_pause_while_cooperating(pair: ScriptedCluster, mode: str) -> None:
+    """One owner pauses in the middle of its work; it stays a stage for the other."""
+    scripts = random_scripts(300, 2, ())
+    expected = pair.play(scripts)
+    paused = [sorted([*scripts[0], (5, Pause(mode)), (9, Pause(mode))], key=lambda x: x[0])]
+    assert pair.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+    got = pair.play([*paused, scripts[1]])
+    assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+    for wants, have in zip(expected, got, strict=True):
+        assert all(_same(want, have[rid]) for rid, want in wants.items())
 
 
 FOUR_GATES = (

@@ -50,12 +50,15 @@ class Cooperation:
         """Receive, collect, launch, serve; true if the result of an own batch was applied."""
         scheduler = self._scheduler
         scheduler.process_input_requests(scheduler.receive_requests())
-        if not scheduler.engine.cooperating or scheduler.paused:
+        if not scheduler.engine.cooperating:
             return False
-        if not self._entered:
-            self._enter()
-        collected = self._collect()
-        launched = self._launch()
+        collected = launched = False
+        if not scheduler.paused:
+            if not self._entered:
+                self._enter()
+            collected = self._collect()
+            launched = self._launch()
+        # Paused or not, peers depend on this stage.
         if not collected and not launched and not scheduler.agent.serve_one():
             self._rest()
         return collected

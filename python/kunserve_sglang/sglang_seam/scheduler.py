@@ -136,6 +136,11 @@ class KunServeScheduler(upstream.Scheduler):
         if chunked is not None and chunked.extend_range.end > len(chunked.prefix_indices):
             self.stash_chunked_request(chunked)
 
+    def pause_generation(self, recv_req: Any) -> None:
+        """SGLang takes its running batch apart, so nothing of it may be in flight."""
+        self.quiesce()
+        super().pause_generation(recv_req)
+
     def overlap(self, on: bool) -> None:
         """Whether results are applied one step later, as SGLang's overlap loop does."""
         self.enable_overlap = self.tp_worker.enable_overlap = on
