@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.router_harness import RouterCluster
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support import tiny_model
 
     return tiny_model.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def start_router(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RouterCluster]]:
+    """Starts routers with mock instances, and ends them after the test."""
+    # Most of the time of a test would pass until its instances are found to be there.
+    monkeypatch.setattr("kunserve_sglang.router.health._TICK_S", 0.02)
+    from tests.router_harness import RouterCluster
+
+    started: list[RouterCluster] = []
+
+    def start(*args: Any, **kwargs: Any) -> RouterCluster:
+        started.append(RouterCluster(*args, **kwargs))
+        return started[-1]
+
+    yield start
+    for router in started:
+        router.close()

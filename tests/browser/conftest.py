@@ -72,17 +72,3 @@ def visit(chromium: Browser) -> Iterator[Callable[..., Visit]]:
     yield open_page
     for context in contexts:
         context.close()
-
-
-@pytest.fixture
-def start_router(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RouterCluster]]:
-    monkeypatch.setattr("kunserve_sglang.router.health._TICK_S", 0.02)
-    started: list[RouterCluster] = []
-
-    def start(*args: Any, **kwargs: Any) -> RouterCluster:
-        started.append(RouterCluster(*args, **kwargs))
-        return started[-1]
-
-    yield start
-    for router in started:
-        router.close()

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.mock_worker import MockWorker
     from tests.router_harness import RouterCluster
-
-
-@pytest.fixture
-def start_router(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RouterCluster]]:
-    """Starts routers with mock instances, and ends them after the test."""
-    # Most of the time of a test would pass until its instances are found to be there.
-    monkeypatch.setattr("kunserve_sglang.router.health._TICK_S", 0.02)
-    from tests.router_harness import RouterCluster
-
-    started: list[RouterCluster] = []
-
-    def start(*args: Any, **kwargs: Any) -> RouterCluster:
-        started.append(RouterCluster(*args, **kwargs))
-        return started[-1]
-
-    yield start
-    for router in started:
-        router.close()
 
 
 @pytest.fixture
