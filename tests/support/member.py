@@ -109,7 +109,7 @@ class Member:
     def play(self, script: list[tuple[int, Action]], link: Connection) -> dict[str, Output]:
         """Run the script to its end and until all requests are finished."""
         self.requests.clear()
-        self.scheduler.flush_cache()
+        self._flush()
         pending, step, progress = list(script), 0, time.monotonic()
         while pending or not all(r.finished() for r in self.requests.values()):
             while pending and pending[0][0] <= step:
@@ -142,8 +142,13 @@ class Member:
         """One turn of the loop without work: serve peers and commands."""
         self._step()
 
-    def flush(self) -> bool:
-        return bool(self.scheduler.flush_cache())
+    def _flush(self) -> None:
+        """Forget cached prefixes, once those who finished last have left their batch."""
+        for _ in range(100):
+            if self.scheduler.flush_cache():
+                return
+            self._step()
+        raise TimeoutError(f"the scheduler does not come to rest: {self._state()}")
 
     def _act(self, action: Action, link: Connection) -> None:
         if isinstance(action, Add):
