@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ _LAYERS = 6
 """Decoder layers are alike: a few tell enough, in a fraction of the time."""
 
 _REPEATS = 3
+
+BUDGET_S = 20.0
+"""Time for a profile; instances start no later than this because of it."""
+
+_STRIDE = 5
+_LEAST = 4
 _PROBE_OWNER = -1
 
 
@@ -37,15 +44,26 @@ def shapes(slots: int, context: int, chunk: int) -> Iterator[Work]:
             yield Work(chunks=(Chunk(0, 32),) * many)
 
 
-def measure(engine: Engine, work: Iterable[Work]) -> list[Sample]:
-    """Run each shape on this instance's own layers. To be called while all slots are free."""
+def measure(engine: Engine, work: Iterable[Work], budget_s: float = BUDGET_S) -> list[Sample]:
+    """Run shapes on this instance's own layers. To be called while all slots are free.
+
+    A slow machine gets through a part of them in `budget_s`; it is spread over all, and has at
+    least `_LEAST` of each kind.
+    """
     work = list(work)
+    deadline = time.monotonic() + budget_s
     # Once over everything: the first touch of a page costs more than computing on it.
     batch, table = _probe(max(work, key=lambda w: w.context))
     everything = LayerRange(0, engine.layer_count)
     engine.forget_owners()
     engine.run_stage(batch, table, 0, everything, engine.blank_hidden(len(batch.positions)))
-    return [Sample(work=w, ms=_measure(engine, w)) for w in work]
+    samples: list[Sample] = []
+    for shape in (w for start in range(_STRIDE) for w in work[start::_STRIDE]):
+        kinds = Counter(bool(s.work.chunks) for s in samples)
+        if time.monotonic() > deadline and min(kinds[True], kinds[False]) >= _LEAST:
+            break
+        samples.append(Sample(work=shape, ms=_measure(engine, shape)))
+    return samples
 
 
 def load_or_measure(engine: Engine, key: str, work: Iterable[Work]) -> CostModel:
