@@ -78,3 +78,16 @@ def test_an_estimate_follows_a_slower_machine_and_forgives_one_bad_run() -> None
         costs.observe(decode, 1.5 * TRUE.predict(decode))
     assert costs.predict(decode) == pytest.approx(1.5 * TRUE.predict(decode), rel=0.01)
     assert costs.predict(prefill) == TRUE.predict(prefill)
+
+
+def test_chunks_are_cut_for_the_machine_as_it_is_now() -> None:
+    costs = CostEstimate(TRUE)
+    before = costs.chunk_tokens(100, 6.0, 4096)
+    for _ in range(200):
+        costs.observe(
+            Work(chunks=(Chunk(0, 100),)), 2 * TRUE.predict(Work(chunks=(Chunk(0, 100),)))
+        )
+    now = costs.chunk_tokens(100, 6.0, 4096)
+    assert now < before
+    assert costs.predict(Work(chunks=(Chunk(100, now),))) <= 6.0 * 1.001
+    assert costs.fixed_ms(prefill=True) == pytest.approx(2 * TRUE.prefill_fixed_ms, rel=0.01)

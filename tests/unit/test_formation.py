@@ -86,6 +86,12 @@ def test_a_long_prompt_is_cut_to_the_time_of_the_peers_micro_batches() -> None:
     assert outlook.count > 1  # there is more than the peer's work to send round
 
 
+def test_a_chunk_after_a_long_prefix_is_worth_its_cost() -> None:
+    """The prefix has to be read for each chunk: cut finely, a prompt would take forever."""
+    outlook = look_ahead(COSTS, Work(), [Chunk(2000, 256)], [peer(60)], layers=LAYERS, stages=2)
+    assert outlook.chunk_tokens == 256
+
+
 def test_short_prompts_share_a_chunk() -> None:
     outlook = look_ahead(COSTS, Work(), [Chunk(0, 30)] * 4, [peer(400)], layers=LAYERS, stages=2)
     assert outlook.chunk_tokens == 120

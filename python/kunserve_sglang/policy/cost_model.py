@@ -103,6 +103,16 @@ class CostEstimate:
         """Milliseconds per layer."""
         return self.model.predict(work) * self._factors[bool(work.chunks)]
 
+    def chunk_tokens(self, prefix: int, target_ms: float, most: int) -> int:
+        """As `CostModel.chunk_tokens`."""
+        return self.model.chunk_tokens(prefix, target_ms / self._factors[True], most)
+
+    def fixed_ms(self, *, prefill: bool) -> float:
+        """What another micro-batch costs per layer before it holds any token."""
+        model = self.model
+        fixed = model.prefill_fixed_ms if prefill else model.decode_fixed_ms
+        return fixed * self._factors[prefill]
+
     def observe(self, work: Work, ms: float) -> None:
         """A run of `work` took `ms` per layer."""
         expected = self.model.predict(work)

@@ -96,14 +96,15 @@ def look_ahead(
     Without `split`, one micro-batch at a time, as large as it comes.
     """
     own_ms = layers * (costs.predict(decodes) + costs.predict(Work(chunks=tuple(prompts))))
-    model = costs.model
-    fixed_ms = layers * (model.prefill_fixed_ms if prompts else model.decode_fixed_ms)
+    fixed_ms = layers * costs.fixed_ms(prefill=bool(prompts))
     tokens = sum(c.tokens for c in prompts)
     if not split:
         return Outlook(count=1, chunk_tokens=tokens, round_ms=own_ms, costs=costs, layers=layers)
     most = min(decodes.decodes + tokens, 2 * stages)
     count = split_count(own_ms, peers, fixed_ms=fixed_ms, stages=stages, most=most)
-    target = chunk_target_ms(own_ms, peers, fixed_ms=fixed_ms, stages=stages)
+    # With a long prefix, a single token costs nearly as much as many: that is a fixed cost too.
     prefix = prompts[0].prefix if prompts else 0
-    chunk = model.chunk_tokens(prefix, target / layers, tokens)
+    least_ms = layers * costs.predict(Work(chunks=(Chunk(prefix, 1),)))
+    target = chunk_target_ms(own_ms, peers, fixed_ms=least_ms, stages=stages)
+    chunk = costs.chunk_tokens(prefix, target / layers, tokens)
     return Outlook(count=count, chunk_tokens=chunk, round_ms=own_ms, costs=costs, layers=layers)
