@@ -30,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
 
 
+@pytest.fixture
+def plain_sglang() -> Iterator[None]:
+    """Cleans up behind SGLang without KunServe, which leaves shared memory when it ends."""
+    shared = Path("/dev/shm")
+    before = set(shared.iterdir())
+    yield
+    for pattern in ("sglang_loads_*", "sem.mp-*"):
+        for file in set(shared.glob(pattern)) - before:
+            file.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="session")
 def model() -> Path:
     """SmolLM2-135M-Instruct, cached on this machine."""

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +63,6 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def _no_leftovers() -> Iterator[None]:
-    """Plain SGLang leaves shared memory behind when it ends."""
-    shared = Path("/dev/shm")
-    before = set(shared.iterdir())
-    yield
-    for pattern in ("sglang_loads_*", "sem.mp-*"):
-        for file in set(shared.glob(pattern)) - before:
-            file.unlink(missing_ok=True)
-
-
 def _answers(model: Path, path: Path | None, program: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(program), str(model)],
@@ -94,7 +82,7 @@ def _answers(model: Path, path: Path | None, program: Path) -> dict[str, Any]:
     return answers
 
 
-@pytest.mark.usefixtures("_no_leftovers")
+@pytest.mark.usefixtures("plain_sglang")
 @pytest.mark.timeout(900)  # two engines one after the other, each importing SGLang three times
 def test_the_fork_serves_as_upstream(model: Path, upstream: Path, tmp_path: Path) -> None:
     program = tmp_path / "generate.py"

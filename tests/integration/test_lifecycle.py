@@ -78,6 +78,7 @@ def test_a_budget_below_the_parameters_is_refused(model: Path) -> None:
     assert "the parameters alone take" in stderr
 
 
+@pytest.mark.usefixtures("plain_sglang")
 def test_without_the_plugin_an_instance_refuses_to_serve(model: Path) -> None:
     """SGLang only logs a plugin that fails; a cluster of plain SGLangs must not start."""
     status, stderr = _refusal(
