@@ -7,7 +7,6 @@ member checks it with the very same ones, so the two sides cannot disagree on a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 
 import msgspec
 
@@ -29,6 +28,11 @@ class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True):
 
     def within(self, other: LayerRange) -> bool:
         return other.lo <= self.lo and self.hi <= other.hi
+
+    def common(self, other: LayerRange) -> LayerRange:
+        """Layers that are here and in `other`; may be empty."""
+        lo = max(self.lo, other.lo)
+        return LayerRange(lo, max(lo, min(self.hi, other.hi)))
 
     def minus(self, other: LayerRange) -> list[int]:
         """Layers that are here and not in `other`, ascending."""
@@ -110,47 +114,26 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def parameter_pages(self, layers: Iterable[int]) -> int:
+        if isinstance(layers, LayerRange):
+            return sum(self.layer_pages[layers.lo : layers.hi])
         return sum(self.layer_pages[layer] for layer in layers)
 
     def capacity(self, layers: LayerRange, owners: int) -> int:
         """Slots that each of `owners` equal owners gets while `layers` are held; 0 if none fit."""
         budget = self.pages - self.parameter_pages(layers)
-        low, high = 0, self.stride - 1
-        if budget < owners * len(layers) * self.kv_pages(0):
-            return 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            if owners * len(layers) * self.kv_pages(middle) <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        pages = budget // (owners * len(layers))
+        # K and V share `pages` in one proportion that fits the most rows, and whole pages of K lie
+        # just below or just above it.
+        below = pages * self.key_row_bytes // (self.key_row_bytes + self.value_row_bytes)
+        rows = max(self._rows(below, pages - below), self._rows(below + 1, pages - below - 1))
+        return max(0, min(rows - 1, self.stride - 1))
 
-
-def even_cut(held: Sequence[LayerRange]) -> list[LayerRange]:
-    """Cut all layers into one contiguous range a member, each inside what the member holds.
-
-    `held` is sorted by the middle of the ranges and covers every layer at least once. Cuts are as
-    even as the constraint allows, so a merge never loads a parameter (DESIGN: layer ranges).
-
-    Raises `ValueError` if no such cut exists.
-    """
-    total = max(r.hi for r in held)
-    cuts = [0]
-    for i, current in enumerate(held[:-1]):
-        following = held[i + 1]
-        ideal = round(total * (i + 1) / len(held))
-        lowest = max(following.lo, cuts[-1] + 1)
-        highest = min(current.hi, total - (len(held) - 1 - i))
-        if lowest > highest:
-            raise ValueError(f"no contiguous cut of {total} layers fits the ranges {list(held)}")
-        cuts.append(min(max(ideal, lowest), highest))
-    cuts.append(total)
-    ranges = [LayerRange(lo, hi) for lo, hi in pairwise(cuts)]
-    for piece, whole in zip(ranges, held, strict=True):
-        if not piece.within(whole):
-            raise ValueError(f"layers {piece} are not all in {whole}")
-    return ranges
+    def _rows(self, key_pages: int, value_pages: int) -> int:
+        """Rows of K and V that fit so many pages."""
+        return min(
+            key_pages * self.page_bytes // self.key_row_bytes,
+            value_pages * self.page_bytes // self.value_row_bytes,
+        )
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):

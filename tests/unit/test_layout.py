@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +10,6 @@ from kunserve_sglang.layout import (
     LayerRange,
     Layout,
     Member,
-    even_cut,
     kv_moves,
     parameter_loads,
 )
@@ -27,29 +26,6 @@ def layout(*members: tuple[int, int, int]) -> Layout:
     )
 
 
-def test_halves_of_two_full_replicas() -> None:
-    full = LayerRange(0, 30)
-    assert even_cut([full, full]) == [LayerRange(0, 15), LayerRange(15, 30)]
-
-
-def test_a_cut_stays_inside_what_is_held() -> None:
-    held = [LayerRange(0, 4), LayerRange(0, 30), LayerRange(15, 30)]
-    assert even_cut(held) == [LayerRange(0, 4), LayerRange(4, 20), LayerRange(20, 30)]
-
-
-def test_ranges_that_leave_a_hole_cannot_be_cut() -> None:
-    with pytest.raises(ValueError, match="no contiguous cut"):
-        even_cut([LayerRange(0, 4), LayerRange(6, 10)])
-
-
-@given(st.integers(2, 8), st.integers(0, 40))
-def test_cuts_of_full_replicas_are_even(members: int, extra: int) -> None:
-    layers = members + extra
-    cut = even_cut([LayerRange(0, layers)] * members)
-    assert [r.lo for r in cut[1:]] == [r.hi for r in cut[:-1]]
-    assert max(map(len, cut)) - min(map(len, cut)) <= 1
-
-
 def test_coverage_is_checked() -> None:
     assert layout((0, 0, 5), (1, 5, 9)).covers(9)
     assert not layout((0, 0, 5), (1, 6, 9)).covers(9)
@@ -57,9 +33,11 @@ def test_coverage_is_checked() -> None:
     assert not layout((0, 0, 5), (1, 5, 5), (2, 5, 9)).covers(9)
 
 
-@given(st.integers(1, 30), st.integers(1, 8))
-def test_capacity_is_the_most_that_fits(layers: int, owners: int) -> None:
-    memory = profile()
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(100, 9000), st.integers(100, 9000))
+def test_capacity_is_the_most_that_fits(layers: int, owners: int, key: int, value: int) -> None:
+    memory = msgspec.structs.replace(
+        profile(), key_row_bytes=key, value_row_bytes=value, stride=1 << 40
+    )
     held = LayerRange(0, layers)
     slots = memory.capacity(held, owners)
     budget = memory.pages - memory.parameter_pages(held)

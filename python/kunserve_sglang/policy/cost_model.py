@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
-import numpy as np
 
 _LEARNING_RATE = 0.05
 _SLOWEST_FACTOR, _FASTEST_FACTOR = 0.25, 4.0
@@ -160,6 +159,9 @@ def _fit(rows: Sequence[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
     """Non-negative least squares by dropping the most negative coefficient until none is left."""
     if not rows:
         raise ValueError("a cost model needs samples of prefill and of decode")
+    # Only who measures fits; the router and the command line do without numpy.
+    import numpy as np
+
     features = np.array([f for f, _ in rows])
     times = np.array([t for _, t in rows])
     weighted = features / times[:, None]

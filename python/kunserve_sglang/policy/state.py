@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import msgspec
 
 from kunserve_sglang.layout import LayerRange, Layout, MemoryProfile
 from kunserve_sglang.messages import Load
+from kunserve_sglang.policy.cost_model import CostModel
 
 
 class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
-    """One live instance; `layout` is the group it runs in (a group of one if independent)."""
+    """One live instance; `layout` is the group it runs in (a group of one if independent).
+
+    `costs` is what micro-batches take there, if it has measured that.
+    """
 
     instance: int
     address: str
     memory: MemoryProfile
     layout: Layout
     load: Load
+    costs: CostModel | None = None
 
     @property
     def layers(self) -> LayerRange:
@@ -31,25 +38,41 @@ class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
         return self.memory.capacity(LayerRange(0, self.layer_count), 1)
 
 
-class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
+class ClusterState(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """Looking anything up costs the same in a cluster of any size."""
+
     instances: tuple[InstanceState, ...]
+
+    @cached_property
+    def _by_number(self) -> dict[int, InstanceState]:
+        return {s.instance: s for s in self.instances}
+
+    @cached_property
+    def _groups(self) -> tuple[Layout, ...]:
+        known = self._by_number
+        found: dict[int, Layout] = {}
+        for state in self.instances:
+            layout = state.layout
+            members = [known.get(m.instance) for m in layout.members]
+            if all(m is not None and m.layout == layout for m in members):
+                found[min(layout.ids)] = layout
+        return tuple(layout for _, layout in sorted(found.items()))
 
     def instance(self, number: int) -> InstanceState:
         """Raises `KeyError` for an unknown or dead instance."""
-        for state in self.instances:
-            if state.instance == number:
-                return state
-        raise KeyError(number)
+        return self._by_number[number]
 
     def groups(self) -> list[Layout]:
-        """Every group once, in order of its first member's id; incomplete groups left out."""
-        known = {s.instance for s in self.instances}
-        found: dict[tuple[int, ...], Layout] = {}
-        for state in self.instances:
-            if known.issuperset(state.layout.ids):
-                found[state.layout.ids] = state.layout
-        return sorted(found.values(), key=lambda layout: min(layout.ids))
+        """Every group once, in order of its lowest id.
+
+        A group is left out while a member is missing, or reports another layout than the others.
+        """
+        return list(self._groups)
 
     @property
     def capacity(self) -> int:
         return sum(s.load.slots.capacity for s in self.instances)
+
+    @property
+    def demand(self) -> int:
+        return sum(s.load.demand for s in self.instances)

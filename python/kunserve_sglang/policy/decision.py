@@ -1,0 +1,29 @@
+"""Why a plan is as it is: what was known, what was looked at, what was chosen."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One way that was looked at; `verdict` says why it was taken or left.
+
+    `stages` is its longest pipeline, `slots` how many token slots the cluster gains by it (loses,
+    if negative). `tpot_ms` is predicted, where instances have measured what they cost; `cost` is
+    of a restore: token slots for each stage gained back.
+    """
+
+    what: str
+    stages: int
+    slots: int
+    chosen: bool
+    verdict: str
+    tpot_ms: float | None = None
+    cost: float | None = None
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What went into a plan, by name, and the ways that were compared; the reason is the plan's."""
+
+    inputs: dict[str, float]
+    choices: tuple[Choice, ...]
