@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from kunserve_sglang.layout import Layout, MemoryProfile
+from kunserve_sglang.policy.cost_model import CostModel
 
 PROTOCOL_VERSION = 1
 
@@ -89,7 +90,7 @@ class TransitionStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """First message of an instance: who it is and what its memory looks like."""
+    """First message of an instance: who it is, what its memory looks like, what its steps cost."""
 
     version: int
     instance: int
@@ -99,6 +100,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     layer_count: int
     memory: MemoryProfile
     capacity: int
+    costs: CostModel | None = None
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):

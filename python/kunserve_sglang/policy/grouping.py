@@ -1,13 +1,13 @@
 """Which groups to merge: enough memory with the shortest pipelines (paper section 3.2).
 
 The paper merges the two smallest groups until enough is free. Six instances that must free four
-copies become groups of 4 and 2 that way, where 3 and 3 free as much. So what a plan merges stays
-open until the plan is made: step by step the smallest set is taken apart, and its groups go one
-after the other to the smallest of the other sets. Each step leaves one set less, which frees one
-copy, and keeps all sets about equally large.
+copies become groups of 4 and 2 that way, where 3 and 3 free as much. So there is a second way: what
+a plan merges stays open until the plan is made; step by step the smallest set is taken apart, and
+its groups go one after the other to the smallest of the other sets. Either way each step leaves one
+set less, which frees one copy. The plan with the fewest stages for a request is taken.
 
-Most instances of a cluster are alike, so sets are counted by kind: a step is taken as often as it
-repeats itself. N instances take O(N log N), for the sorting of who is in which set.
+Most instances of a cluster are alike, so sets are counted by kind, and a step is taken as often as
+it repeats itself. N instances take O(N log N), for sorting who is in which set.
 """
 
 from __future__ import annotations
@@ -17,94 +17,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from kunserve_sglang.layout import LayerRange, Layout, MemoryProfile
-from kunserve_sglang.policy.cuts import best_cut
+from kunserve_sglang.layout import Layout
+from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState
-
-_Kind = tuple[tuple[int, int, int], ...]
-"""What a group is made of: `(budget, lo, hi)` of each member, in pipeline order."""
-
-
-class Shapes:
-    """Groups as numbers: what they hold and how much fits, whoever their members are.
-
-    Most instances of a cluster are alike, so that few cuts have to be worked out, each once.
-    """
-
-    def __init__(self, state: ClusterState) -> None:
-        self._state = state
-        self._budgets: dict[MemoryProfile, int] = {}
-        self._memory: list[MemoryProfile] = []
-        self._numbers: dict[_Kind, int] = {}
-        self._kinds: list[_Kind] = []
-        self._cuts: dict[int, tuple[list[LayerRange], int]] = {}
-        self._merged: dict[tuple[int, int], int] = {}
-
-    def of(self, group: Layout) -> int:
-        """The shape of a group as it is."""
-        return self._number([self._member(m.instance, m.layers) for m in group.members])
-
-    def merged(self, one: int, other: int) -> int:
-        """The shape of two groups together."""
-        number = self._merged.get((one, other))
-        if number is None:
-            number = self._number([*self._kinds[one], *self._kinds[other]])
-            self._merged[one, other] = number
-        return number
-
-    def slots(self, shape: int) -> int:
-        """Token slots of all members, were they one group; 0 if no cut gives each a part."""
-        _, slots = self.cut(shape)
-        return slots * len(self._kinds[shape])
-
-    def size(self, shape: int) -> int:
-        """How many members it has."""
-        return len(self._kinds[shape])
-
-    def cut(self, shape: int) -> tuple[list[LayerRange], int]:
-        """The layers of each member and the slots of each owner; no ranges if no cut exists."""
-        if shape not in self._cuts:
-            kind = self._kinds[shape]
-            held = [LayerRange(lo, hi) for _, lo, hi in kind]
-            try:
-                found = best_cut(held, [self._memory[budget] for budget, _, _ in kind])
-            except ValueError:
-                found = [], 0
-            self._cuts[shape] = found
-        return self._cuts[shape]
-
-    def together(self, groups: Sequence[Layout]) -> int:
-        """The shape of all these groups as one."""
-        return self._number([self._member(m.instance, m.layers) for g in groups for m in g.members])
-
-    def order(self, groups: Sequence[Layout]) -> list[int]:
-        """The instances of `groups` in the pipeline order that their merged shape assumes."""
-        members = [
-            (_place(self._member(m.instance, m.layers)), m.instance)
-            for g in groups
-            for m in g.members
-        ]
-        return [instance for _, instance in sorted(members)]
-
-    def _member(self, instance: int, layers: LayerRange) -> tuple[int, int, int]:
-        memory = self._state.instance(instance).memory
-        budget = self._budgets.setdefault(memory, len(self._memory))
-        if budget == len(self._memory):
-            self._memory.append(memory)
-        return budget, layers.lo, layers.hi
-
-    def _number(self, members: list[tuple[int, int, int]]) -> int:
-        kind = tuple(sorted(members, key=_place))
-        number = self._numbers.setdefault(kind, len(self._kinds))
-        if number == len(self._kinds):
-            self._kinds.append(kind)
-        return number
-
-
-def _place(member: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Members stand in the order of the middle of what they hold."""
-    budget, lo, hi = member
-    return lo + hi, budget, lo
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +52,19 @@ def group_up(
 ) -> Grouping:
     """Merge `groups` until they have `tokens` more slots, or as many as sets of `largest` allow.
 
-    More tokens never free less: the steps are the same, and the first that reaches enough is the
-    last. Where groups are hot and cold, the hot ones are merged.
+    More tokens never free less: the steps of a way are the same whatever is asked for, and the
+    first that brings enough is the last. Where groups are hot and cold, the hot ones are merged.
     """
     units = defaultdict(list)
     for group in groups:
         slots = sum(m.capacity for m in group.members)
         units[shapes.of(group), slots].append(group)
     kinds = _Kinds(shapes, list(units))
-    counts = Counter({kinds.single(i): len(units[unit]) for i, unit in enumerate(units)})
-    steps, gained, stops = _search(kinds, counts, tokens, largest)
-    for step in steps:
-        step.take(counts)
+    start = Counter({kinds.single(i): len(units[unit]) for i, unit in enumerate(units)})
+    ways = [_search(kinds, start, tokens, largest, apart) for apart in (True, False)]
+    best = min(ways, key=lambda way: way.price(tokens))
     named = [sorted(of, key=lambda g: _by_pressure(state, g)) for of in units.values()]
-    merged = {kind: n for kind, n in counts.items() if n and len(kind.units) > 1}
-    return Grouping(list(_name(merged, named)), gained, stops)
+    return Grouping(list(_name(best.merged(), named)), best.gained, best.stops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +131,28 @@ class _Step:
             counts[kind] += self.times
 
 
+@dataclass(slots=True)
+class _Way:
+    """The sets after the best of some steps, the slots gained, and the stops on the way."""
+
+    counts: Counter[_SetKind]
+    gained: int
+    stops: list[Stop]
+
+    def merged(self) -> dict[_SetKind, int]:
+        return {kind: n for kind, n in self.counts.items() if n and len(kind.units) > 1}
+
+    def price(self, tokens: int) -> tuple[int, int, int]:
+        """Enough is best, else much; then the fewest stages, for a request and at most."""
+        merged = self.merged()
+        passed = sum(n * kind.size**2 for kind, n in self.counts.items())
+        return -min(self.gained, tokens), passed, max((k.size for k in merged), default=0)
+
+
 def _search(
-    kinds: _Kinds, start: Mapping[_SetKind, int], tokens: int, largest: int
-) -> tuple[list[_Step], int, list[Stop]]:
-    """The steps to take, the slots that they gain, and how far each length of pipelines got.
+    kinds: _Kinds, start: Counter[_SetKind], tokens: int, largest: int, apart: bool
+) -> _Way:
+    """One of the two ways to merge: sets are taken `apart` again, or joined as they are.
 
     A step can cost slots where uneven stages waste more than a copy frees; the steps behind it may
     be worth that, so the search goes on, and ends where it was best if there is never enough.
@@ -230,35 +161,33 @@ def _search(
     heap = [(kind.order(), kind) for kind in counts]
     heapq.heapify(heap)
     steps: list[_Step] = []
-    gained, best, best_steps, longest = 0, 0, 0, 0
-    stops: list[Stop] = []
+    gained, best, best_steps = 0, 0, 0
+    most: dict[int, int] = {}  # slots gained, by the longest pipeline
+    longest = 0
     while gained < tokens and heap:
-        kind = heap[0][1]
-        if not counts[kind]:
+        if not counts[heap[0][1]]:
             heapq.heappop(heap)
             continue
-        step = _next_step(kinds, counts, heap, largest)
+        step = _next_step(kinds, counts, heap, largest, apart)
         if step is None:
             # It fits nowhere, and never will: the others only grow.
             heapq.heappop(heap)
             continue
-        size = max(k.size for k in step.results)
-        if size > longest:
-            if best:
-                stops.append(Stop(longest, best))
-            longest = size
         if step.gain > 0:
             step.times = min(step.times, -(-(tokens - gained) // step.gain))
         step.take(counts)
         steps.append(step)
         gained += step.times * step.gain
+        longest = max(longest, *(kind.size for kind in step.results))
         for kind in step.results:
             heapq.heappush(heap, (kind.order(), kind))
         if gained > best:
             best, best_steps = gained, len(steps)
-    if best and (not stops or stops[-1].gained < best):
-        stops.append(Stop(max(k.size for s in steps[:best_steps] for k in s.results), best))
-    return steps[:best_steps], best, stops
+            most[longest] = gained
+    counts = Counter(start)
+    for step in steps[:best_steps]:
+        step.take(counts)
+    return _Way(counts, best, [Stop(stages, slots) for stages, slots in most.items()])
 
 
 def _next_step(
@@ -266,19 +195,19 @@ def _next_step(
     counts: Counter[_SetKind],
     heap: list[tuple[tuple[int, int, tuple[int, ...]], _SetKind]],
     largest: int,
+    apart: bool,
 ) -> _Step | None:
     """Spread one of the smallest sets over the next; None if it does not fit."""
     source = heap[0][1]
+    wanted = len(source.units) if apart else 1
     targets: list[_SetKind] = []
     aside = []
-    while heap and len(targets) < len(source.units):
-        entry = heapq.heappop(heap)
-        aside.append(entry)
-        kind = entry[1]
-        if aside and any(kind is k or kind == k for k in targets):
-            continue
-        free = counts[kind] - (kind == source)
-        targets += [kind] * min(free, len(source.units) - len(targets))
+    while heap and len(targets) < wanted:
+        aside.append(heapq.heappop(heap))
+        kind = aside[-1][1]
+        if kind not in targets:
+            free = counts[kind] - (kind == source)
+            targets += [kind] * min(free, wanted - len(targets))
     for entry in aside:
         heapq.heappush(heap, entry)
     results = _spread(kinds, source, targets, largest)
@@ -299,7 +228,7 @@ def _spread(
 ) -> list[_SetKind] | None:
     """What `targets` become when each unit of `source`, largest first, joins the smallest.
 
-    As many targets as units are enough: one that took a unit is larger than one that did not.
+    More targets than units are of no use: one that took a unit is larger than one that did not.
     """
     heap = [(kind.order(), i, kind) for i, kind in enumerate(targets)]
     if not heap:

@@ -5,59 +5,110 @@ from __future__ import annotations
 import msgspec
 
 from kunserve_sglang.layout import Layout
+from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.policy.restoring import cheapest_first
 from kunserve_sglang.policy.state import ClusterState, InstanceState
+from kunserve_sglang.policy.trend import Trend
+
+_TREND_S = 2.0
+"""Demand of so many seconds ago hardly counts any more."""
+
+_AT_ONCE = 4
+"""Of the groups that are ready to be split, every so many-th is, and at least one."""
+
+_FLAP_FACTOR = 6
+_MOST_PATIENCE = 8
+"""A drop within so many cool-downs of a restore shows that the restore was too early: the next one
+waits twice as long as the last, up to so many cool-downs."""
 
 
 class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
-    """Fractions of KV capacity, and how long (seconds) a condition must hold."""
+    """Fractions of KV capacity, and times in seconds.
+
+    A condition must hold for its `hold_s`; nothing is restored within `cooldown_s` of a drop, and
+    longer if the last restore turned out to be too early. `lead_s` is how far ahead demand is
+    extrapolated: about as long as it takes to notice and to drop.
+    """
 
     drop: float = 0.95
     restore: float = 0.5
     drop_hold_s: float = 0.2
     restore_hold_s: float = 3.0
     cooldown_s: float = 5.0
+    lead_s: float = 1.0
 
 
 class DropNeeded(msgspec.Struct, frozen=True, kw_only=True):
-    """Demand exceeds capacity by `tokens` slots."""
+    """Demand exceeds capacity by `tokens` slots, or will soon."""
 
     tokens: int
     reason: str
 
 
 class RestorePossible(msgspec.Struct, frozen=True, kw_only=True):
-    """The groups of `instances` would fit their full-replica capacity with room to spare."""
+    """The groups of `instances` would fit their full-replica capacity with room to spare.
+
+    These are the ones whose split costs least; others may follow once they are split.
+    """
 
     instances: tuple[int, ...]
     reason: str
 
 
+class _Outlook:
+    """Where the figures of one instance are going."""
+
+    def __init__(self) -> None:
+        self.demand = Trend(_TREND_S)
+        self.used = Trend(_TREND_S)
+
+
 class OverloadMonitor:
     """Looks at one snapshot after the other and says when something should be done.
 
-    A condition must hold for a while before it counts, and after a transition nothing is restored
-    for the cool-down time, so that noise does not make the cluster swing.
+    Overload is demand above capacity while requests wait; or, before anybody waits, used slots that
+    will reach the capacity within the lead time, so that the runtime would retract requests.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
+        self._outlooks: dict[int, _Outlook] = {}
         self._overloaded_since: float | None = None
         self._idle_since: dict[tuple[int, ...], float] = {}
-        self._last_transition = float("-inf")
+        self._last_drop = float("-inf")
+        self._last_restore = float("-inf")
+        self._patience = 1
 
-    def transition_ended(self, now: float) -> None:
+    @property
+    def cooldown_s(self) -> float:
+        """For how long nothing is restored after a drop, as things are."""
+        return self._patience * self.thresholds.cooldown_s
+
+    def transition_ended(self, now: float, kind: TransitionKind = TransitionKind.DROP) -> None:
         """Start the cool-down; conditions are looked at afresh."""
-        self._last_transition = now
+        if kind is TransitionKind.DROP:
+            tried = self.thresholds.cooldown_s * _FLAP_FACTOR * self._patience
+            early = now - self._last_restore < tried
+            self._patience = min(2 * self._patience, _MOST_PATIENCE) if early else 1
+            self._last_drop = now
+        else:
+            self._last_restore = now
         self._overloaded_since = None
         self._idle_since.clear()
 
     def observe(self, now: float, state: ClusterState) -> DropNeeded | RestorePossible | None:
         """What the cluster needs at time `now` (seconds, any origin)."""
+        self._outlooks = {
+            s.instance: self._outlooks.get(s.instance) or _Outlook() for s in state.instances
+        }
+        for s in state.instances:
+            outlook = self._outlooks[s.instance]
+            outlook.demand.add(now, s.load.demand)
+            outlook.used.add(now, s.load.slots.used)
         return self._overload(now, state) or self._recovery(now, state)
 
     def _overload(self, now: float, state: ClusterState) -> DropNeeded | None:
-        over = [(s, self._excess(s)) for s in state.instances]
-        over = [(s, excess) for s, excess in over if excess > 0 and s.load.waiting > 0]
+        over = [(s, excess) for s in state.instances if (excess := self._excess(s)) > 0]
         if not over:
             self._overloaded_since = None
             return None
@@ -70,11 +121,20 @@ class OverloadMonitor:
         return DropNeeded(
             tokens=tokens,
             reason=f"{waiting} requests wait; demand exceeds capacity by {tokens} slots "
-            f"on instances {[s.instance for s, _ in over]}",
+            f"on instances {[s.instance for s, _ in over]}"
+            + ("" if waiting else f" within {self.thresholds.lead_s:g} s"),
         )
 
     def _excess(self, state: InstanceState) -> int:
-        return state.load.demand - int(self.thresholds.drop * state.load.slots.capacity)
+        """Slots by which demand is going to exceed capacity; 0 if nobody will notice."""
+        load, lead_s = state.load, self.thresholds.lead_s
+        outlook = self._outlooks[state.instance]
+        limit = int(self.thresholds.drop * load.slots.capacity)
+        if load.waiting > 0 and load.demand > limit:
+            return outlook.demand.peak(lead_s) - limit
+        if outlook.used.peak(lead_s) > limit:
+            return max(0, outlook.demand.peak(lead_s) - limit)
+        return 0
 
     def _recovery(self, now: float, state: ClusterState) -> RestorePossible | None:
         ready: list[Layout] = []
@@ -85,18 +145,21 @@ class OverloadMonitor:
             since = self._idle_since.setdefault(group.ids, now)
             if now - since >= self.thresholds.restore_hold_s:
                 ready.append(group)
-        if not ready or now - self._last_transition < self.thresholds.cooldown_s:
+        if not ready or now - self._last_drop < self.cooldown_s:
             return None
-        instances = tuple(sorted(i for group in ready for i in group.ids))
+        chosen = cheapest_first(state, ready)[: max(1, len(ready) // _AT_ONCE)]
+        instances = tuple(sorted(i for cost in chosen for i in cost.group.ids))
+        more = f"; of {len(ready)} groups these cost least to split" if len(ready) > 1 else ""
         return RestorePossible(
             instances=instances,
             reason=f"demand on instances {list(instances)} is below "
-            f"{self.thresholds.restore:.0%} of full-replica capacity",
+            f"{self.thresholds.restore:.0%} of full-replica capacity{more}",
         )
 
     def _fits(self, state: ClusterState, group: Layout) -> bool:
         for number in group.ids:
             member = state.instance(number)
-            if member.load.demand >= self.thresholds.restore * member.full_capacity:
+            demand = self._outlooks[number].demand.peak(self.thresholds.lead_s)
+            if demand >= self.thresholds.restore * member.full_capacity:
                 return False
         return True

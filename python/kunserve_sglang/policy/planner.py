@@ -14,8 +14,9 @@ from kunserve_sglang.errors import TransientError
 from kunserve_sglang.layout import LayerRange, Layout, Member
 from kunserve_sglang.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import Choice, Decision
-from kunserve_sglang.policy.grouping import Grouping, Shapes, group_up
+from kunserve_sglang.policy.grouping import Grouping, group_up
 from kunserve_sglang.policy.restoring import RestoreCost, cheapest_first
+from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.policy.tpot import predicted_tpot_ms
 

@@ -34,8 +34,8 @@ def predicted_tpot_ms(layout: Layout, members: Sequence[InstanceState]) -> float
         [n * c.predict(step) for n, c in zip(layers, costs, strict=True)] for step in steps
     ]
     hops = HOP_MS * len(members) if layout.cooperative else 0.0
-    busiest = max(sum(stage) for stage in zip(*times, strict=True))
-    slowest = max(sum(way) for way in times)
+    busiest: float = max(sum(stage) for stage in zip(*times, strict=True))
+    slowest: float = max(sum(way) for way in times)
     return max(busiest, slowest + hops)
 
 

@@ -80,6 +80,7 @@ class Registry:
                     memory=i.hello.memory,
                     layout=i.status.layout,
                     load=i.status.load,
+                    costs=i.hello.costs,
                 )
                 for i in sorted(self.instances.values(), key=lambda i: i.number)
                 if i.status is not None and not i.lost

@@ -189,6 +189,7 @@ class KunServeScheduler(upstream.Scheduler):
             layer_count=self.engine.layer_count,
             memory=profile,
             capacity=self.max_total_num_tokens,
+            costs=self.costs.model,
         )
         body = Body(
             instance=instance.instance,

@@ -1,0 +1,94 @@
+"""Groups without names: what they hold, and how much fits if they are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kunserve_sglang.layout import LayerRange, Layout, MemoryProfile
+from kunserve_sglang.policy.cuts import best_cut
+from kunserve_sglang.policy.state import ClusterState
+
+_Kind = tuple[tuple[int, int, int], ...]
+"""What a group is made of: `(budget, lo, hi)` of each member, in pipeline order."""
+
+
+class Shapes:
+    """Groups as numbers: what they hold and how much fits, whoever their members are.
+
+    Most instances of a cluster are alike, so that few cuts have to be worked out, each once.
+    """
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+        self._budgets: dict[MemoryProfile, int] = {}
+        self._memory: list[MemoryProfile] = []
+        self._numbers: dict[_Kind, int] = {}
+        self._kinds: list[_Kind] = []
+        self._cuts: dict[int, tuple[list[LayerRange], int]] = {}
+        self._merged: dict[tuple[int, int], int] = {}
+
+    def of(self, group: Layout) -> int:
+        """The shape of a group as it is."""
+        return self._number([self._member(m.instance, m.layers) for m in group.members])
+
+    def merged(self, one: int, other: int) -> int:
+        """The shape of two groups together."""
+        number = self._merged.get((one, other))
+        if number is None:
+            number = self._number([*self._kinds[one], *self._kinds[other]])
+            self._merged[one, other] = number
+        return number
+
+    def slots(self, shape: int) -> int:
+        """Token slots of all members, were they one group; 0 if no cut gives each a part."""
+        _, slots = self.cut(shape)
+        return slots * len(self._kinds[shape])
+
+    def size(self, shape: int) -> int:
+        """How many members it has."""
+        return len(self._kinds[shape])
+
+    def cut(self, shape: int) -> tuple[list[LayerRange], int]:
+        """The layers of each member and the slots of each owner; no ranges if no cut exists."""
+        if shape not in self._cuts:
+            kind = self._kinds[shape]
+            held = [LayerRange(lo, hi) for _, lo, hi in kind]
+            try:
+                found = best_cut(held, [self._memory[budget] for budget, _, _ in kind])
+            except ValueError:
+                found = [], 0
+            self._cuts[shape] = found
+        return self._cuts[shape]
+
+    def together(self, groups: Sequence[Layout]) -> int:
+        """The shape of all these groups as one."""
+        return self._number([self._member(m.instance, m.layers) for g in groups for m in g.members])
+
+    def order(self, groups: Sequence[Layout]) -> list[int]:
+        """The instances of `groups` in the pipeline order that their merged shape assumes."""
+        members = [
+            (_place(self._member(m.instance, m.layers)), m.instance)
+            for g in groups
+            for m in g.members
+        ]
+        return [instance for _, instance in sorted(members)]
+
+    def _member(self, instance: int, layers: LayerRange) -> tuple[int, int, int]:
+        memory = self._state.instance(instance).memory
+        budget = self._budgets.setdefault(memory, len(self._memory))
+        if budget == len(self._memory):
+            self._memory.append(memory)
+        return budget, layers.lo, layers.hi
+
+    def _number(self, members: list[tuple[int, int, int]]) -> int:
+        kind = tuple(sorted(members, key=_place))
+        number = self._numbers.setdefault(kind, len(self._kinds))
+        if number == len(self._kinds):
+            self._kinds.append(kind)
+        return number
+
+
+def _place(member: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Members stand in the order of the middle of what they hold."""
+    budget, lo, hi = member
+    return lo + hi, budget, lo
