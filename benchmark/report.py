@@ -153,7 +153,9 @@ def _transitions(events: list[dict[str, Any]]) -> RenderableType:
     for event in events:
         moved = _mib(event["freed_bytes"] or event["loaded_bytes"])
         grid.add_row(
-            event["kind"] if event["status"] == "committed" else f"{event['kind']} failed",
+            event["kind"]
+            if event["status"] == "committed"
+            else f"{event['kind']} {event['status']}",
             *(f"{event[f'{what}_ms']:.0f} ms" for what in ("duration", "stall", "remap")),
             moved,
             _mib(event["exchanged_bytes"]),

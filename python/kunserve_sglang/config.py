@@ -44,6 +44,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     drop_threshold: float = 0.95
     restore_threshold: float = 0.5
     max_group_size: int = 8
+    tpot_limit_ms: float | None = None
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     admin_api_key: str | None = None
     read_api_key: str | None = None
@@ -61,6 +62,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "--restore-threshold must be at least 0 and below --drop-threshold, "
                 "or the cluster would drop and restore in turns"
             )
+        if self.tpot_limit_ms is not None and self.tpot_limit_ms <= 0:
+            raise ConfigurationError("--tpot-limit-ms must be above 0")
 
 
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -68,6 +68,12 @@ def kunserve_parser() -> argparse.ArgumentParser:
         "--max-group-size", type=int, default=8, help="most instances that may cooperate"
     )
     group.add_argument(
+        "--tpot-limit-ms",
+        type=float,
+        help="drop nothing that would make an output token take longer, by the cost model "
+        "(default: no limit)",
+    )
+    group.add_argument(
         "--micro-batches",
         choices=[m.value for m in MicroBatches],
         default=MicroBatches.LOOKAHEAD.value,
@@ -95,6 +101,7 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         drop_threshold=flags.drop_threshold,
         restore_threshold=flags.restore_threshold,
         max_group_size=flags.max_group_size,
+        tpot_limit_ms=flags.tpot_limit_ms,
         micro_batches=MicroBatches(flags.micro_batches),
         admin_api_key=flags.admin_api_key,
         read_api_key=flags.read_api_key,

@@ -227,6 +227,7 @@ def test_the_policy_is_shown_and_set(router: RouterCluster, run: Run) -> None:
         ("drop_hold_s", "0.2"),
         ("restore_hold_s", "3"),
         ("cooldown_s", "5"),
+        ("lead_s", "1"),
         ("auto", "false"),
     }
     assert run(router, "policy", "show", "--json").json == before

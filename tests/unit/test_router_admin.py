@@ -210,7 +210,7 @@ def test_policy_is_read_and_changed(router: RouterCluster) -> None:
     before = router.get("/kunserve/policy").json
     assert before["auto"] is False
     assert set(before) == {
-        "auto", "drop", "restore", "drop_hold_s", "restore_hold_s", "cooldown_s"
+        "auto", "drop", "restore", "drop_hold_s", "restore_hold_s", "cooldown_s", "lead_s"
     }  # fmt: skip
     after = router.put("/kunserve/policy", {"drop": 1, "restore": 0.25, "cooldown_s": 7}).json
     assert after == {**before, "drop": 1.0, "restore": 0.25, "cooldown_s": 7.0}

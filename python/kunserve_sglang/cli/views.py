@@ -15,6 +15,7 @@ from kunserve_sglang.cli.bar import Legend, MemoryBar, memory_shares
 from kunserve_sglang.config import format_size
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Mode
+from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, PlanAnswer, Policy
 from kunserve_sglang.router.events import Event, Outcome
 
@@ -31,6 +32,7 @@ _OUTCOME_STYLES = {
     Outcome.COMMITTED: "green",
     Outcome.ABORTED: "yellow",
     Outcome.FAILED: "red",
+    Outcome.DECLINED: "yellow",
 }
 
 
@@ -67,7 +69,15 @@ def plan_view(plan: PlanAnswer) -> RenderableType:
         f"{_capacity(plan.capacity_before, plan.capacity_after)}"
     )
     freed = f", {format_size(plan.freed_bytes)} of parameters dropped" if plan.freed_bytes else ""
-    return Group(Text(line + freed), table)
+    return Group(Text(line + freed), table, *_compared(plan.decision))
+
+
+def _compared(decision: Decision) -> Iterable[RenderableType]:
+    """The ways that the planner looked at, one a line."""
+    for choice in decision.choices:
+        text = Text("+ " if choice.chosen else "- ", "green" if choice.chosen else "dim")
+        text.append(f"{choice.what} ({choice.slots:+,} slots): {choice.verdict}")
+        yield text
 
 
 def events_view(events: Iterable[Event], width: int) -> RenderableType:

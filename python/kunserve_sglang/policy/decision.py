@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from kunserve_sglang.errors import TransientError
+
+MOST_CHOICES = 8
+"""A record of a decision is for people."""
+
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """One way that was looked at; `verdict` says why it was taken or left.
@@ -27,3 +32,14 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     inputs: dict[str, float]
     choices: tuple[Choice, ...]
+
+
+class NoPlan(TransientError):
+    """Nothing can be merged or split as asked; the message says why.
+
+    `decision` is there if ways were compared and none would do: then requests queue.
+    """
+
+    def __init__(self, message: str, decision: Decision | None = None) -> None:
+        super().__init__(message)
+        self.decision = decision

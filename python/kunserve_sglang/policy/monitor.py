@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from kunserve_sglang.layout import Layout
@@ -9,6 +11,9 @@ from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.policy.restoring import cheapest_first
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.policy.trend import Trend
+
+_NAMED = 16
+"""A reason names so many instances."""
 
 _TREND_S = 2.0
 """Demand of so many seconds ago hardly counts any more."""
@@ -121,7 +126,7 @@ class OverloadMonitor:
         return DropNeeded(
             tokens=tokens,
             reason=f"{waiting} requests wait; demand exceeds capacity by {tokens} slots "
-            f"on instances {[s.instance for s, _ in over]}"
+            f"on instances {_named(s.instance for s, _ in over)}"
             + ("" if waiting else f" within {self.thresholds.lead_s:g} s"),
         )
 
@@ -152,7 +157,7 @@ class OverloadMonitor:
         more = f"; of {len(ready)} groups these cost least to split" if len(ready) > 1 else ""
         return RestorePossible(
             instances=instances,
-            reason=f"demand on instances {list(instances)} is below "
+            reason=f"demand on instances {_named(instances)} is below "
             f"{self.thresholds.restore:.0%} of full-replica capacity{more}",
         )
 
@@ -163,3 +168,9 @@ class OverloadMonitor:
             if demand >= self.thresholds.restore * member.full_capacity:
                 return False
         return True
+
+
+def _named(instances: Iterable[int]) -> str:
+    numbers = list(instances)
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"{numbers[:_NAMED]}{more}"

@@ -49,6 +49,6 @@ def restore_cost(state: ClusterState, group: Layout) -> RestoreCost:
 
 
 def cheapest_first(state: ClusterState, groups: Iterable[Layout]) -> list[RestoreCost]:
-    """The costs of all `groups`; those of equal cost in the order of their lowest id."""
+    """The costs of all `groups`; of equal cost, the longest pipelines first."""
     costs = [restore_cost(state, group) for group in groups]
-    return sorted(costs, key=lambda c: (c.slots_per_stage, min(c.group.ids)))
+    return sorted(costs, key=lambda c: (c.slots_per_stage, -c.stages, min(c.group.ids)))

@@ -153,6 +153,7 @@ def _described(plan: Plan) -> dict[str, Any]:
         "capacity_before": plan.capacity_before,
         "capacity_after": plan.capacity_after,
         "reason": plan.reason,
+        "decision": plan.decision,
     }
 
 

@@ -13,6 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Mode, Pages, Slots, TransitionKind
+from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.monitor import Thresholds
 from kunserve_sglang.router.events import Event
 
@@ -65,6 +66,7 @@ class PolicyBody(Body, frozen=True, kw_only=True):
     drop_hold_s: Seconds | UnsetType = UNSET
     restore_hold_s: Seconds | UnsetType = UNSET
     cooldown_s: Seconds | UnsetType = UNSET
+    lead_s: Seconds | UnsetType = UNSET
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -74,7 +76,8 @@ class Policy(Thresholds, frozen=True, kw_only=True):
     """When the cluster acts; `auto` says whether it does so by itself.
 
     `drop` and `restore` are fractions of the KV capacity; a condition must hold for its `hold_s`
-    seconds, and nothing is restored within `cooldown_s` seconds of a transition.
+    seconds, nothing is restored within `cooldown_s` seconds of a drop (longer after a restore that
+    came too early), and demand is extrapolated by `lead_s` seconds.
     """
 
     auto: bool
@@ -154,6 +157,7 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     capacity_before: int
     capacity_after: int
     reason: str
+    decision: Decision
 
 
 class AcceptedPlan(PlanAnswer, frozen=True, kw_only=True):

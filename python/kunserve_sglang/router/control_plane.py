@@ -12,6 +12,7 @@ from msgspec import UNSET
 
 from kunserve_sglang.config import ClusterConfig, OverloadPolicy
 from kunserve_sglang.messages import Hello, TransitionKind
+from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, Policy
@@ -78,6 +79,7 @@ class ControlPlane:
             max_group_size=self.config.max_group_size,
             instances=instances,
             tokens=tokens,
+            tpot_limit_ms=self.config.tpot_limit_ms,
         )
 
     async def transition(
@@ -96,7 +98,8 @@ class ControlPlane:
             return self.plan(kind, instances=instances, tokens=tokens, reason=reason, epoch=epoch)
 
         event = await self.coordinator.execute(make_plan)
-        self.monitor.transition_ended(time.monotonic())
+        if event.status is not Outcome.ABORTED:
+            self.monitor.transition_ended(time.monotonic(), kind)
         logger.info(
             "%s %s: %s, %.0f ms, capacity %d -> %d%s",
             event.kind,
@@ -160,6 +163,30 @@ class ControlPlane:
                 # Nothing to merge any more, or a transition asked for by hand: look again later.
                 logger.debug("%s: %s", need.reason, error)
                 self._retry_after = time.monotonic() + _RETRY_S
+                if isinstance(error, NoPlan) and error.decision is not None:
+                    self._declined(need.reason, str(error), error.decision)
+
+    def _declined(self, reason: str, error: str, decision: Decision) -> None:
+        """Requests queue instead. Once is enough, for as long as nothing else happens."""
+        latest = self.events.latest(1)
+        if latest and latest[0].status is Outcome.DECLINED:
+            return
+        state = self.registry.snapshot()
+        logger.warning("%s: %s", reason, error)
+        self.events.add(
+            Event(
+                epoch=self.coordinator.next_epoch(max(s.layout.epoch for s in state.instances)),
+                kind=TransitionKind.DROP,
+                reason=reason,
+                instances=sorted(s.instance for s in state.instances),
+                status=Outcome.DECLINED,
+                time=time.time(),
+                capacity_before=state.capacity,
+                capacity_after=state.capacity,
+                error=error,
+                decision=decision,
+            )
+        )
 
 
 def _describe(instance: Instance) -> InstanceStatus:

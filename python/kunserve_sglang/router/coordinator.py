@@ -55,6 +55,7 @@ class Coordinator:
             time=time.time(),
             capacity_before=plan.capacity_before,
             capacity_after=plan.capacity_before,
+            decision=plan.decision,
         )
         self.running = event
         started = time.perf_counter()

@@ -8,17 +8,24 @@ from enum import StrEnum
 import msgspec
 
 from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.policy.decision import Decision
 
 
 class Outcome(StrEnum):
+    """How a transition ended; a declined one was never begun, as no plan was good enough."""
+
     RUNNING = "running"
     COMMITTED = "committed"
     ABORTED = "aborted"
     FAILED = "failed"
+    DECLINED = "declined"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One transition. Bytes are summed over the members, times are the longest of them."""
+    """One transition. Bytes are summed over the members, times are the longest of them.
+
+    `decision` says what was known and which ways were compared.
+    """
 
     epoch: int
     kind: TransitionKind
@@ -36,6 +43,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     capacity_before: int = 0
     capacity_after: int = 0
     error: str = ""
+    decision: Decision | None = None
 
 
 class EventLog:

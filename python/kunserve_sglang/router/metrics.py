@@ -52,7 +52,8 @@ class _Totals:
             self.bytes["freed"] += event.freed_bytes
             self.bytes["loaded"] += event.loaded_bytes
             self.bytes["exchanged"] += event.exchanged_bytes
-            self.last[event.kind] = event
+            if event.status is not Outcome.DECLINED:
+                self.last[event.kind] = event
 
 
 class ControlPlaneCollector(Collector):

@@ -17,11 +17,12 @@ function create(event) {
   time.title = dateAndTime(date);
   const what = make("strong", "", `${event.kind} of ${instances(event.instances)}`);
   const head = make("p", "head", time, " ", what, " ", make("span", "badge"));
-  return make("li", "event", head, make("p", "reason"), make("p", "quiet"), make("p", "error"));
+  const rest = ["reason", "quiet", "error", "quiet"].map((name) => make("p", name));
+  return make("li", "event", head, ...rest);
 }
 
 function update(element, event) {
-  const [head, reason, outcome, error] = element.children;
+  const [head, reason, outcome, error, compared] = element.children;
   const badge = head.querySelector(".badge");
   setText(badge, event.status);
   setAttribute(badge, "data-tone", event.status);
@@ -30,6 +31,15 @@ function update(element, event) {
   outcome.hidden = event.status !== "committed";
   setText(error, event.error);
   error.hidden = !event.error;
+  const choices = event.decision?.choices ?? [];
+  setText(compared, choices.map(choiceOf).join(" · "));
+  compared.hidden = choices.length === 0;
+}
+
+/** One of the ways that the planner compared, the chosen one with a check mark. */
+function choiceOf({ what, slots, verdict, chosen }) {
+  const gain = `${slots < 0 ? "−" : "+"}${count(Math.abs(slots))} slots`;
+  return `${chosen ? "✓ " : ""}${what} (${gain}): ${verdict}`;
 }
 
 export function outcomeOf(event) {
