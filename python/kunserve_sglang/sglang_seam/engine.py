@@ -9,6 +9,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.managers.overlap_utils import resolve_forward_inputs
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -17,6 +18,7 @@ from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load, Slots
+from kunserve_sglang.policy.output_length import OutputLengths
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class SglangEngine:
         self._decoder = LayeredDecoder(self._runner.model)
         self._backends: dict[int, AttentionBackend] = {}
         self._arrived: Hidden | None = None
+        self._lengths = OutputLengths()
         self.cooperating = False
         self.layer_count = self._decoder.layer_count
 
@@ -63,9 +66,19 @@ class SglangEngine:
         )
 
     def _expected_output(self, request: Any) -> int:
-        """Tokens it will still produce, by the share of its limit that SGLang starts with."""
-        left = request.sampling_params.max_new_tokens - len(request.output_ids)
-        return int(max(0, left) * self._scheduler.new_token_ratio_tracker.init)
+        """Tokens it will still produce; without history, SGLang's own guess at the start."""
+        return self._lengths.remaining(
+            len(request.output_ids),
+            request.sampling_params.max_new_tokens,
+            unknown=self._scheduler.new_token_ratio_tracker.init,
+            route=request.routing_key or "",
+        )
+
+    def ended(self, request: Any) -> None:
+        """Learn from a request that has come to its end how long answers get."""
+        if not isinstance(request.finished_reason, FINISH_ABORT):
+            limit = request.sampling_params.max_new_tokens
+            self._lengths.ended(len(request.output_ids), limit, request.routing_key or "")
 
     # -- slots -----------------------------------------------------------------------------------
 

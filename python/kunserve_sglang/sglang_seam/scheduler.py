@@ -109,6 +109,14 @@ class KunServeScheduler(upstream.Scheduler):
         with self.agent.tracer.span("step", requests=len(batch.reqs)):
             return super().run_batch(batch, *args, **kwargs)
 
+    def process_batch_result(self, batch: Any, result: Any) -> None:
+        """Requests that end in this step teach how long answers get."""
+        under_way = [r for r in batch.reqs if not r.finished()]
+        super().process_batch_result(batch, result)
+        for request in under_way:
+            if request.finished():
+                self.engine.ended(request)
+
     def maybe_sleep_on_idle(self) -> None:
         """Wait for a request, a command or a peer's micro-batch instead of spinning."""
         self.agent.publish()
