@@ -29,11 +29,6 @@ class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True):
     def within(self, other: LayerRange) -> bool:
         return other.lo <= self.lo and self.hi <= other.hi
 
-    def common(self, other: LayerRange) -> LayerRange:
-        """Layers that are here and in `other`; may be empty."""
-        lo = max(self.lo, other.lo)
-        return LayerRange(lo, max(lo, min(self.hi, other.hi)))
-
     def minus(self, other: LayerRange) -> list[int]:
         """Layers that are here and not in `other`, ascending."""
         return [layer for layer in self if layer not in other]

@@ -205,7 +205,7 @@ def drive(demands: Iterable[tuple[float, float]], size: int) -> list[tuple[float
 def test_noise_about_any_level_settles(level: float, noise: float) -> None:
     """Ten minutes; what is done is done in the beginning, whatever the noise is like."""
     chance = random.Random(7)
-    series = [(t / 10, level * chance.gauss(1, noise)) for t in range(6000)]
+    series = [(t / 5, level * chance.gauss(1, noise)) for t in range(3000)]
     done = drive(series, 8)
     assert len(done) <= 8 + 2
     assert sum(kind is TransitionKind.RESTORE for _, kind in done) <= 1

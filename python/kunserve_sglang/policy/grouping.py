@@ -47,6 +47,10 @@ class Grouping:
     stops: list[Stop]
 
 
+_Heat = tuple[float, int, Layout]
+"""Less for more demand by slot, lowest id, group."""
+
+
 def group_up(
     state: ClusterState, shapes: Shapes, tokens: int, largest: int, groups: Sequence[Layout]
 ) -> Grouping:
@@ -55,16 +59,21 @@ def group_up(
     More tokens never free less: the steps of a way are the same whatever is asked for, and the
     first that brings enough is the last. Where groups are hot and cold, the hot ones are merged.
     """
-    units = defaultdict(list)
+    units: defaultdict[tuple[int, int], list[_Heat]] = defaultdict(list)
     for group in groups:
-        slots = sum(m.capacity for m in group.members)
-        units[shapes.of(group), slots].append(group)
+        demand = slots = 0
+        first = group.members[0].instance
+        for member in group.members:
+            demand += state.instance(member.instance).load.demand
+            slots += member.capacity
+            first = min(first, member.instance)
+        units[shapes.of(group), slots].append((-demand / max(1, slots), first, group))
     kinds = _Kinds(shapes, list(units))
     start = Counter({kinds.single(i): len(units[unit]) for i, unit in enumerate(units)})
     ways = [_search(kinds, start, tokens, largest, apart) for apart in (True, False)]
     best = min(ways, key=lambda way: way.price(tokens))
-    named = [sorted(of, key=lambda g: _by_pressure(state, g)) for of in units.values()]
-    return Grouping(list(_name(best.merged(), named)), best.gained, best.stops)
+    hottest_first = [[group for *_, group in sorted(of)] for of in units.values()]
+    return Grouping(list(_name(best.merged(), hottest_first)), best.gained, best.stops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +252,6 @@ def _spread(
             return None
         heapq.heapreplace(heap, (joined.order(), i, joined))
     return [kind for *_, kind in heap]
-
-
-def _by_pressure(state: ClusterState, group: Layout) -> tuple[float, int]:
-    demand = sum(state.instance(m.instance).load.demand for m in group.members)
-    slots = sum(m.capacity for m in group.members)
-    return -demand / max(1, slots), min(group.ids)
 
 
 def _name(merged: Mapping[_SetKind, int], units: Sequence[Sequence[Layout]]) -> Iterator[Set]:

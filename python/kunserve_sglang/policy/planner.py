@@ -14,7 +14,7 @@ from kunserve_sglang.layout import LayerRange, Layout, Member
 from kunserve_sglang.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
 from kunserve_sglang.policy.restoring import RestoreCost, cheapest_first
-from kunserve_sglang.policy.search import DropSearch, merged, slots
+from kunserve_sglang.policy.search import Change, DropSearch, merged, slots
 from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
@@ -61,8 +61,7 @@ def plan_drop(
         found = search.named(groups)
     else:
         found = search.cheapest(tokens or 1)
-    before, after = found
-    plan = _plan(state, TransitionKind.DROP, epoch, reason, before, after, search.decision())
+    plan = _plan(TransitionKind.DROP, epoch, reason, found, search.decision())
     if plan.capacity_after <= plan.capacity_before:
         raise NoPlan(
             f"sharing parameters would leave {plan.capacity_after} token slots "
@@ -101,7 +100,7 @@ def plan_restore(
         inputs={"demand": state.demand, "capacity": state.capacity, "groups": len(cooperative)},
         choices=_splits(cheapest_first(state, cooperative), {g.ids for g in groups}),
     )
-    return _plan(state, TransitionKind.RESTORE, epoch, reason, groups, after, decision)
+    return _plan(TransitionKind.RESTORE, epoch, reason, Change(groups, after, 0), decision)
 
 
 def merge(state: ClusterState, groups: Sequence[Layout], epoch: int) -> Layout:
@@ -154,24 +153,13 @@ def _alone(owner: InstanceState, epoch: int) -> Layout:
 
 
 def _plan(
-    state: ClusterState,
-    kind: TransitionKind,
-    epoch: int,
-    reason: str,
-    before: Sequence[Layout],
-    after: Sequence[Layout],
-    decision: Decision,
+    kind: TransitionKind, epoch: int, reason: str, change: Change, decision: Decision
 ) -> Plan:
-    held = {m.instance: m.layers for g in before for m in g.members}
-    freed = 0
-    for member in (m for g in after for m in g.members):
-        memory, had = state.instance(member.instance).memory, held[member.instance]
-        pages = memory.parameter_pages(had) - memory.parameter_pages(had.common(member.layers))
-        freed += pages * memory.page_bytes
+    before, after = tuple(change.before), tuple(change.after)
     return Plan(
-        transition=Transition(epoch=epoch, kind=kind, before=tuple(before), after=tuple(after)),
+        transition=Transition(epoch=epoch, kind=kind, before=before, after=after),
         reason=reason,
-        freed_bytes=freed,
+        freed_bytes=change.freed_bytes,
         capacity_before=slots(before),
         capacity_after=slots(after),
         decision=decision,

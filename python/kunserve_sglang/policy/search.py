@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kunserve_sglang.layout import Layout, Member
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
@@ -11,8 +12,13 @@ from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState
 from kunserve_sglang.policy.tpot import predicted_tpot_ms
 
-Change = tuple[list[Layout], list[Layout]]
-"""Groups before, and what becomes of them."""
+
+class Change(NamedTuple):
+    """Groups before, what becomes of them, and the bytes of parameters that this frees."""
+
+    before: list[Layout]
+    after: list[Layout]
+    freed_bytes: int
 
 
 class DropSearch:
@@ -60,7 +66,7 @@ class DropSearch:
             self._reject(what, size, gained, tpot_ms)
             raise self._queue()
         self._note(what, size, gained, tpot_ms, "as asked for", chosen=True)
-        return groups, after
+        return Change(groups, after, self._shapes.freed_bytes(shape))
 
     def cheapest(self, tokens: int) -> Change:
         """The shortest pipelines that bring `tokens` more slots within the limits."""
@@ -81,7 +87,8 @@ class DropSearch:
                 self._too_short(found, tokens)
                 verdict = _enough(found, tokens)
                 self._note(what, stages, found.gained, tpot_ms, verdict, chosen=True)
-                return before, after
+                freed = sum(self._shapes.freed_bytes(s.shape) for s in found.sets)
+                return Change(before, after, freed)
             self._reject(what, stages, found.gained, tpot_ms)
             largest = stages - 1
         raise self._queue() if self._choices else NoPlan("no two groups can be merged any further")

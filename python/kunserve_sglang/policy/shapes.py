@@ -20,15 +20,20 @@ class Shapes:
 
     def __init__(self, state: ClusterState) -> None:
         self._state = state
+        self._members: dict[int, tuple[int, int, int]] = {}
         self._budgets: dict[MemoryProfile, int] = {}
         self._memory: list[MemoryProfile] = []
         self._numbers: dict[_Kind, int] = {}
         self._kinds: list[_Kind] = []
         self._cuts: dict[int, tuple[list[LayerRange], int]] = {}
+        self._freed: dict[int, int] = {}
         self._merged: dict[tuple[int, int], int] = {}
 
     def of(self, group: Layout) -> int:
         """The shape of a group as it is."""
+        if len(group.members) == 1:
+            (only,) = group.members
+            return self._intern((self._member(only.instance, only.layers),))
         return self._number([self._member(m.instance, m.layers) for m in group.members])
 
     def merged(self, one: int, other: int) -> int:
@@ -60,6 +65,18 @@ class Shapes:
             self._cuts[shape] = found
         return self._cuts[shape]
 
+    def freed_bytes(self, shape: int) -> int:
+        """Parameters that its members need no more once they have cut the layers."""
+        if shape not in self._freed:
+            ranges, _ = self.cut(shape)
+            freed = 0
+            for (budget, lo, hi), kept in zip(self._kinds[shape], ranges, strict=True):
+                memory = self._memory[budget]
+                pages = memory.parameter_pages(LayerRange(lo, hi)) - memory.parameter_pages(kept)
+                freed += pages * memory.page_bytes
+            self._freed[shape] = freed
+        return self._freed[shape]
+
     def together(self, groups: Sequence[Layout]) -> int:
         """The shape of all these groups as one."""
         return self._number([self._member(m.instance, m.layers) for g in groups for m in g.members])
@@ -74,14 +91,19 @@ class Shapes:
         return [instance for _, instance in sorted(members)]
 
     def _member(self, instance: int, layers: LayerRange) -> tuple[int, int, int]:
-        memory = self._state.instance(instance).memory
-        budget = self._budgets.setdefault(memory, len(self._memory))
-        if budget == len(self._memory):
-            self._memory.append(memory)
-        return budget, layers.lo, layers.hi
+        member = self._members.get(instance)
+        if member is None:
+            memory = self._state.instance(instance).memory
+            budget = self._budgets.setdefault(memory, len(self._memory))
+            if budget == len(self._memory):
+                self._memory.append(memory)
+            member = self._members[instance] = (budget, layers.lo, layers.hi)
+        return member
 
     def _number(self, members: list[tuple[int, int, int]]) -> int:
-        kind = tuple(sorted(members, key=_place))
+        return self._intern(tuple(sorted(members, key=_place)))
+
+    def _intern(self, kind: _Kind) -> int:
         number = self._numbers.setdefault(kind, len(self._kinds))
         if number == len(self._kinds):
             self._kinds.append(kind)
