@@ -34,6 +34,7 @@ from kunserve_sglang.messages import (
     TransitionStats,
     Vote,
 )
+from kunserve_sglang.policy.cost_model import CostModel
 
 LAYERS = 4
 PROFILE = MemoryProfile(
@@ -45,6 +46,7 @@ PROFILE = MemoryProfile(
     stride=4096,
     owners=8,
 )
+COSTS = CostModel(prefill=(0.0,) * 6, decode=(1.0, 1.0, 0.0))
 CAPACITY = PROFILE.capacity(LayerRange(0, LAYERS), 1)
 
 T = TypeVar("T")
@@ -208,9 +210,9 @@ class MockInstance:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def set_load(self, demand: int, *, running: int = 0) -> None:
+    def set_load(self, demand: int, *, running: int = 0, waiting: int = 0) -> None:
         slots = Slots(used=0, cached=0, capacity=self._capacity())
-        self.load = Load(slots=slots, running=running, waiting=0, demand=demand)
+        self.load = Load(slots=slots, running=running, waiting=waiting, demand=demand)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -231,6 +233,7 @@ class MockInstance:
             layer_count=LAYERS,
             memory=PROFILE,
             capacity=CAPACITY,
+            costs=COSTS,
         )
 
     def _status(self) -> Status:
@@ -283,6 +286,6 @@ class MockInstance:
         assert isinstance(message, Commit)
         assert self._offered is not None
         self.layout, self._offered = self._offered, None
-        self.set_load(self.load.demand, running=self.load.running)
+        self.set_load(self.load.demand, running=self.load.running, waiting=self.load.waiting)
         stats = TransitionStats(freed_bytes=1000, sent_kv_bytes=10, remap_ms=2.0, stall_ms=5.0)
         return Done(call=message.call, epoch=message.epoch, ok=True, stats=stats)

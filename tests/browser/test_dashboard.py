@@ -74,6 +74,7 @@ def test_a_drop_and_a_restore_by_hand(start_router: Start, visit: Open) -> None:
     expect(event).to_contain_text("drop of instances 0 and 1")
     expect(event).to_contain_text("Reason: asked for")
     expect(event).to_contain_text("committed")
+    expect(event).to_contain_text("✓ these instances as one group of 2 (+192 slots): as asked for")
 
     dialog = ask_for(page, "Restore")
     expect(dialog).to_contain_text("Instance 1 will hold all 4 layers")

@@ -130,6 +130,8 @@ def test_a_plan_is_shown_and_changes_nothing(idle_router: RouterCluster, run: Ru
         assert out.startswith("drop of instances 0, 1 (")
         assert f"{plan['capacity_before']:,} -> {plan['capacity_after']:,} slots" in out
         assert "[0, 2), [2, 4)" in out
+        verdict = "as asked for" if "--instances" in words else "the shortest pipelines"
+        assert f"slots): {verdict}" in out
     assert idle_router.event() is None
 
 

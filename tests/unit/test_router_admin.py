@@ -92,6 +92,46 @@ def test_drop_and_restore(router: RouterCluster) -> None:
     assert [e["kind"] for e in router.get("/kunserve/events?limit=1").json["events"]] == ["restore"]
 
 
+def test_an_event_says_why(router: RouterCluster) -> None:
+    for instance in router.instances:
+        instance.set_load(3 * CAPACITY, running=2, waiting=4)
+    until(lambda: all(d["waiting"] == 4 for d in router.status()["instances"]))
+    decision = router.post("/kunserve/drop", {"tokens": 20}).json["decision"]
+    assert decision["inputs"] == {
+        "demand": 6 * CAPACITY,
+        "capacity": 2 * CAPACITY,
+        "waiting": 8,
+        "largest_group": 8,
+        "slots_asked": 20,
+    }
+    (choice,) = decision["choices"]
+    assert (choice["stages"], choice["chosen"]) == (2, True)
+    assert choice["slots"] >= 20
+    assert choice["tpot_ms"] > 4  # four layers, a millisecond for the step and for each request
+    assert choice["verdict"] == "the shortest pipelines that free enough"
+    assert router.event()["decision"] == decision
+
+
+def test_what_would_break_the_tpot_limit_is_declined(start_router: Start) -> None:
+    router = start_router(2, tpot_limit_ms=5)
+    for instance in router.instances:
+        instance.set_load(3 * CAPACITY, running=2, waiting=4)
+    router.put("/kunserve/policy", {"auto": True})
+    until(lambda: router.event() is not None)
+    event = router.event()
+    assert (event["kind"], event["status"]) == ("drop", "declined")
+    assert "requests queue" in event["error"]
+    assert "8 requests wait" in event["reason"]
+    assert event["capacity_after"] == event["capacity_before"] == 2 * CAPACITY
+    (choice,) = event["decision"]["choices"]
+    assert (choice["stages"], choice["chosen"]) == (2, False)
+    assert event["decision"]["inputs"]["tpot_limit_ms"] == 5
+    assert modes(router) == ["independent"] * 2
+    answer = router.post("/kunserve/drop", {"instances": [0, 1]})
+    assert (answer.status, answer.error["code"]) == (409, "no_plan")
+    assert all(i.obeyed["Prepare"] == 0 for i in router.instances)
+
+
 def test_drop_of_named_instances(start_router: Start) -> None:
     router = start_router(3)
     event = router.post("/kunserve/drop", {"instances": [2, 0]}).json
