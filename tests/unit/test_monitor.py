@@ -211,6 +211,14 @@ def test_noise_about_any_level_settles(level: float, noise: float) -> None:
     assert sum(kind is TransitionKind.RESTORE for _, kind in done) <= 1
 
 
+@pytest.mark.parametrize("period", [11, 12, 14, 20])
+def test_bursts_in_the_worst_rhythm_are_learned(period: int) -> None:
+    """Each comes when all is restored; without patience there would be a cycle in each period."""
+    series = [(t / 5, 1.6 if t / 5 % period < 2 else 0.1) for t in range(5 * 600)]
+    drops = sum(kind is TransitionKind.DROP for _, kind in drive(series, 2))
+    assert 2 <= drops <= 4 + 600 / 30
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(2, 6))
 def test_no_demand_makes_the_cluster_swing(data: st.DataObject, size: int) -> None:
