@@ -116,7 +116,10 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
     def capacity(self, layers: LayerRange, owners: int) -> int:
         """Slots that each of `owners` equal owners gets while `layers` are held; 0 if none fit."""
         budget = self.pages - self.parameter_pages(layers)
-        pages = budget // (owners * len(layers))
+        return self.slots_within(budget // (owners * len(layers)))
+
+    def slots_within(self, pages: int) -> int:
+        """The most slots whose K and V of one layer take no more than `pages`; 0 if none fit."""
         # K and V share `pages` in one proportion that fits the most rows, and whole pages of K lie
         # just below or just above it.
         below = pages * self.key_row_bytes // (self.key_row_bytes + self.value_row_bytes)

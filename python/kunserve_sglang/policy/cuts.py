@@ -33,19 +33,26 @@ def best_cut(
     if even is None:
         raise ValueError(f"no contiguous cut of {total} layers fits the ranges {list(held)}")
     best, slots = even, _tightest(stages, even)
-    ceiling = min(m.stride for m in memory)
+    too_many = _bound(memory, total) + 1
     # Members that are alike are done after one look: nothing beats the even cut by even one slot.
-    step = 1
-    while slots + step < ceiling and (better := _place(stages, total, slots + step)):
-        best, slots, step = better, slots + step, 2 * step
-    too_many = min(slots + step, ceiling)
-    while too_many - slots > 1:
-        middle = (slots + too_many) // 2
-        if better := _place(stages, total, middle):
-            best, slots = better, middle
+    looked_at = slots + 1
+    while slots + 1 < too_many:
+        if better := _place(stages, total, looked_at):
+            best, slots = better, _tightest(stages, better)
         else:
-            too_many = middle
+            # All numbers of slots that take as many pages are too many.
+            too_many = max(m.slots_within(m.kv_pages(looked_at) - 1) for m in memory) + 1
+        looked_at = (slots + too_many) // 2
     return best, slots
+
+
+def _bound(memory: Sequence[MemoryProfile], layers: int) -> int:
+    """More slots an owner cannot have: all layers with their KV would not fit all memory."""
+    nbytes = sum(m.pages * m.page_bytes for m in memory)
+    least = min(min(m.layer_pages) * m.page_bytes for m in memory)
+    row = min(m.key_row_bytes + m.value_row_bytes for m in memory)
+    most = (nbytes // layers - least) // (len(memory) * row)
+    return min(most, *(m.stride - 1 for m in memory))
 
 
 class _Stage:
