@@ -66,6 +66,12 @@ def test_a_group_cannot_grow_beyond_the_limit() -> None:
     assert max(len(g.members) for g in plan.transition.after) == 2
 
 
+def test_a_group_has_no_more_owners_than_its_members_have_room_for() -> None:
+    memory = msgspec.structs.replace(profile(), owners=2)
+    state = ClusterState(instances=tuple(alone(i, memory=memory) for i in range(4)))
+    assert sizes(drop(state, 1 << 40)) == [2, 2]
+
+
 def test_unknown_and_lone_instances_are_refused() -> None:
     with pytest.raises(NoPlan, match="not available"):
         drop(cluster(2), None, 0, 5)

@@ -34,7 +34,8 @@ class DropSearch:
     ) -> None:
         self._state = state
         self._epoch = epoch
-        self._largest = largest
+        # No buffer has room for more owners than its instance was started for.
+        self._largest = min([largest, *(s.memory.owners for s in state.instances)])
         self._limit_ms = tpot_limit_ms
         self._tokens = tokens
         self._shapes = Shapes(state)
