@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 
-class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True):
+class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
     """Decoder layers `[lo, hi)`."""
 
     lo: int
@@ -34,7 +34,7 @@ class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True):
         return [layer for layer in self if layer not in other]
 
 
-class Member(msgspec.Struct, frozen=True, kw_only=True):
+class Member(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One instance in a group. `capacity` is what it may use as an owner, in token slots."""
 
     instance: int
@@ -43,7 +43,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     address: str
 
 
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
+class Layout(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A group and its stages, in pipeline order. A group of one is an independent instance."""
 
     epoch: int

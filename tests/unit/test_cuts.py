@@ -14,8 +14,8 @@ from tests.support.clusters import profile
 
 
 def cut(held: list[LayerRange], memory: MemoryProfile | None = None) -> list[LayerRange]:
-    ranges, _ = best_cut(held, [memory or profile()] * len(held))
-    return ranges
+    ranges, _ = best_cut(tuple(held), (memory or profile(),) * len(held))
+    return list(ranges)
 
 
 def every_cut(held: list[LayerRange], layers: int) -> list[list[LayerRange]]:
@@ -69,11 +69,11 @@ def test_cuts_of_full_replicas_are_even(members: int, extra: int) -> None:
 
 
 def test_the_larger_budget_takes_the_larger_part() -> None:
-    memory = [profile(pages=4000), profile(pages=8000)]
-    ranges, capacity = best_cut([LayerRange(0, 30)] * 2, memory)
+    memory = (profile(pages=4000), profile(pages=8000))
+    ranges, capacity = best_cut((LayerRange(0, 30),) * 2, memory)
     assert len(ranges[0]) < len(ranges[1])
     even = [LayerRange(0, 15), LayerRange(15, 30)]
-    assert capacity > 1.3 * slots(even, memory)
+    assert capacity > 1.3 * slots(even, list(memory))
 
 
 @settings(max_examples=150, deadline=None)
@@ -105,9 +105,9 @@ def test_no_cut_has_more_slots(data: st.DataObject) -> None:
     assume(max(r.hi for r in held) == layers)
     if not possible:
         with pytest.raises(ValueError, match="no contiguous cut"):
-            best_cut(held, memory)
+            best_cut(tuple(held), tuple(memory))
         return
-    ranges, capacity = best_cut(held, memory)
-    assert ranges in possible
-    assert capacity == slots(ranges, memory)
+    ranges, capacity = best_cut(tuple(held), tuple(memory))
+    assert list(ranges) in possible
+    assert capacity == slots(list(ranges), memory)
     assert capacity == max(slots(r, memory) for r in possible)

@@ -18,14 +18,15 @@ _NO_KV = -1
 """Fewer slots than the one dummy slot: every cut has room for that."""
 
 
+@lru_cache(maxsize=4096)
 def best_cut(
-    held: Sequence[LayerRange], memory: Sequence[MemoryProfile]
-) -> tuple[list[LayerRange], int]:
+    held: tuple[LayerRange, ...], memory: tuple[MemoryProfile, ...]
+) -> tuple[tuple[LayerRange, ...], int]:
     """The ranges that members keep, and the token slots that each of them gets as an owner.
 
     `held[i]` is what member `i` holds now and `memory[i]` its budget; members are in the order of
     the middle of what they hold, and together hold every layer. Raises `ValueError` if there is no
-    contiguous cut.
+    contiguous cut. Remembered, since plans of one cluster ask for the same again and again.
     """
     total = max(r.hi for r in held)
     stages = [_Stage(r, m, len(held)) for r, m in zip(held, memory, strict=True)]
@@ -43,7 +44,7 @@ def best_cut(
             # All numbers of slots that take as many pages are too many.
             too_many = max(m.slots_within(m.kv_pages(looked_at) - 1) for m in memory) + 1
         looked_at = (slots + too_many) // 2
-    return best, slots
+    return tuple(best), slots
 
 
 def _bound(memory: Sequence[MemoryProfile], layers: int) -> int:

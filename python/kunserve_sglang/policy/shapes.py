@@ -25,7 +25,7 @@ class Shapes:
         self._memory: list[MemoryProfile] = []
         self._numbers: dict[_Kind, int] = {}
         self._kinds: list[_Kind] = []
-        self._cuts: dict[int, tuple[list[LayerRange], int]] = {}
+        self._cuts: dict[int, tuple[tuple[LayerRange, ...], int]] = {}
         self._freed: dict[int, int] = {}
         self._merged: dict[tuple[int, int], int] = {}
 
@@ -53,15 +53,15 @@ class Shapes:
         """How many members it has."""
         return len(self._kinds[shape])
 
-    def cut(self, shape: int) -> tuple[list[LayerRange], int]:
+    def cut(self, shape: int) -> tuple[tuple[LayerRange, ...], int]:
         """The layers of each member and the slots of each owner; no ranges if no cut exists."""
         if shape not in self._cuts:
             kind = self._kinds[shape]
-            held = [LayerRange(lo, hi) for _, lo, hi in kind]
+            held = tuple(LayerRange(lo, hi) for _, lo, hi in kind)
             try:
-                found = best_cut(held, [self._memory[budget] for budget, _, _ in kind])
+                found = best_cut(held, tuple(self._memory[budget] for budget, _, _ in kind))
             except ValueError:
-                found = [], 0
+                found = (), 0
             self._cuts[shape] = found
         return self._cuts[shape]
 
@@ -83,12 +83,13 @@ class Shapes:
 
     def order(self, groups: Sequence[Layout]) -> list[int]:
         """The instances of `groups` in the pipeline order that their merged shape assumes."""
-        members = [
-            (_place(self._member(m.instance, m.layers)), m.instance)
-            for g in groups
-            for m in g.members
-        ]
-        return [instance for _, instance in sorted(members)]
+        members = []
+        for group in groups:
+            for member in group.members:
+                budget, lo, hi = self._member(member.instance, member.layers)
+                members.append((lo + hi, budget, lo, member.instance))
+        members.sort()
+        return [instance for *_, instance in members]
 
     def _member(self, instance: int, layers: LayerRange) -> tuple[int, int, int]:
         member = self._members.get(instance)
