@@ -6,7 +6,7 @@ member checks it with the very same ones, so the two sides cannot disagree on a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -113,6 +113,15 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
             return sum(self.layer_pages[layers.lo : layers.hi])
         return sum(self.layer_pages[layer] for layer in layers)
 
+    def fits(self, layers: LayerRange, capacities: Iterable[int]) -> bool:
+        """Whether owners may have so many slots each while `layers` are held."""
+        budget = self.pages - self.parameter_pages(layers)
+        slots = list(capacities)
+        return (
+            max(slots) < self.stride
+            and len(layers) * sum(self.kv_pages(count) for count in slots) <= budget
+        )
+
     def capacity(self, layers: LayerRange, owners: int) -> int:
         """Slots that each of `owners` equal owners gets while `layers` are held; 0 if none fit."""
         budget = self.pages - self.parameter_pages(layers)
@@ -132,6 +141,18 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
             key_pages * self.page_bytes // self.key_row_bytes,
             value_pages * self.page_bytes // self.value_row_bytes,
         )
+
+
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number in `[0, limit]` that fits, if all below it fit too; 0 if none does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):

@@ -29,8 +29,11 @@ class Mode(StrEnum):
 
 
 class TransitionKind(StrEnum):
+    """A drop merges groups, a restore splits one; a rebalance moves slots between its owners."""
+
     DROP = "drop"
     RESTORE = "restore"
+    REBALANCE = "rebalance"
 
 
 class Pages(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +69,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
     """A change from one set of layouts to another, executed by all members at once.
 
-    `before` and `after` cover the same instances; a drop merges layouts, a restore splits one.
+    `before` and `after` cover the same instances.
     """
 
     epoch: int

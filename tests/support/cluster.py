@@ -17,6 +17,7 @@ from typing import Any
 from kunserve_sglang.config import ClusterConfig, InstanceConfig
 from kunserve_sglang.messages import TransitionKind, to_json_types
 from kunserve_sglang.router.control_plane import ControlPlane
+from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
 from tests.support.member import Action, Gate, Output, serve
 
@@ -138,8 +139,17 @@ class ScriptedCluster:
         return [results[number] for number in range(len(self._links))]
 
     def transition(self, kind: TransitionKind, instances: list[int] | None = None) -> Event:
-        """Drop or restore now; returns the event record."""
-        event: Event = self.control.call(lambda plane: plane.transition(kind, instances=instances))
+        """Run a transition now, after any that shares slots anew; returns the event record."""
+
+        async def work(plane: ControlPlane) -> Event:
+            async with asyncio.timeout(READY_S):
+                while True:
+                    try:
+                        return await plane.transition(kind, instances=instances)
+                    except TransitionRunning:
+                        await asyncio.sleep(0.01)
+
+        event: Event = self.control.call(work)
         return event
 
     def transition_with_epoch(self, kind: TransitionKind, epoch: int) -> Event:

@@ -66,8 +66,8 @@ class Participant:
             self._body.control.send(vote)
             return
         resting = self._host.mode
-        dropping = transition.kind is TransitionKind.DROP
-        self._host.mode = Mode.PREPARING if dropping else Mode.RESTORING
+        restoring = transition.kind is TransitionKind.RESTORE
+        self._host.mode = Mode.RESTORING if restoring else Mode.PREPARING
         self._connect(transition)
         self._body.control.send(vote)
         self._host.publish(force=True)
@@ -161,8 +161,9 @@ class Participant:
         owners = len(after.members)
         if owners > profile.owners:
             return f"a group of {owners} is larger than {profile.owners}"
-        if member.capacity > profile.capacity(member.layers, owners):
-            return f"{member.capacity} slots for {owners} owners do not fit the memory budget"
+        shares = [m.capacity for m in after.members]
+        if not profile.fits(member.layers, shares):
+            return f"{shares} slots for {owners} owners do not fit the memory budget"
         self._body.engine.evict_cached(member.capacity)
         taken = len(self._body.engine.taken_slots())
         if taken > member.capacity:

@@ -9,6 +9,7 @@ import msgspec
 from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.policy.restoring import cheapest_first
+from kunserve_sglang.policy.shares import SkewedGroup, skewed
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.policy.trend import Trend
 
@@ -60,6 +61,9 @@ class RestorePossible(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+Need = SkewedGroup | DropNeeded | RestorePossible
+
+
 class _Outlook:
     """Where the figures of one instance are going."""
 
@@ -79,6 +83,7 @@ class OverloadMonitor:
         self.thresholds = thresholds
         self._outlooks: dict[int, _Outlook] = {}
         self._overloaded_since: float | None = None
+        self._skewed_since: float | None = None
         self._idle_since: dict[tuple[int, ...], float] = {}
         self._last_drop = float("-inf")
         self._last_restore = float("-inf")
@@ -96,13 +101,16 @@ class OverloadMonitor:
             early = now - self._last_restore < tried
             self._patience = min(2 * self._patience, _MOST_PATIENCE) if early else 1
             self._last_drop = now
-        else:
+        elif kind is TransitionKind.RESTORE:
             self._last_restore = now
-        self._overloaded_since = None
+        self._overloaded_since = self._skewed_since = None
         self._idle_since.clear()
 
-    def observe(self, now: float, state: ClusterState) -> DropNeeded | RestorePossible | None:
-        """What the cluster needs at time `now` (seconds, any origin)."""
+    def observe(self, now: float, state: ClusterState) -> Need | None:
+        """What the cluster needs at time `now` (seconds, any origin).
+
+        Slots that a group has already come before slots that cost parameters.
+        """
         self._outlooks = {
             s.instance: self._outlooks.get(s.instance) or _Outlook() for s in state.instances
         }
@@ -110,7 +118,16 @@ class OverloadMonitor:
             outlook = self._outlooks[s.instance]
             outlook.demand.add(now, s.load.demand)
             outlook.used.add(now, s.load.slots.used)
-        return self._overload(now, state) or self._recovery(now, state)
+        return self._skew(now, state) or self._overload(now, state) or self._recovery(now, state)
+
+    def _skew(self, now: float, state: ClusterState) -> SkewedGroup | None:
+        group = skewed(state, self.thresholds.drop)
+        if group is None:
+            self._skewed_since = None
+            return None
+        if self._skewed_since is None:
+            self._skewed_since = now
+        return group if now - self._skewed_since >= self.thresholds.drop_hold_s else None
 
     def _overload(self, now: float, state: ClusterState) -> DropNeeded | None:
         over = [(s, excess) for s in state.instances if (excess := self._excess(s)) > 0]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -13,8 +14,9 @@ from msgspec import UNSET
 from kunserve_sglang.config import ClusterConfig, OverloadPolicy
 from kunserve_sglang.messages import Hello, TransitionKind
 from kunserve_sglang.policy.decision import Decision
-from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Thresholds
+from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
+from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
 from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, Policy
 from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.router.events import Event, EventLog, Outcome
@@ -66,12 +68,14 @@ class ControlPlane:
         reason: str = "asked for",
         epoch: int | None = None,
     ) -> Plan:
-        """What a drop or restore would do now; changes nothing. Raises `NoPlan`."""
+        """What a transition would do now; changes nothing. Raises `NoPlan`."""
         state = self.registry.snapshot()
         known = max((s.layout.epoch for s in state.instances), default=0)
         epoch = known + 1 if epoch is None else epoch
         if kind is TransitionKind.RESTORE:
             return plan_restore(state, epoch=epoch, reason=reason, instances=instances)
+        if kind is TransitionKind.REBALANCE:
+            return plan_rebalance(state, epoch=epoch, reason=reason, instances=instances)
         return plan_drop(
             state,
             epoch=epoch,
@@ -90,7 +94,7 @@ class ControlPlane:
         tokens: int | None = None,
         reason: str = "asked for",
     ) -> Event:
-        """Run a drop or restore to its end. Raises `NoPlan` or `TransitionRunning`."""
+        """Run a drop, restore or rebalance to its end. Raises `NoPlan` or `TransitionRunning`."""
 
         def make_plan() -> Plan:
             known = max((s.layout.epoch for s in self.registry.snapshot().instances), default=0)
@@ -146,17 +150,10 @@ class ControlPlane:
             self.registry.mark_silent()
             now = time.monotonic()
             need = self.monitor.observe(now, self.registry.snapshot())
-            if not self.auto or need is None or now < self._retry_after:
+            if need is None or now < self._retry_after or not self._may_act_on(need):
                 continue
             try:
-                if isinstance(need, DropNeeded):
-                    event = await self.transition(
-                        TransitionKind.DROP, tokens=need.tokens, reason=need.reason
-                    )
-                else:
-                    event = await self.transition(
-                        TransitionKind.RESTORE, instances=need.instances, reason=need.reason
-                    )
+                event = await self.transition(**_wanted(need), reason=need.reason)
                 if event.status is not Outcome.COMMITTED:
                     self._retry_after = time.monotonic() + _RETRY_S
             except (NoPlan, TransitionRunning) as error:
@@ -187,6 +184,19 @@ class ControlPlane:
                 decision=decision,
             )
         )
+
+    def _may_act_on(self, need: Need) -> bool:
+        """A group is one pool whoever made it; parameters go and come by policy only."""
+        return self.auto or isinstance(need, SkewedGroup)
+
+
+def _wanted(need: Need) -> dict[str, Any]:
+    """What to ask `ControlPlane.transition` for."""
+    if isinstance(need, DropNeeded):
+        return {"kind": TransitionKind.DROP, "tokens": need.tokens}
+    if isinstance(need, SkewedGroup):
+        return {"kind": TransitionKind.REBALANCE, "instances": need.instances}
+    return {"kind": TransitionKind.RESTORE, "instances": need.instances}
 
 
 def _describe(instance: Instance) -> InstanceStatus:

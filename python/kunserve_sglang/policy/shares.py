@@ -1,0 +1,146 @@
+"""Elastic shares: inside a group, slots follow demand (DESIGN section 2).
+
+Every stage holds a sub-range for every owner, so moving slots from one owner to another is a
+matter of mapping pages: a transition that leaves all layers where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import msgspec
+
+from kunserve_sglang.layout import Layout, largest
+from kunserve_sglang.messages import Transition, TransitionKind
+from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
+from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.policy.state import ClusterState, InstanceState
+
+_LEAST_SHARE = 1 / 16
+"""All idle owners together keep this part of a group's slots: a new request can start at once."""
+
+_WORTH_IT = 1.1
+"""A transition costs a step or two; an owner in need must gain at least this factor."""
+
+
+class SkewedGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """An owner of the group is short of slots that its peers do not need."""
+
+    instances: tuple[int, ...]
+    reason: str
+
+
+def shares(state: ClusterState, group: Layout) -> list[int]:
+    """Slots for each owner of `group`, in the order of its members.
+
+    Every owner keeps what its requests hold; the rest is divided by demand, as far as every stage
+    has pages for it.
+    """
+    owners = [state.instance(i) for i in group.ids]
+    equal = min(o.memory.capacity(o.layers, len(owners)) for o in owners)
+    floors = [max(o.load.slots.used, int(_LEAST_SHARE * equal)) for o in owners]
+    wants = [max(0, o.load.demand - floor) for o, floor in zip(owners, floors, strict=True)]
+    if not any(wants):
+        wants = [1] * len(owners)
+
+    def divided(slots: int) -> list[int]:
+        whole = sum(wants)
+        return [floor + slots * want // whole for floor, want in zip(floors, wants, strict=True)]
+
+    def fits(slots: int) -> bool:
+        capacities = divided(slots)
+        return all(o.memory.fits(o.layers, capacities) for o in owners)
+
+    return divided(largest(sum(o.memory.stride for o in owners), fits))
+
+
+def skewed(state: ClusterState, threshold: float) -> SkewedGroup | None:
+    """The first group in which an owner waits for slots that it would get by demand.
+
+    `threshold` is the fraction of its slots above which an owner is short of them.
+    """
+    for group in state.groups():
+        if not group.cooperative:
+            continue
+        for number, share in zip(group.ids, shares(state, group), strict=True):
+            owner = state.instance(number)
+            if _short(owner, threshold) and share >= _WORTH_IT * owner.load.slots.capacity:
+                return SkewedGroup(
+                    instances=group.ids,
+                    reason=f"{owner.load.waiting} requests wait on instance {number}, which has "
+                    f"{owner.load.slots.capacity} slots and would get {share} by demand",
+                )
+    return None
+
+
+def plan_rebalance(
+    state: ClusterState, *, epoch: int, reason: str, instances: Collection[int] | None = None
+) -> Plan:
+    """Divide the slots of groups by demand: those of `instances`, or all.
+
+    Raises `NoPlan` if there is no group, or if every owner has its share already.
+    """
+    groups = [
+        g
+        for g in state.groups()
+        if g.cooperative and (instances is None or set(instances) & set(g.ids))
+    ]
+    if not groups:
+        raise NoPlan("no group shares its slots")
+    before, after = [], []
+    for group in groups:
+        capacities = shares(state, group)
+        if capacities != [m.capacity for m in group.members]:
+            before.append(group)
+            after.append(_resized(group, epoch, capacities))
+    if not after:
+        raise NoPlan("the slots are divided by demand already")
+    return Plan(
+        transition=Transition(
+            epoch=epoch, kind=TransitionKind.REBALANCE, before=tuple(before), after=tuple(after)
+        ),
+        reason=reason,
+        freed_bytes=0,
+        capacity_before=_capacity(before),
+        capacity_after=_capacity(after),
+        decision=_decision(state, before, after),
+    )
+
+
+def _decision(state: ClusterState, before: Sequence[Layout], after: Sequence[Layout]) -> Decision:
+    """Who gets and who gives, and what for."""
+    changes = [
+        (old, new)
+        for was, will in zip(before, after, strict=True)
+        for old, new in zip(was.members, will.members, strict=True)
+    ]
+    choices = tuple(
+        Choice(
+            what=f"instance {new.instance}: {new.capacity} slots",
+            stages=len(after[0].members),
+            slots=new.capacity - old.capacity,
+            chosen=True,
+            verdict=f"its demand is {state.instance(new.instance).load.demand}",
+        )
+        for old, new in changes[:MOST_CHOICES]
+    )
+    return Decision(inputs={"demand": state.demand, "capacity": state.capacity}, choices=choices)
+
+
+def _resized(group: Layout, epoch: int, capacities: Sequence[int]) -> Layout:
+    return Layout(
+        epoch=epoch,
+        members=tuple(
+            msgspec.structs.replace(m, capacity=c)
+            for m, c in zip(group.members, capacities, strict=True)
+        ),
+    )
+
+
+def _short(owner: InstanceState, threshold: float) -> bool:
+    load = owner.load
+    return load.waiting > 0 and load.demand > threshold * load.slots.capacity
+
+
+def _capacity(layouts: Sequence[Layout]) -> int:
+    return sum(m.capacity for layout in layouts for m in layout.members)
