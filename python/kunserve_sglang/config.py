@@ -81,6 +81,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     owners: int
     cpus: tuple[int, ...] = ()
     page_bytes: int = 0
+    overload_policy: OverloadPolicy = OverloadPolicy.DROP
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     peer_timeout_s: float = 60.0
 

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import msgspec
 
 
+_IDLE_PART = 16
+
+
 class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
     """Decoder layers `[lo, hi)`."""
 
@@ -141,6 +144,19 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
             key_pages * self.page_bytes // self.key_row_bytes,
             value_pages * self.page_bytes // self.value_row_bytes,
         )
+
+    def idle_share(self, layers: LayerRange, owners: int) -> int:
+        """Slots that an owner keeps which needs none, so that a new request can start at once."""
+        return self.capacity(layers, owners) // _IDLE_PART
+
+    def most_slots(self) -> int:
+        """The most that one owner can ever get: nearly all of the largest group it can join."""
+        count = len(self.layer_pages)
+        full = LayerRange(0, count)
+        widest = LayerRange(0, -(-count // self.owners))
+        idle = [self.idle_share(widest, self.owners)] * (self.owners - 1)
+        shared = largest(self.stride - 1, lambda slots: self.fits(widest, [slots, *idle]))
+        return max(self.capacity(full, 1), shared)
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

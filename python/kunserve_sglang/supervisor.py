@@ -89,6 +89,7 @@ class Supervisor:
                 memory_budget=self._config.memory_budget,
                 owners=min(self._config.num_instances, self._config.max_group_size),
                 cpus=cpus[number],
+                overload_policy=self._config.overload_policy,
                 micro_batches=self._config.micro_batches,
                 peer_timeout_s=self._config.peer_timeout_s,
             )

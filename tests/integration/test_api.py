@@ -107,16 +107,16 @@ def test_sampling_with_a_temperature(api: openai.OpenAI) -> None:
     assert answer.choices[0].text
 
 
-def test_a_prompt_longer_than_the_pool_gets_the_numbers(cluster: Client, same: Any) -> None:
-    """A request that can never fit fails with a clear error in every mode."""
+def test_a_prompt_longer_than_any_pool_gets_the_numbers(cluster: Client, same: Any) -> None:
+    """A request that can never fit, not even after a drop, fails clearly in every mode."""
     status, answer = cluster.call(
         "POST",
         "/generate",
-        {"input_ids": [100] * 4000, "sampling_params": {"max_new_tokens": 4}},
+        {"input_ids": [100] * 8000, "sampling_params": {"max_new_tokens": 4}},
     )
     assert status == 400
     message = answer["error"]["message"]
-    assert "4000" in message
+    assert "8000" in message
     same(message)
 
 

@@ -172,9 +172,13 @@ class ScriptedCluster:
         finally:
             os.kill(pid, signal.SIGCONT)
 
-    def wait_for_modes(self, modes: set[str], timeout: float = 20) -> None:
+    def wait_for_modes(self, modes: set[str]) -> None:
+        self.wait_until(lambda instances: {i["mode"] for i in instances} == modes)
+
+    def wait_until(self, true: Callable[[list[dict[str, Any]]], bool], timeout: float = 20) -> None:
+        """Until what the router knows of the instances is as wanted."""
         deadline = time.monotonic() + timeout
-        while {i["mode"] for i in self.status()} != modes:
+        while not true(self.status()):
             assert time.monotonic() < deadline, self.status()
             time.sleep(0.01)
 

@@ -42,5 +42,10 @@ def _script(rng: random.Random, gates: Sequence[str]) -> Script:
     return script
 
 
+def request(rng: random.Random, rid: str, prompt: int, output: int) -> Add:
+    """A request with a random prompt."""
+    return Add(rid, _tokens(rng, prompt), output)
+
+
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randrange(3, VOCABULARY) for _ in range(count))

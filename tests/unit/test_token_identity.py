@@ -6,6 +6,7 @@ replayed with `pytest -k 'seed-7'`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.events import Event, Outcome
 from tests.support.cluster import ScriptedCluster
 from tests.support.member import Output, Pause
-from tests.support.schedules import Script, random_scripts
+from tests.support.schedules import Script, random_scripts, request
 
 PAGE = 4096
 PAIR_GATES = ("drop 0,1", "restore 0,1", "drop 0,1", "restore 0,1")
@@ -29,12 +30,14 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield cluster
 
 
-def _cluster(folder: Path, size: int, model: Path, **server: object) -> ScriptedCluster:
+def _cluster(
+    folder: Path, size: int, model: Path, *, memory_budget: int = 2_600_000, **server: object
+) -> ScriptedCluster:
     """Budgets so small that requests queue and are retracted without a drop."""
     return ScriptedCluster(
         folder,
         size,
-        memory_budget=2_600_000,
+        memory_budget=memory_budget,
         page_bytes=PAGE,
         model_path=str(model),
         chunked_prefill_size=64,
@@ -115,6 +118,30 @@ def test_two_cycles_with_overlap_scheduling(
             events, differences = _play(cluster, random_scripts(seed, 2, PAIR_GATES))
             assert differences == [], seed
             assert len(events) >= 2
+
+
+def test_slots_follow_the_load_of_one_owner(
+    pair: ScriptedCluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """All load on one owner, then on the other; one request is larger than an equal share."""
+    assert pair.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+    equal = pair.status()[0]["slots"]["capacity"]
+    rng = random.Random(9)
+    busy: Script = [(0, request(rng, f"small{i}", 60, 30)) for i in range(12)]
+    busy += [(5, request(rng, "large", 200, equal - 150))]
+    with _cluster(tmp_path_factory.mktemp("alone"), 1, tiny_model, memory_budget=20_000_000) as one:
+        (expected,) = one.play([busy])
+    for member in (0, 1):
+        scripts: list[Script] = [[], []]
+        scripts[member] = busy
+        got = pair.play(scripts)[member]
+        assert all(_same(want, got[rid]) for rid, want in expected.items())
+        capacities = [i["slots"]["capacity"] for i in pair.status()]
+        assert capacities[member] >= 0.9 * sum(capacities)
+        assert max(pair.numbers(member)) > equal
+    pair.wait_until(lambda instances: all(i["slots"]["used"] == 0 for i in instances))
+    assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+    assert [i["slots"]["capacity"] for i in pair.status()] == pair.capacities
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])

@@ -16,9 +16,6 @@ from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPl
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
-_LEAST_SHARE = 1 / 16
-"""All idle owners together keep this part of a group's slots: a new request can start at once."""
-
 _WORTH_IT = 1.1
 """A transition costs a step or two; an owner in need must gain at least this factor."""
 
@@ -37,8 +34,8 @@ def shares(state: ClusterState, group: Layout) -> list[int]:
     has pages for it.
     """
     owners = [state.instance(i) for i in group.ids]
-    equal = min(o.memory.capacity(o.layers, len(owners)) for o in owners)
-    floors = [max(o.load.slots.used, int(_LEAST_SHARE * equal)) for o in owners]
+    idle = min(o.memory.idle_share(o.layers, len(owners)) for o in owners)
+    floors = [max(o.load.slots.used, idle) for o in owners]
     wants = [max(0, o.load.demand - floor) for o, floor in zip(owners, floors, strict=True)]
     if not any(wants):
         wants = [1] * len(owners)

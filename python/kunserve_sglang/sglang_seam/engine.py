@@ -57,12 +57,14 @@ class SglangEngine:
         cached = scheduler.tree_cache.evictable_size()
         used = self._allocator.size - self._allocator.available_size() - cached
         expected = sum(self._expected_output(r) for r in (*running, *waiting))
-        prompts = sum(len(r.origin_input_ids) + len(r.output_ids) for r in waiting)
+        prompts = sum(_length(r) for r in waiting)
+        # SGLang admits nobody for whom not even the longest possible answer would fit.
+        largest = max((_length(r) + _most_output(r) + 1 for r in waiting), default=0)
         return Load(
             slots=Slots(used=used, cached=cached, capacity=self._allocator.size),
             running=len(running),
             waiting=len(waiting),
-            demand=used + prompts + expected,
+            demand=used + max(prompts + expected, largest),
         )
 
     def _expected_output(self, request: Any) -> int:
@@ -228,3 +230,14 @@ class SglangEngine:
             )
             self._backends[owner] = TorchNativeAttnBackend(view)
         return self._backends[owner]
+
+
+def _length(request: Any) -> int:
+    """Tokens whose KV it needs before its next one."""
+    return len(request.origin_input_ids) + len(request.output_ids)
+
+
+def _most_output(request: Any) -> int:
+    """Tokens it may still produce."""
+    left: int = request.sampling_params.max_new_tokens - len(request.output_ids)
+    return max(0, left)

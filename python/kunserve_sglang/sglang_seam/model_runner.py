@@ -7,10 +7,14 @@ from typing import Any
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 
-from kunserve_sglang.config import InstanceConfig
+from kunserve_sglang.config import InstanceConfig, OverloadPolicy
 from kunserve_sglang.instance.budget import Memory, adopt_model
 from kunserve_sglang.sglang_seam.kv_pool import ElasticConfigurator
 from kunserve_sglang.sglang_seam.model import decoder_layers
+
+
+_INPUT_MARGIN = 5
+"""SGLang's: so many tokens shorter than the longest request a prompt has to be."""
 
 
 class KunServeModelRunner(ModelRunner):
@@ -37,9 +41,25 @@ class KunServeModelRunner(ModelRunner):
 class KunServeWorker(TpModelWorker):
     """Builds our model runner instead of SGLang's."""
 
+    _model_runner: KunServeModelRunner
+
     def __init__(self, *args: Any, instance: InstanceConfig, **kwargs: Any) -> None:
         self.instance = instance
         super().__init__(*args, **kwargs)
+
+    @property
+    def most_slots(self) -> int:
+        """What a single request may count on: all that a drop could bring, if drops are wanted."""
+        runner = self._model_runner
+        if self.instance.overload_policy is OverloadPolicy.NONE:
+            return int(runner.max_total_num_tokens)
+        return runner.kv_cache_configurator.profile.most_slots()
+
+    def get_worker_info(self) -> tuple[Any, ...]:
+        """SGLang's, with longer requests than the pool holds as long as nothing is dropped."""
+        info = super().get_worker_info()
+        longest = min(self.model_config.context_len, self.most_slots) - 1
+        return (*info[:4], longest, longest - _INPUT_MARGIN, *info[6:])
 
     def _init_model_runner(self) -> None:
         self._model_runner = KunServeModelRunner(

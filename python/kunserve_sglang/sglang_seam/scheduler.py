@@ -43,6 +43,7 @@ class KunServeScheduler(upstream.Scheduler):
     agent: Agent
     running_batch: Any
     last_batch: Any
+    max_total_num_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         instance = instance_from_environment()
@@ -68,6 +69,14 @@ class KunServeScheduler(upstream.Scheduler):
             nccl_port=self.nccl_port,
             instance=self.instance,
         )
+
+    def init_req_max_new_tokens(self, req: Any) -> None:
+        """Limit the answer by what there may be, not by what there happens to be now."""
+        capacity, self.max_total_num_tokens = self.max_total_num_tokens, self.tp_worker.most_slots
+        try:
+            super().init_req_max_new_tokens(req)
+        finally:
+            self.max_total_num_tokens = capacity
 
     def get_init_info(self) -> dict[str, Any]:
         """The launcher refuses to serve without our key: it proves that the plugin took effect."""
