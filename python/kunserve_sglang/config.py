@@ -33,6 +33,13 @@ class MicroBatches(StrEnum):
     ONE = "one"
 
 
+class ExchangeMode(StrEnum):
+    """How KV and parameters change hands: while the members serve, or while they stand still."""
+
+    COORDINATED = "coordinated"
+    STOP = "stop"
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity."""
 
@@ -46,10 +53,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_group_size: int = 8
     tpot_limit_ms: float | None = None
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
+    exchange: ExchangeMode = ExchangeMode.COORDINATED
     admin_api_key: str | None = None
     read_api_key: str | None = None
     vote_timeout_s: float = 10.0
     exchange_timeout_s: float = 60.0
+    transfer_timeout_s: float = 600.0
     peer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import psutil
 
 from kunserve_sglang.config import (
     ClusterConfig,
+    ExchangeMode,
     MicroBatches,
     OverloadPolicy,
     format_size,
@@ -80,6 +81,12 @@ def kunserve_parser() -> argparse.ArgumentParser:
         help="in a group: as many as keep all stages busy, of equal time, or one an owner",
     )
     group.add_argument(
+        "--exchange",
+        choices=[m.value for m in ExchangeMode],
+        default=ExchangeMode.COORDINATED.value,
+        help="move KV and parameters while serving goes on, or while the group stands still",
+    )
+    group.add_argument(
         "--admin-api-key", help="key that calls under /kunserve need to change anything"
     )
     group.add_argument(
@@ -103,6 +110,7 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         max_group_size=flags.max_group_size,
         tpot_limit_ms=flags.tpot_limit_ms,
         micro_batches=MicroBatches(flags.micro_batches),
+        exchange=ExchangeMode(flags.exchange),
         admin_api_key=flags.admin_api_key,
         read_api_key=flags.read_api_key,
     )

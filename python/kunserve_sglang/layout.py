@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
-
 _IDLE_PART = 16
 
 
@@ -31,6 +30,11 @@ class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True, gc=Fa
 
     def within(self, other: LayerRange) -> bool:
         return other.lo <= self.lo and self.hi <= other.hi
+
+    def common(self, other: LayerRange) -> LayerRange:
+        """The layers that are in both; empty if there are none."""
+        lo = max(self.lo, other.lo)
+        return LayerRange(lo, max(lo, min(self.hi, other.hi)))
 
     def minus(self, other: LayerRange) -> list[int]:
         """Layers that are here and not in `other`, ascending."""
@@ -116,9 +120,12 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
             return sum(self.layer_pages[layers.lo : layers.hi])
         return sum(self.layer_pages[layer] for layer in layers)
 
-    def fits(self, layers: LayerRange, capacities: Iterable[int]) -> bool:
-        """Whether owners may have so many slots each while `layers` are held."""
-        budget = self.pages - self.parameter_pages(layers)
+    def fits(self, layers: LayerRange, capacities: Iterable[int], *, beside: int = 0) -> bool:
+        """Whether owners may have so many slots each while `layers` are held.
+
+        `beside` are pages that are needed for something else at the same time.
+        """
+        budget = self.pages - self.parameter_pages(layers) - beside
         slots = list(capacities)
         return (
             max(slots) < self.stride
@@ -172,10 +179,10 @@ def largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):
-    """The KV of `owner` in `layer` goes from instance `source` to instance `target`."""
+    """The KV of `owner` in `layers` goes from instance `source` to instance `target`."""
 
     owner: int
-    layer: int
+    layers: LayerRange
     source: int
     target: int
 
@@ -186,13 +193,14 @@ def kv_moves(before: Sequence[Layout], after: Sequence[Layout]) -> list[Move]:
     moves = []
     for layout in after:
         for member in layout.members:
-            was = old[member.instance]
-            layer_count = was.members[-1].layers.hi
-            for layer in range(layer_count):
-                source, target = was.holder(layer), layout.holder(layer)
-                if source != target:
-                    moves.append(Move(member.instance, layer, source, target))
-    return sorted(moves, key=lambda m: (m.layer, m.owner))
+            for source in old[member.instance].members:
+                for target in layout.members:
+                    layers = source.layers.common(target.layers)
+                    if layers and source.instance != target.instance:
+                        moves.append(
+                            Move(member.instance, layers, source.instance, target.instance)
+                        )
+    return sorted(moves, key=lambda m: (m.layers, m.owner))
 
 
 class ParameterLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -217,3 +225,16 @@ def parameter_loads(before: Sequence[Layout], after: Sequence[Layout]) -> list[P
                 turns[source] += 1
                 loads.append(ParameterLoad(layer, source, member.instance))
     return sorted(loads, key=lambda p: (p.layer, p.target))
+
+
+def leaving_pages(memory: MemoryProfile, me: int, before: Layout, after: Layout) -> int:
+    """Pages of KV that stay mapped on `me`, until it has moved, in layers that are dropped."""
+    gone = before.member(me).layers.minus(after.member(me).layers)
+    return len(gone) * sum(memory.kv_pages(m.capacity) for m in before.members)
+
+
+def arriving_pages(memory: MemoryProfile, me: int, now: Layout, then: Layout) -> int:
+    """Pages for what `me` fetches ahead, to run `then` later, while it runs `now`."""
+    coming = then.member(me).layers.minus(now.member(me).layers)
+    slots = [now.member(owner).capacity for owner in then.ids]
+    return memory.parameter_pages(coming) + len(coming) * sum(map(memory.kv_pages, slots))

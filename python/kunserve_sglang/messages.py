@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from kunserve_sglang.layout import Layout, MemoryProfile
+from kunserve_sglang.layout import LayerRange, Layout, MemoryProfile
 from kunserve_sglang.policy.cost_model import CostModel
 
 PROTOCOL_VERSION = 1
@@ -69,13 +69,34 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
     """A change from one set of layouts to another, executed by all members at once.
 
-    `before` and `after` cover the same instances.
+    `before` and `after` cover the same instances. With `live`, KV follows its layers while the
+    members serve already. With `ahead`, they then fetch, while serving, what a transition to those
+    layouts will need. Either way a member is done when all of that has arrived.
     """
 
     epoch: int
     kind: TransitionKind
     before: tuple[Layout, ...]
     after: tuple[Layout, ...]
+    live: bool = False
+    ahead: tuple[Layout, ...] = ()
+
+    @property
+    def instances(self) -> list[int]:
+        return sorted(i for layout in self.after for i in layout.ids)
+
+    @property
+    def grows(self) -> bool:
+        """Nothing but capacities changes, and none becomes smaller."""
+        return len(self.before) == len(self.after) and all(
+            _placed(old) == _placed(new)
+            and all(n.capacity >= o.capacity for o, n in zip(old.members, new.members, strict=True))
+            for old, new in zip(self.before, self.after, strict=True)
+        )
+
+
+def _placed(layout: Layout) -> list[tuple[int, LayerRange]]:
+    return [(m.instance, m.layers) for m in layout.members]
 
 
 class TransitionStats(msgspec.Struct, frozen=True, kw_only=True):

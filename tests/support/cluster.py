@@ -9,12 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from kunserve_sglang.config import ClusterConfig, InstanceConfig
+from kunserve_sglang.config import ClusterConfig, ExchangeMode, InstanceConfig
 from kunserve_sglang.messages import TransitionKind, to_json_types
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
@@ -34,9 +35,13 @@ class ControlThread:
         self._thread.start()
         assert self._ready.wait(10)
 
+    def begin(self, work: Callable[[ControlPlane], Coroutine[Any, Any, Any]]) -> Future[Any]:
+        """Run a coroutine there."""
+        return asyncio.run_coroutine_threadsafe(work(self.plane), self._loop)
+
     def call(self, work: Callable[[ControlPlane], Coroutine[Any, Any, Any]]) -> Any:
         """Run a coroutine there and wait for it."""
-        return asyncio.run_coroutine_threadsafe(work(self.plane), self._loop).result(120)
+        return self.begin(work).result(READY_S)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)
@@ -69,9 +74,10 @@ class ScriptedCluster:
         memory_budget: int,
         page_bytes: int,
         vote_timeout_s: float = 20.0,
+        exchange: ExchangeMode = ExchangeMode.COORDINATED,
         **server: Any,
     ) -> None:
-        config = ClusterConfig(num_instances=size, vote_timeout_s=vote_timeout_s)
+        config = ClusterConfig(num_instances=size, vote_timeout_s=vote_timeout_s, exchange=exchange)
         self.control = ControlThread(config, f"ipc://{folder}/control")
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.member"])
@@ -139,7 +145,11 @@ class ScriptedCluster:
         return [results[number] for number in range(len(self._links))]
 
     def transition(self, kind: TransitionKind, instances: list[int] | None = None) -> Event:
-        """Run a transition now, after any that shares slots anew; returns the event record."""
+        """Run a transition to its end; returns the event record."""
+        return self.begin(kind, instances).result(READY_S)
+
+    def begin(self, kind: TransitionKind, instances: list[int] | None = None) -> Future[Event]:
+        """Start a transition, as soon as none runs that shares slots anew."""
 
         async def work(plane: ControlPlane) -> Event:
             async with asyncio.timeout(READY_S):
@@ -149,8 +159,7 @@ class ScriptedCluster:
                     except TransitionRunning:
                         await asyncio.sleep(0.01)
 
-        event: Event = self.control.call(work)
-        return event
+        return self.control.begin(work)
 
     def transition_with_epoch(self, kind: TransitionKind, epoch: int) -> Event:
         """Run a plan that claims an epoch of its own."""

@@ -182,6 +182,7 @@ class Member:
             self.scheduler.process_input_requests([])
             if self.scheduler.engine.cooperating:
                 self.scheduler.agent.serve_one()
+                self.scheduler.agent.move_pieces(0.0)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"gate {gate.name} was never opened")
         assert link.recv() == "open"
@@ -197,9 +198,11 @@ class Member:
         s = self.scheduler
         if s.engine.cooperating:
             return bool(s.cooperation.turn())
+        s.process_input_requests([])
+        if s.engine.cooperating:
+            return False
         if s.enable_overlap:
             return self._overlap_step()
-        s.process_input_requests([])
         plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
         s.running_batch, batch = plan.running_batch, plan.batch_to_run
         if batch:
@@ -210,9 +213,8 @@ class Member:
         return batch is not None
 
     def _overlap_step(self) -> bool:
-        """One turn of SGLang's overlap loop: results are applied one step later."""
+        """SGLang's overlap loop after the step boundary: results are applied one step later."""
         s = self.scheduler
-        s.process_input_requests([])
         plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
         s.running_batch, batch = plan.running_batch, plan.batch_to_run
         at_once = s.is_disable_overlap_for_batch(batch, last_batch=s.last_batch)

@@ -13,6 +13,7 @@ from torch import nn
 from kunserve_sglang.errors import ConfigurationError, InternalError, OutOfPages, TransientError
 from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.parameters import ParameterStore
+from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.memory import MemfdDriver, PhysicalPagePool
 
 PAGE = 4096
@@ -100,10 +101,10 @@ def test_sub_ranges_of_owners_do_not_meet(kv: KvStore) -> None:
         kv.resize(0, owner, 40)
     slots = torch.tensor([1, 40, 7])
     for owner in (5, 9):
-        rows = torch.full((3, 2, 24), float(owner)), torch.full((3, 2, 16), -float(owner))
-        kv.scatter(0, owner, slots, *rows)
+        rows = torch.full((1, 3, 2, 24), float(owner)), torch.full((1, 3, 2, 16), -float(owner))
+        kv.scatter(LayerRange(0, 1), owner, slots, *rows)
     for owner in (5, 9):
-        k, v = kv.gather(0, owner, slots)
+        k, v = kv.gather(LayerRange(0, 1), owner, slots)
         assert (k == owner).all()
         assert (v == -owner).all()
     assert kv.base(5) == 0
@@ -113,8 +114,9 @@ def test_sub_ranges_of_owners_do_not_meet(kv: KvStore) -> None:
 def test_content_stays_while_capacity_moves(kv: KvStore, pool: PhysicalPagePool) -> None:
     kv.resize(1, 5, 60)
     slots = torch.arange(1, 61)
-    k, v = torch.randn(60, 2, 24), torch.randn(60, 2, 16)
-    kv.scatter(1, 5, slots, k, v)
+    k, v = torch.randn(1, 60, 2, 24), torch.randn(1, 60, 2, 16)
+    held = LayerRange(1, 2)
+    kv.scatter(held, 5, slots, k, v)
     tensor = kv.buffers(1)
     assert tensor is not None
     pointer, small = tensor[0].data_ptr(), kv.pages
@@ -123,7 +125,10 @@ def test_content_stays_while_capacity_moves(kv: KvStore, pool: PhysicalPagePool)
     kv.resize(1, 5, 60)
     assert kv.pages == small
     assert tensor[0].data_ptr() == pointer
-    assert all(torch.equal(a, b) for a, b in zip(kv.gather(1, 5, slots), (k, v), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kv.gather(held, 5, slots), (k, v), strict=True))
+    kv.move(1, 5, torch.tensor([50, 60]), torch.tensor([3, 4]))
+    moved, _ = kv.gather(held, 5, torch.tensor([3, 4]))
+    assert torch.equal(moved, k[:, [49, 59]])
     kv.release(1, 5)
     assert kv.buffers(1) is None
     assert pool.free == pool.total

@@ -10,6 +10,7 @@ from kunserve_sglang.layout import (
     LayerRange,
     Layout,
     Member,
+    Move,
     kv_moves,
     parameter_loads,
 )
@@ -53,19 +54,32 @@ def test_capacity_is_zero_where_not_even_the_parameters_fit() -> None:
 def test_a_drop_moves_each_owners_other_half() -> None:
     before = [layout((0, 0, 4)), layout((1, 0, 4))]
     after = [layout((0, 0, 2), (1, 2, 4))]
-    moves = {(m.owner, m.layer, m.source, m.target) for m in kv_moves(before, after)}
-    assert moves == {(1, 0, 1, 0), (1, 1, 1, 0), (0, 2, 0, 1), (0, 3, 0, 1)}
+    assert kv_moves(before, after) == [
+        Move(1, LayerRange(0, 2), source=1, target=0),
+        Move(0, LayerRange(2, 4), source=0, target=1),
+    ]
     assert parameter_loads(before, after) == []
 
 
 def test_a_restore_is_the_way_back() -> None:
     apart = [layout((0, 0, 4)), layout((1, 0, 4))]
     together = [layout((0, 0, 2), (1, 2, 4))]
-    there = {(m.owner, m.layer, m.source, m.target) for m in kv_moves(apart, together)}
-    back = {(m.owner, m.layer, m.target, m.source) for m in kv_moves(together, apart)}
+    there = {(m.owner, m.layers, m.source, m.target) for m in kv_moves(apart, together)}
+    back = {(m.owner, m.layers, m.target, m.source) for m in kv_moves(together, apart)}
     assert there == back
     loads = {(p.layer, p.source, p.target) for p in parameter_loads(together, apart)}
     assert loads == {(2, 1, 0), (3, 1, 0), (0, 0, 1), (1, 0, 1)}
+
+
+def test_merging_groups_moves_only_what_changes_its_holder() -> None:
+    before = [layout((0, 0, 4), (1, 4, 8)), layout((2, 0, 4), (3, 4, 8))]
+    after = [layout((0, 0, 2), (2, 2, 4), (1, 4, 6), (3, 6, 8))]
+    moves = kv_moves(before, after)
+    assert [m for m in moves if m.owner == 0] == [
+        Move(0, LayerRange(2, 4), source=0, target=2),
+        Move(0, LayerRange(6, 8), source=1, target=3),
+    ]
+    assert len(moves) == 8
 
 
 def test_sources_of_parameters_take_turns() -> None:

@@ -15,6 +15,7 @@ from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.pipeline import Pipeline, PipelineCounters
 from kunserve_sglang.instance.trace import Tracer
+from kunserve_sglang.instance.transfer import Transfer
 from kunserve_sglang.instance.transitions import Participant
 from kunserve_sglang.layout import LayerRange, Layout, Member
 from kunserve_sglang.messages import (
@@ -33,6 +34,10 @@ from kunserve_sglang.transport import Packet
 
 _STATUS_INTERVAL_S = 0.05
 
+_PIECE_WAIT_S = 0.001
+_BACKGROUND_SHARE = 0.1
+"""How much of the time goes into what nobody waits for."""
+
 BUSY = ("own layers", "peer's layers", "finish", "schedule")
 """Spans in which a member of a group does something useful."""
 
@@ -49,6 +54,7 @@ class Agent:
         self._pipeline: Pipeline | None = None
         self._counters = PipelineCounters()
         self.tracer = Tracer()
+        self.transfer: Transfer | None = None
         self._deferred: deque[Packet] = deque()
         self._stale_packets = 0
         self._next_status = 0.0
@@ -72,6 +78,7 @@ class Agent:
         """Step boundary: obey the router, report. Afterwards the mode may be another one."""
         while (message := self._body.control.receive()) is not None:
             self._obey(message)
+        self._participant.poll()
         self.publish()
 
     @property
@@ -87,6 +94,12 @@ class Agent:
         if packet is not None:
             self.serve(packet)
         return packet is not None
+
+    def move_pieces(self, busy_s: float) -> bool:
+        """Send some of what is on its way to peers, after `busy_s` of work; false if none went."""
+        if self.transfer is None:
+            return False
+        return self.transfer.pump(busy_s * (1.0 if self.transfer.urgent else _BACKGROUND_SHARE))
 
     def publish(self, *, force: bool = False) -> None:
         """Send a status record, at most every 50 ms unless forced."""
@@ -144,12 +157,25 @@ class Agent:
 
     def serve(self, packet: Packet) -> None:
         header = wire.decode(packet.header)
-        if self._pipeline is None or header.epoch != self.layout.epoch:
+        if self._pipeline is None or header.epoch != self._pipeline.epoch:
             self._stale_packets += 1
         elif isinstance(header, wire.MicroBatch):
             self._pipeline.serve(packet, header)
+        elif self.transfer is not None:
+            self.transfer.store(packet, header)
         else:
-            raise InternalError(f"{type(header).__name__} outside a transition")
+            self._stale_packets += 1  # fetched ahead, for a transition that was given up
+
+    def _next_piece(self) -> Packet | None:
+        """The next packet of a transfer, for a stage that cannot go on without it."""
+        for index, packet in enumerate(self._deferred):
+            if not isinstance(wire.decode(packet.header), wire.MicroBatch):
+                del self._deferred[index]
+                return packet
+        packet_or_none = self._body.plane.receive(_PIECE_WAIT_S)
+        if packet_or_none is not None:
+            self._deferred.append(packet_or_none)
+        return None
 
     # -- transitions -----------------------------------------------------------------------------
 
@@ -157,9 +183,9 @@ class Agent:
         if isinstance(message, Prepare):
             self._participant.prepare(message)
         elif isinstance(message, Commit):
-            self._participant.reply(message, "not prepared for this epoch")
+            self._participant.commit(message)
         elif isinstance(message, Abort):
-            self._participant.reply(message)
+            self._participant.abort(message)
         elif isinstance(message, Trace):
             self._trace(message)
 
@@ -188,6 +214,7 @@ class Agent:
                 counters=self._counters,
                 tracer=self.tracer,
                 costs=body.costs,
+                next_piece=self._next_piece,
                 peer_timeout_s=self._timeout,
             )
             body.engine.enter_cooperation(list(layout.ids))
@@ -196,6 +223,18 @@ class Agent:
             self._pipeline = None
             body.engine.leave_cooperation()
             self.mode = Mode.INDEPENDENT
+        self.check_pages()
+
+    def carry(self, transfer: Transfer | None) -> None:
+        """Let pieces move while serving, until further notice."""
+        self.transfer = transfer
+        if self._pipeline is not None:
+            self._pipeline.transfer = transfer
+
+    def grow(self, layout: Layout) -> None:
+        """All stages have mapped the larger capacities of `layout`; the pipeline goes on."""
+        self.layout = layout
+        self._body.engine.set_capacity(layout.member(self._me).capacity)
         self.check_pages()
 
     def _alone(self, epoch: int) -> Layout:

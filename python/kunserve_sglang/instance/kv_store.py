@@ -13,6 +13,7 @@ from math import gcd
 import torch
 
 from kunserve_sglang.errors import InternalError, TransientError
+from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer
 
 
@@ -132,20 +133,31 @@ class KvStore:
         return None
 
     def gather(
-        self, layer: int, owner: int, slots: torch.Tensor
+        self, layers: LayerRange, owner: int, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the K and V rows of `slots`, each `(len(slots), heads, dim)`."""
-        k, v = self._tensors[layer]
+        """Copies of the K and V rows of `slots`, each `(len(layers), len(slots), heads, dim)`."""
         rows = slots.long() + self.base(owner)
-        return k[rows], v[rows]
+        keys, values = zip(*(self._tensors[layer] for layer in layers), strict=True)
+        return (
+            torch.stack([k.index_select(0, rows) for k in keys]),
+            torch.stack([v.index_select(0, rows) for v in values]),
+        )
 
     def scatter(
-        self, layer: int, owner: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, layers: LayerRange, owner: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write rows gathered elsewhere to `slots` of `owner`."""
-        keys, values = self._tensors[layer]
         rows = slots.long() + self.base(owner)
-        keys[rows], values[rows] = k, v
+        for index, layer in enumerate(layers):
+            keys, values = self._tensors[layer]
+            keys.index_copy_(0, rows, k[index])
+            values.index_copy_(0, rows, v[index])
+
+    def move(self, layer: int, owner: int, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy the rows of slots `source` to slots `target`."""
+        base = self.base(owner)
+        for tensor in self._tensors[layer]:
+            tensor[target + base] = tensor[source + base]
 
     @property
     def _row_bytes(self) -> tuple[int, int]:

@@ -87,6 +87,12 @@ class ParameterStore:
         self._buffers[layer].map(0, self._sizes[layer])
         return self._flat(layer)
 
+    def cancel(self, layer: int) -> None:
+        """Give the pages of a reserved layer back; it stays dropped."""
+        if self._held[layer]:
+            raise InternalError(f"layer {layer} is held and was not reserved")
+        self._buffers[layer].unmap(0, self._buffers[layer].nbytes)
+
     def attach(self, layer: int) -> None:
         """The bytes of a reserved layer are complete: point the model at them again."""
         for slot in self._slots[layer]:

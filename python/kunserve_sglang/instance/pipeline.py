@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.instance import wire
@@ -21,6 +22,7 @@ from kunserve_sglang.instance.engine import Engine, Hidden, Segment, StageBatch
 from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.request_table import MirroredRows, SentRows, TableDelta
 from kunserve_sglang.instance.trace import Tracer
+from kunserve_sglang.instance.transfer import Transfer
 from kunserve_sglang.layout import Layout
 from kunserve_sglang.policy.cost_model import CostEstimate
 from kunserve_sglang.policy.formation import PeerWork
@@ -74,8 +76,11 @@ class Pipeline:
         counters: PipelineCounters,
         tracer: Tracer,
         costs: CostEstimate,
+        next_piece: Callable[[], Packet | None],
         peer_timeout_s: float,
     ) -> None:
+        """`next_piece` gives the next packet of a transfer, or None after a moment."""
+        self.transfer: Transfer | None = None
         self._me = me
         self._layout = layout
         self._position = layout.position(me)
@@ -86,8 +91,9 @@ class Pipeline:
         self._tracer = tracer
         self._costs = costs
         self._idle_since: float | None = None
+        self._next_piece = next_piece
         self._timeout = peer_timeout_s
-        table = engine.request_table()
+        self._table = table = engine.request_table()
         rows, context = table.shape
         self._sent = SentRows(table)
         self._peers = {
@@ -99,6 +105,11 @@ class Pipeline:
         self._round_ms = 0.0
         self._own: deque[_OwnBatch] = deque()
         self._progress = time.monotonic()
+
+    @property
+    def epoch(self) -> int:
+        """Of the layout that placed the layers; capacities may have grown since."""
+        return self._layout.epoch
 
     @property
     def stages(self) -> int:
@@ -122,6 +133,8 @@ class Pipeline:
         Runs the own layers at once if they come first. `work` is for the other owners to know.
         """
         self._round_ms = work.round_ms
+        if self.transfer is not None:
+            self.transfer.take_along(_slots_of(self._table, batch))
         delta = self._sent.difference(batch.rows, batch.seq_lens)
         self._progress = time.monotonic()
         self._end_idle(self._progress)
@@ -178,6 +191,7 @@ class Pipeline:
         batch, delta, hidden = wire.unpack_batch(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
+        self._settle_rows(batch, peer.mirror.table, peer.mirror.base)
         with self._measured("peer's layers", header, batch):
             hidden = self._engine.run_stage(
                 batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
@@ -209,6 +223,7 @@ class Pipeline:
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""
         if position == self._position:
+            self._settle_rows(own.batch, self._table, 0)
             with self._measured("own layers", own.header, own.batch):
                 hidden = own.segment(self._layers, hidden)
             position += 1
@@ -216,6 +231,12 @@ class Pipeline:
             own.result = hidden
         else:
             self._send(own.header, position, own.batch, own.delta, hidden)
+
+    def _settle_rows(self, batch: StageBatch, table: torch.Tensor, base: int) -> None:
+        """Wait for rows of this micro-batch that are on their way here; note what it changes."""
+        if self.transfer is not None:
+            reads = _slots_of(table, batch) - base
+            self.transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
 
     @contextlib.contextmanager
     def _measured(self, name: str, header: wire.MicroBatch, batch: StageBatch) -> Iterator[None]:
@@ -241,3 +262,9 @@ class Pipeline:
             header, sender=self._me, position=position, has_residual=hidden[1] is not None
         )
         self._plane.send(target, wire.encode(header), wire.pack_batch(batch, delta, hidden))
+
+
+def _slots_of(table: torch.Tensor, batch: StageBatch) -> torch.Tensor:
+    """All that the requests of a micro-batch hold, as rows of `table`, int64."""
+    spans = zip(batch.rows.tolist(), batch.seq_lens.tolist(), strict=True)
+    return torch.cat([table[row, :length] for row, length in spans]).long()

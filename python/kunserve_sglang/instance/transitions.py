@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+import msgspec
+
 from kunserve_sglang.errors import TransitionTimeout
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
-from kunserve_sglang.instance.exchange import Exchange
+from kunserve_sglang.instance.exchange import Exchange, layout_of
 from kunserve_sglang.instance.trace import Tracer
-from kunserve_sglang.layout import Layout
+from kunserve_sglang.instance.transfer import Transfer
+from kunserve_sglang.layout import Layout, arriving_pages, leaving_pages
 from kunserve_sglang.messages import (
     Abort,
     Commit,
@@ -31,9 +34,18 @@ class Host(Protocol):
     mode: Mode
     layout: Layout
     tracer: Tracer
+    transfer: Transfer | None
 
     def adopt(self, layout: Layout) -> None:
         """The data is where `layout` says: run by it from the next step on."""
+        ...
+
+    def carry(self, transfer: Transfer | None) -> None:
+        """Let pieces move while serving, until further notice."""
+        ...
+
+    def grow(self, layout: Layout) -> None:
+        """All stages have mapped the larger capacities of `layout`."""
         ...
 
     def serve(self, packet: Packet) -> None:
@@ -55,21 +67,89 @@ class Participant:
         self._host = host
         self._me = body.instance
         self._timeout = peer_timeout_s
+        self._growth: Transition | None = None
+        self._ahead: tuple[Layout, ...] = ()
+        self._owed: tuple[Commit, TransitionStats] | None = None
+
+    # -- commands --------------------------------------------------------------------------------
 
     def prepare(self, message: Prepare) -> None:
         transition = message.transition
-        epoch = transition.epoch
+        if self._ahead and self._ahead != transition.after:
+            self._abandon("another transition came")
+        if transition.grows and not transition.ahead:
+            self._prepare_growth(message)
+        else:
+            self._prepare(message)
+
+    def commit(self, message: Commit) -> None:
+        """A decision for which nobody stands still."""
+        growth, self._growth = self._growth, None
+        if growth is None or growth.epoch != message.epoch:
+            self.reply(message, "not prepared for this epoch")
+            return
+        self._host.grow(layout_of(growth.after, self._me))
+        self._host.publish(force=True)
+        self.reply(message)
+
+    def abort(self, message: Abort) -> None:
+        """Take back what was prepared, or stop what is fetched ahead."""
+        if self._growth is not None and self._growth.epoch == message.epoch:
+            self._growth = None
+            self._map(self._host.layout)
+        elif self._ahead and message.epoch == self._host.layout.epoch:
+            self._abandon(message.reason)
+        self.reply(message)
+
+    def poll(self) -> None:
+        """Step boundary: answer once all that was on its way has arrived."""
+        transfer = self._host.transfer
+        if self._owed is None or transfer is None or not transfer.complete:
+            return
+        commit, stats = self._owed
+        self._owed = None
+        if not self._ahead:
+            transfer.release_left()
+            self._host.carry(None)
+            self._body.engine.bind_kv()
+        self._host.publish(force=True)
+        self.reply(
+            commit, stats=msgspec.structs.replace(stats, sent_kv_bytes=transfer.sent_kv_bytes)
+        )
+
+    # -- capacities only grow: nobody stops ------------------------------------------------------
+
+    def _prepare_growth(self, message: Prepare) -> None:
+        """Map first, everywhere; owners use the new slots when all stages have them.
+
+        Whatever becomes of the decision, what is mapped does no harm.
+        """
+        transition = message.transition
+        reason = self._objection(transition)
+        if not reason:
+            self._map(layout_of(transition.after, self._me))
+            self._growth = transition
+        self._vote(message, reason)
+
+    def _map(self, layout: Layout) -> None:
+        for member in layout.members:
+            for layer in layout.member(self._me).layers:
+                self._body.kv.resize(layer, member.instance, member.capacity)
+
+    # -- everybody stands still ------------------------------------------------------------------
+
+    def _prepare(self, message: Prepare) -> None:
+        transition = message.transition
         self._body.engine.quiesce()
         reason = self._objection(transition)
-        vote = Vote(call=message.call, epoch=epoch, ok=not reason, reason=reason)
         if reason:
-            self._body.control.send(vote)
+            self._vote(message, reason)
             return
         resting = self._host.mode
         restoring = transition.kind is TransitionKind.RESTORE
         self._host.mode = Mode.RESTORING if restoring else Mode.PREPARING
         self._connect(transition)
-        self._body.control.send(vote)
+        self._vote(message)
         self._host.publish(force=True)
         decision, packets = self._await_decision(message)
         if decision is None or isinstance(decision, Commit):
@@ -93,7 +173,8 @@ class Participant:
         while time.monotonic() < deadline:
             packet = self._body.plane.receive(0.001)
             if packet is not None:
-                if wire.decode(packet.header).epoch == epoch:
+                header = wire.decode(packet.header)
+                if header.epoch == epoch:
                     return None, [packet]
                 self._host.serve(packet)
             command = self._body.control.receive()
@@ -109,15 +190,12 @@ class Participant:
         resting: Mode,
     ) -> None:
         deadline = time.monotonic() + (commit.deadline_s if commit else self._timeout)
-        body = self._body
         exchange = Exchange(
-            self._me,
+            self._body,
             transition,
-            engine=body.engine,
-            parameters=body.parameters,
-            kv=body.kv,
-            plane=body.plane,
+            fetched=self._host.transfer,
             defer=self._host.defer,
+            timeout_s=self._timeout,
         )
         try:
             with self._host.tracer.span("exchange", epoch=transition.epoch):
@@ -128,12 +206,30 @@ class Participant:
                 self.reply(commit, str(error))
             return
         self._host.adopt(exchange.after)
+        self._host.carry(exchange.left)
+        self._ahead = transition.ahead
+        if self._ahead:
+            self._host.mode = Mode.RESTORING
         # Before the answer: whoever hears of the end of a transition finds the new state.
         self._host.publish(force=True)
         if commit is None:
             commit = self._late_commit(transition.epoch)
-        if commit:
+        if commit and exchange.left is not None:
+            self._owed = commit, stats
+        elif commit:
             self.reply(commit, stats=stats)
+
+    def _abandon(self, reason: str) -> None:
+        """Forget what was fetched ahead; the group goes on as it is."""
+        transfer = self._host.transfer
+        if transfer is not None:
+            transfer.cancel()
+        self._host.carry(None)
+        self._host.mode = Mode.COOPERATIVE
+        self._ahead = ()
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            self.reply(owed[0], reason)
 
     def _late_commit(self, epoch: int) -> Commit | None:
         """The router's decision, which a peer's data has overtaken."""
@@ -151,6 +247,8 @@ class Participant:
         if before is None or after is None:
             return "the plan has no part for this instance"
         profile = self._body.profile
+        if self._host.transfer is not None and not self._ahead:
+            return "an exchange is still under way"
         if transition.epoch <= self._host.layout.epoch:
             return f"epoch {transition.epoch} is not after {self._host.layout.epoch}"
         if before != self._host.layout:
@@ -162,13 +260,24 @@ class Participant:
         if owners > profile.owners:
             return f"a group of {owners} is larger than {profile.owners}"
         shares = [m.capacity for m in after.members]
-        if not profile.fits(member.layers, shares):
+        beside = 0
+        if transition.live:
+            beside = leaving_pages(profile, self._me, before, after)
+        if transition.ahead:
+            then = layout_of(transition.ahead, self._me)
+            beside = arriving_pages(profile, self._me, after, then)
+        if not profile.fits(member.layers, shares, beside=beside):
             return f"{shares} slots for {owners} owners do not fit the memory budget"
         self._body.engine.evict_cached(member.capacity)
         taken = len(self._body.engine.taken_slots())
         if taken > member.capacity:
             return f"requests hold {taken} slots, {member.capacity} would be left"
         return ""
+
+    def _vote(self, message: Prepare, reason: str = "") -> None:
+        epoch = message.transition.epoch
+        vote = Vote(call=message.call, epoch=epoch, ok=not reason, reason=reason)
+        self._body.control.send(vote)
 
     def _connect(self, transition: Transition) -> None:
         peers = {

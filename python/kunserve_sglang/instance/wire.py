@@ -7,6 +7,7 @@ import torch
 
 from kunserve_sglang.instance.engine import Hidden, StageBatch
 from kunserve_sglang.instance.request_table import TableDelta
+from kunserve_sglang.layout import LayerRange
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,10 +42,14 @@ class TakenSlots(Envelope, frozen=True, kw_only=True, tag="taken_slots"):
 
 
 class KvRows(Envelope, frozen=True, kw_only=True, tag="kv_rows"):
-    """KV of all taken slots of `owner` in `layer`. Tensors: K rows, V rows."""
+    """KV of some slots of `owner` in `layers`; `last` if nothing of it is left to send.
+
+    Tensors: slots, int64; K and V rows, each `(len(layers), len(slots), heads, dim)`.
+    """
 
     owner: int
-    layer: int
+    layers: LayerRange
+    last: bool = False
 
 
 class LayerParameters(Envelope, frozen=True, kw_only=True, tag="layer_parameters"):

@@ -147,6 +147,11 @@ class OverloadMonitor:
             + ("" if waiting else f" within {self.thresholds.lead_s:g} s"),
         )
 
+    def short(self, state: InstanceState) -> bool:
+        """Requests wait there, for slots it does not have."""
+        load = state.load
+        return load.waiting > 0 and load.demand > self.thresholds.drop * load.slots.capacity
+
     def _excess(self, state: InstanceState) -> int:
         """Slots by which demand is going to exceed capacity; 0 if nobody will notice."""
         load, lead_s = state.load, self.thresholds.lead_s

@@ -22,9 +22,14 @@ __all__ = ["NoPlan", "Plan", "merge", "plan_drop", "plan_restore"]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A transition and its effect. Capacities are token slots of all instances taking part."""
+    """A transition and its effect. Capacities are token slots of all instances taking part.
+
+    `steps` carry it out; `undo` takes the first of them back if a later one cannot be done.
+    """
 
     transition: Transition
+    steps: tuple[Transition, ...] = ()
+    undo: Transition | None = None
     reason: str
     freed_bytes: int
     capacity_before: int
@@ -33,7 +38,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def instances(self) -> list[int]:
-        return sorted(i for layout in self.transition.after for i in layout.ids)
+        return self.transition.instances
 
 
 def plan_drop(

@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from kunserve_sglang.config import ClusterConfig, OverloadPolicy
+from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
 from kunserve_sglang.messages import Hello, TransitionKind
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
+from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, Policy
 from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.router.events import Event, EventLog, Outcome
@@ -99,9 +100,12 @@ class ControlPlane:
         def make_plan() -> Plan:
             known = max((s.layout.epoch for s in self.registry.snapshot().instances), default=0)
             epoch = self.coordinator.next_epoch(known)
-            return self.plan(kind, instances=instances, tokens=tokens, reason=reason, epoch=epoch)
+            plan = self.plan(kind, instances=instances, tokens=tokens, reason=reason, epoch=epoch)
+            if self.config.exchange is ExchangeMode.STOP:
+                return plan
+            return staged(plan, self.registry.snapshot())
 
-        event = await self.coordinator.execute(make_plan)
+        event = await self.coordinator.execute(make_plan, self._unwanted)
         if event.status is not Outcome.ABORTED:
             self.monitor.transition_ended(time.monotonic(), kind)
         logger.info(
@@ -115,6 +119,18 @@ class ControlPlane:
             f" ({event.error})" if event.error else "",
         )
         return event
+
+    def _unwanted(self, plan: Plan) -> str:
+        """Why a restore that has begun should be given up: its slots are needed after all."""
+        if not self.auto:
+            return ""
+        state = self.registry.snapshot()
+        short = [
+            s.instance
+            for s in state.instances
+            if s.instance in plan.instances and self.monitor.short(s)
+        ]
+        return f"requests wait for slots on instances {short} again" if short else ""
 
     def policy(self) -> Policy:
         return Policy(auto=self.auto, **msgspec.structs.asdict(self.monitor.thresholds))

@@ -11,6 +11,7 @@ owner in order (invariant 5).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
 _WAIT_MS = 100
+_ROOM_WAIT_MS = 1
+_IDLE_SLICE_S = 0.002
+_KV_ALONG_BYTES = 8 << 20
+"""Requests whose KV has to come along share a micro-batch up to about this size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class Cooperation:
     def turn(self) -> bool:
         """Receive, collect, launch, serve; true if the result of an own batch was applied."""
         scheduler = self._scheduler
+        began = time.monotonic()
         scheduler.process_input_requests(scheduler.receive_requests())
         if not scheduler.engine.cooperating:
             return False
@@ -59,7 +65,9 @@ class Cooperation:
             collected = self._collect()
             launched = self._launch()
         # Paused or not, peers depend on this stage.
-        if not collected and not launched and not scheduler.agent.serve_one():
+        idle = not collected and not launched and not scheduler.agent.serve_one()
+        busy_s = _IDLE_SLICE_S if idle else time.monotonic() - began
+        if not scheduler.agent.move_pieces(busy_s) and idle:
             self._rest()
         return collected
 
@@ -158,7 +166,7 @@ class Cooperation:
         self._ready.filter_batch()
         if self._ready.is_empty():
             return None
-        share = -(-len(self._crowd.reqs) // count)
+        share = self._light(-(-len(self._crowd.reqs) // count))
         batch, self._ready = split(self._ready, share)
         if not batch.check_decode_mem():
             # Requests have to be retracted: SGLang must see all of them to choose.
@@ -168,6 +176,19 @@ class Cooperation:
                 return None
         batch = self._scheduler.update_running_batch(batch)
         return None if batch.is_empty() else batch
+
+    def _light(self, share: int) -> int:
+        """Of the first `share` ready requests, as many as have little KV to take along."""
+        transfer = self._scheduler.agent.transfer
+        if transfer is None:
+            return share
+        table = self._scheduler.engine.request_table()
+        room = _KV_ALONG_BYTES
+        for index, request in enumerate(self._ready.reqs[:share]):
+            room -= transfer.unsent(table[request.req_pool_idx, : request.seqlen - 1].long())
+            if room < 0:
+                return max(1, index)
+        return share
 
     def _count(self) -> None:
         """Let SGLang see everybody who holds slots; it counts a chunked prompt by itself."""
@@ -182,5 +203,7 @@ class Cooperation:
     def _rest(self) -> None:
         scheduler = self._scheduler
         scheduler.agent.pipeline.begin_idle()
-        if not scheduler.wait_for_events(_WAIT_MS) and not self._flights:
+        transfer = scheduler.agent.transfer
+        wait_ms = _ROOM_WAIT_MS if transfer is not None and transfer.unfinished else _WAIT_MS
+        if not scheduler.wait_for_events(wait_ms) and not self._flights:
             scheduler.on_idle()

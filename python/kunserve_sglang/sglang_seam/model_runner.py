@@ -12,7 +12,6 @@ from kunserve_sglang.instance.budget import Memory, adopt_model
 from kunserve_sglang.sglang_seam.kv_pool import ElasticConfigurator
 from kunserve_sglang.sglang_seam.model import decoder_layers
 
-
 _INPUT_MARGIN = 5
 """SGLang's: so many tokens shorter than the longest request a prompt has to be."""
 

@@ -1,0 +1,317 @@
+"""KV rows and parameters that change hands because of a transition (paper section 4.3).
+
+A transfer can be carried out at a stroke, while everybody stands still (`send_rest`, then
+`receive_rest`), or go on while the members serve:
+
+- After a drop, rows follow their layers. A micro-batch takes the rows that it needs along with it,
+  so a request resumes with its own KV and new requests do not wait for anybody's; what no
+  micro-batch asks for goes piece by piece. A stage that is asked for rows on their way waits.
+- Before a restore, parameters and rows are fetched ahead. Rows that are written meanwhile are sent
+  once more, the last of them at the switch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kunserve_sglang.errors import PeerLost
+from kunserve_sglang.instance import wire
+from kunserve_sglang.instance.kv_store import KvStore
+from kunserve_sglang.instance.parameters import ParameterStore
+from kunserve_sglang.layout import LayerRange, Move, ParameterLoad
+from kunserve_sglang.transport import DataPlane, Packet
+
+_PIECE_BYTES = 1 << 20
+"""Large enough to copy fast, small enough to let activations pass between two."""
+
+_RESERVED_BYTES = 4 << 20
+"""Room that is left to activations: they always go first."""
+
+_WAIT_S = 0.001
+_PATIENCE_S = 0.05
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """`pending`: slots whose rows the target does not have, bool by slot."""
+
+    move: Move
+    pending: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """`awaited`: slots whose rows are on their way, bool by slot."""
+
+    move: Move
+    awaited: torch.Tensor
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class _Piece:
+    load: ParameterLoad
+    offset: int
+    data: torch.Tensor
+
+
+class Transfer:
+    """One member's side of what changes hands."""
+
+    def __init__(
+        self,
+        me: int,
+        epoch: int,
+        *,
+        moves: Iterable[Move],
+        loads: Iterable[ParameterLoad],
+        taken: Mapping[int, torch.Tensor],
+        serving: LayerRange,
+        kv: KvStore,
+        parameters: ParameterStore,
+        plane: DataPlane,
+        timeout_s: float,
+    ) -> None:
+        """`taken` are the slots of each owner that have rows to move; `serving` the layers that
+        this member runs until all is done.
+        """
+        self._me = me
+        self._epoch = epoch
+        self._serving = serving
+        self._kv = kv
+        self._parameters = parameters
+        self._plane = plane
+        self._timeout = timeout_s
+        moves = list(moves)
+        self._outgoing = [_Outgoing(m, self._mask(taken[m.owner])) for m in moves if m.source == me]
+        self._incoming = {
+            (m.owner, m.layers): _Incoming(m, self._mask(taken[m.owner]))
+            for m in moves
+            if m.target == me
+        }
+        loads = list(loads)
+        self._pieces = deque(self._cut(load for load in loads if load.source == me))
+        self.layers = [load.layer for load in loads if load.target == me]
+        self._due: dict[int, torch.Tensor] = {}
+        self._arrived: Counter[int] = Counter()
+        self.sent_kv_bytes = 0
+
+    # -- what it is about ------------------------------------------------------------------------
+
+    @property
+    def arriving(self) -> list[Move]:
+        """KV that comes to this member."""
+        return [i.move for i in self._incoming.values()]
+
+    @property
+    def leaving(self) -> list[Move]:
+        """KV that goes away from here."""
+        return [o.move for o in self._outgoing]
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to send, and everything asked for is here."""
+        return not (
+            self.unfinished
+            or self._due
+            or any(bool(i.awaited.any()) for i in self._incoming.values())
+        )
+
+    @property
+    def urgent(self) -> bool:
+        """Memory waits for rows to leave; otherwise there is time."""
+        return any(not self._serves(move) for move in self.leaving)
+
+    @property
+    def unfinished(self) -> bool:
+        """There is something to send."""
+        return bool(self._pieces) or any(bool(o.pending.any()) for o in self._outgoing)
+
+    def reserve(self) -> None:
+        """Map memory for the parameters that arrive. Raises `OutOfPages`."""
+        self._due = {layer: self._parameters.reserve(layer) for layer in self.layers}
+
+    def release_left(self) -> None:
+        """Give back the memory of rows that have left for good."""
+        for move in self.leaving:
+            if not self._serves(move):
+                for layer in move.layers:
+                    self._kv.release(layer, move.owner)
+
+    def cancel(self) -> None:
+        """Forget what has been fetched ahead: its memory is needed otherwise."""
+        for layer in self.layers:
+            self._parameters.cancel(layer)
+        for move in self.arriving:
+            for layer in move.layers:
+                self._kv.release(layer, move.owner)
+
+    # -- while serving ---------------------------------------------------------------------------
+
+    def take_along(self, slots: torch.Tensor) -> None:
+        """Send the rows of these own slots now: a micro-batch that reads them leaves next."""
+        for out in self._outgoing:
+            if out.move.owner == self._me:
+                self._send_rows(out, torch.unique(slots[out.pending[slots]]))
+
+    def unsent(self, slots: torch.Tensor) -> int:
+        """Bytes that `take_along` would send for these slots."""
+        return sum(
+            int(out.pending[slots].sum()) * self._row_bytes(out.move)
+            for out in self._outgoing
+            if out.move.owner == self._me
+        )
+
+    def rewritten(self, owner: int, slots: torch.Tensor) -> None:
+        """Rows of these slots change here, after a copy of them may have left."""
+        for out in self._outgoing:
+            if out.move.owner == owner and self._serves(out.move):
+                out.pending[slots] = True
+
+    def before_run(
+        self,
+        owner: int,
+        reads: torch.Tensor,
+        writes: torch.Tensor,
+        next_packet: Callable[[], Packet | None],
+    ) -> None:
+        """A micro-batch of `owner` is about to read and write these slots in the layers served.
+
+        Waits for rows on their way; `next_packet` gives the next packet of a transfer, or None
+        after a moment. Raises `PeerLost` if rows do not come within the peer timeout.
+        """
+        self.rewritten(owner, writes)
+        deadline = time.monotonic() + self._timeout
+        for incoming in self._incoming.values():
+            if incoming.move.owner != owner or not self._serves(incoming.move):
+                continue
+            incoming.awaited[writes] = False
+            while bool(incoming.awaited[reads].any()):
+                self.pump(_WAIT_S)
+                packet = next_packet()
+                if packet is not None:
+                    self.store(packet, wire.decode(packet.header))
+                elif time.monotonic() > deadline:
+                    raise PeerLost(f"KV of instance {owner} did not arrive")
+
+    def pump(self, seconds: float) -> bool:
+        """Send pieces for about so long, at least one, if there is room; false if none went."""
+        deadline = time.monotonic() + seconds
+        sent = False
+        while self._send_piece(_PIECE_BYTES + _RESERVED_BYTES):
+            sent = True
+            if time.monotonic() >= deadline:
+                break
+        return sent
+
+    def store(self, packet: Packet, header: wire.Header) -> None:
+        """Keep what has arrived; packets that are not about this transfer are ignored."""
+        if isinstance(header, wire.LayerParameters) and header.layer in self._due:
+            data, memory = packet.tensors[0], self._due[header.layer]
+            memory[header.offset : header.offset + len(data)] = data
+            self._arrived[header.layer] += len(data)
+            if self._arrived[header.layer] == len(memory):
+                del self._due[header.layer]
+        elif isinstance(header, wire.KvRows):
+            self._store_rows(header, packet.tensors)
+
+    # -- at a stroke -----------------------------------------------------------------------------
+
+    def send_rest(self, epoch: int, taken: Mapping[int, torch.Tensor]) -> None:
+        """Send all rows that are missing of the slots in `taken`; nothing is written any more."""
+        self._epoch = epoch
+        for out in self._outgoing:
+            out.pending &= self._mask(taken[out.move.owner])
+            self._send_rows(out, torch.nonzero(out.pending).flatten(), last=True)
+
+    def receive_rest(self, next_packet: Callable[[float], Packet | None], deadline: float) -> None:
+        """Send the parameters that are left, and wait for all that is due here.
+
+        `next_packet` gives the next packet of this transfer, or None at a time in monotonic
+        seconds. Raises `PeerLost` at `deadline`.
+        """
+        patience = time.monotonic() + _PATIENCE_S
+        while self._pieces or self._due or not all(i.ended for i in self._incoming.values()):
+            # A peer may hold on to what it has received: then some goes without room.
+            sent = self._send_piece(_PIECE_BYTES if time.monotonic() < patience else 0)
+            if sent:
+                patience = time.monotonic() + _PATIENCE_S
+            wait = time.monotonic() + (0.0 if sent else _WAIT_S)
+            packet = next_packet(wait if self._pieces else deadline)
+            if packet is not None:
+                self.store(packet, wire.decode(packet.header))
+            elif time.monotonic() > deadline:
+                raise PeerLost(f"waited for {self._missing()}")
+        for layer in self.layers:
+            self._parameters.attach(layer)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _send_piece(self, room: int) -> bool:
+        """Send one piece to somebody for whom there is `room`; rows before parameters."""
+        for out in self._outgoing:
+            if self._plane.room(out.move.target) >= room:
+                slots = torch.nonzero(out.pending).flatten()
+                if len(slots):
+                    count = max(1, _PIECE_BYTES // self._row_bytes(out.move))
+                    self._send_rows(out, slots[:count])
+                    return True
+        if self._pieces and self._plane.room(self._pieces[0].load.target) >= room:
+            piece = self._pieces.popleft()
+            header = wire.LayerParameters(
+                sender=self._me, epoch=self._epoch, layer=piece.load.layer, offset=piece.offset
+            )
+            self._plane.send(piece.load.target, wire.encode(header), [piece.data])
+            return True
+        return False
+
+    def _send_rows(self, out: _Outgoing, slots: torch.Tensor, *, last: bool = False) -> None:
+        if not len(slots) and not last:
+            return
+        move = out.move
+        k, v = self._kv.gather(move.layers, move.owner, slots)
+        header = wire.KvRows(
+            sender=self._me, epoch=self._epoch, owner=move.owner, layers=move.layers, last=last
+        )
+        self._plane.send(move.target, wire.encode(header), [slots, k, v])
+        out.pending[slots] = False
+        self.sent_kv_bytes += k.nbytes + v.nbytes
+
+    def _store_rows(self, header: wire.KvRows, tensors: Sequence[torch.Tensor]) -> None:
+        incoming = self._incoming[header.owner, header.layers]
+        slots, k, v = tensors
+        if self._serves(incoming.move):
+            # What a micro-batch has written here since is newer than what was on its way.
+            fresh = incoming.awaited[slots]
+            slots, k, v = slots[fresh], k[:, fresh], v[:, fresh]
+        self._kv.scatter(header.layers, header.owner, slots, k, v)
+        incoming.awaited[slots] = False
+        incoming.ended = header.last
+
+    def _serves(self, move: Move) -> bool:
+        """Whether micro-batches run these layers here while the transfer goes on."""
+        return len(move.layers.common(self._serving)) > 0
+
+    def _row_bytes(self, move: Move) -> int:
+        shape = self._kv.shape
+        return len(move.layers) * (shape.key_row_bytes + shape.value_row_bytes)
+
+    def _mask(self, slots: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(self._kv.stride, dtype=torch.bool)
+        mask[slots] = True
+        return mask
+
+    def _cut(self, loads: Iterable[ParameterLoad]) -> Iterator[_Piece]:
+        for load in loads:
+            data = self._parameters.bytes_of(load.layer)
+            for offset in range(0, len(data), _PIECE_BYTES):
+                yield _Piece(load, offset, data[offset : offset + _PIECE_BYTES])
+
+    def _missing(self) -> str:
+        rows = [i.move for i in self._incoming.values() if not i.ended]
+        return f"layers {sorted(self._due)}, KV {rows}; {len(self._pieces)} pieces not taken"
