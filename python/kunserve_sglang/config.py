@@ -41,7 +41,10 @@ class ExchangeMode(StrEnum):
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity."""
+    """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity.
+
+    Without instances there is just a router, for plain SGLang servers that are added to it.
+    """
 
     num_instances: int = 2
     host: str = "127.0.0.1"
@@ -62,8 +65,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     peer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.num_instances < 1:
-            raise ConfigurationError("--num-instances must be at least 1")
+        if self.num_instances < 0:
+            raise ConfigurationError("--num-instances must not be negative")
         if not 0 < self.drop_threshold <= 2:
             raise ConfigurationError("--drop-threshold must be above 0 and at most 2")
         if not 0 <= self.restore_threshold < self.drop_threshold:

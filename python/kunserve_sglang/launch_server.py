@@ -40,7 +40,13 @@ def kunserve_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("KunServe")
     group.add_argument("--host", default="127.0.0.1", help="address of the router")
     group.add_argument("--port", type=int, default=30000, help="port of the router")
-    group.add_argument("--num-instances", type=int, default=2, help="full model copies to start")
+    group.add_argument(
+        "--num-instances",
+        type=int,
+        default=2,
+        help="full model copies to start; 0: only the router, for SGLang servers that are added "
+        "with POST /workers",
+    )
     group.add_argument(
         "--memory-budget",
         metavar="SIZE",
@@ -133,7 +139,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _default_budget(flags: Any) -> int:
-    budget = int(psutil.virtual_memory().available * _CPU_SHARE / max(1, flags.num_instances))
+    if flags.num_instances < 1:
+        return 0
+    budget = int(psutil.virtual_memory().available * _CPU_SHARE / flags.num_instances)
     print(f"kunserve: --memory-budget not given, using {format_size(budget)} an instance")
     return budget
 

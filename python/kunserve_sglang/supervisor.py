@@ -7,6 +7,7 @@ that even `kill -9` of the launcher leaves nothing behind.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import http.client
 import json
@@ -68,6 +69,9 @@ class Supervisor:
 
     def _start(self) -> None:
         control = f"ipc://{self._folder}/control"
+        if not self._config.num_instances:
+            self._start_router(control, _api_key_only(self._argv))
+            return
         with self._console.step("importing SGLang"):
             from kunserve_sglang.sglang_seam import server
 
@@ -119,32 +123,35 @@ class Supervisor:
     def _wait_until_ready(self) -> bool:
         total = self._config.num_instances
         deadline = time.monotonic() + _READY_TIMEOUT_S
-        with self._console.step(f"starting {total} instances") as step:
+        title = f"starting {total} instances" if total else "starting the router"
+        with self._console.step(title) as step:
             while not self._stopping and time.monotonic() < deadline:
                 failure = self._failure()
                 if failure:
                     self._console.error(failure)
                     return False
-                status = self._ask("/kunserve/status") or {"instances": []}
-                loaded = len(status["instances"])
-                serving = [i for i in status["instances"] if i["serving"]]
-                step.update(f"{loaded} of {total} loaded, {len(serving)} serving")
-                if len(serving) == total:
-                    self._announce(status)
+                status = self._ask("/kunserve/status")
+                own = [i for i in status["instances"] if not i["plain"]] if status else []
+                serving = [i for i in own if i["serving"]]
+                step.update(f"{len(own)} of {total} loaded, {len(serving)} serving")
+                if status is not None and len(serving) == total:
+                    self._announce(own)
                     return True
                 time.sleep(_POLL_S)
         if not self._stopping:
             self._console.error(f"not ready within {_READY_TIMEOUT_S:.0f} s")
         return False
 
-    def _announce(self, status: dict[str, Any]) -> None:
-        slots = [i["slots"]["capacity"] for i in status["instances"] if "slots" in i]
+    def _announce(self, instances: list[dict[str, Any]]) -> None:
+        slots = [i["slots"]["capacity"] for i in instances if "slots" in i]
         config = self._config
-        self._console.ready(
-            f"KunServe is ready: http://{config.host}:{config.port}  "
-            f"({config.num_instances} instances, {max(slots, default=0):,} token slots each, "
-            f"overload policy {config.overload_policy})"
+        about = (
+            f"{config.num_instances} instances, {max(slots, default=0):,} token slots each, "
+            f"overload policy {config.overload_policy}"
+            if instances
+            else "no instances; POST /workers adds SGLang servers"
         )
+        self._console.ready(f"KunServe is ready: http://{config.host}:{config.port}  ({about})")
 
     # -- watch -----------------------------------------------------------------------------------
 
@@ -159,7 +166,7 @@ class Supervisor:
                 code = self._instances[number].exitcode
                 self._console.error(f"instance {number} ended with status {code}")
                 reported.add(number)
-            if len(dead) == len(self._instances):
+            if self._instances and len(dead) == len(self._instances):
                 self._console.error("no instance is left")
                 return 1
             time.sleep(_POLL_S)
@@ -226,6 +233,20 @@ class Supervisor:
                     child.kill()
             except psutil.NoSuchProcess:
                 continue
+
+
+def _api_key_only(argv: list[str]) -> str | None:
+    """The one flag of SGLang's that a router without instances has a use for.
+
+    Raises `ConfigurationError` for any other.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--api-key")
+    flags, rest = parser.parse_known_args(argv)
+    if rest:
+        raise ConfigurationError(f"{rest[0]}: with --num-instances 0 there is no instance for it")
+    api_key: str | None = flags.api_key
+    return api_key
 
 
 def _check_port_free(host: str, port: int) -> None:

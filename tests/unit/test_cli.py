@@ -116,6 +116,15 @@ def test_an_instance_without_a_report_is_shown(start_router: Start, run: Run) ->
     assert "0   dead" in run(router, "status").out
 
 
+def test_a_plain_server_is_shown_as_one(start_router: Start, run: Run, worker: MockWorker) -> None:
+    router = start_router(1)
+    number = router.post("/workers", {"url": worker.url}).json["id"]
+    until(lambda: router.described(number)["serving"])
+    done = run(router, "status")
+    (line,) = [line for line in done.out.splitlines() if line.split()[:1] == [str(number)]]
+    assert line.split() == [str(number), "independent", "(plain", "SGLang)", *["-"] * 7]
+
+
 def test_json_is_the_answer_as_it_came(idle_router: RouterCluster, run: Run) -> None:
     assert run(idle_router, "status", "--json").json == idle_router.status()
     assert run(idle_router, "--json", "policy").json == idle_router.get("/kunserve/policy").json

@@ -36,6 +36,8 @@ CHANGES = [
     ("POST", "/kunserve/restore"),
     ("POST", "/kunserve/trace"),
     ("PUT", "/kunserve/policy"),
+    ("POST", "/workers"),
+    ("DELETE", "/workers/1000"),
     ("POST", "/flush_cache"),
 ]
 

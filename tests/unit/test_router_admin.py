@@ -330,6 +330,7 @@ def test_workers_are_listed_as_by_the_gateway(idle_router: RouterCluster) -> Non
     assert body["workers"][1] == {
         "id": 1,
         "url": idle_router.instances[1].worker.url,
+        "plain": False,
         "is_healthy": True,
         "load": 0,
         "mode": "independent",

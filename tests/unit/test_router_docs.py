@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -56,7 +57,8 @@ class Checker:
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         answer = self.router.call(method, path, body, headers or ADMIN)
-        operation = self._operations[method, path.split("?")[0]]
+        template = re.sub(r"^/workers/.+", "/workers/{id}", path.split("?")[0])
+        operation = self._operations[method, template]
         content = operation["responses"][str(answer.status)]["content"]["application/json"]
         jsonschema.validate(
             answer.json,
@@ -111,6 +113,9 @@ def test_answers_are_as_described(start_router: Start) -> None:
     until(lambda: len(call("GET", "/kunserve/events").json["events"]) == 3)
     call("POST", "/kunserve/restore")
     call("POST", "/kunserve/trace", {"seconds": 0.01})
+    worker = call("POST", "/workers", {"url": "http://127.0.0.1:9"}).json
+    call("GET", "/kunserve/status")
+    call("DELETE", f"/workers/{worker['id']}")
     assert checker.checked == {(c.name, status) for c in CALLS for status in c.answers}
 
 
@@ -130,6 +135,12 @@ def test_errors_are_as_described(start_router: Start, monkeypatch: pytest.Monkey
         assert checker.call("POST", f"/kunserve/{name}", {}).status == 409
         expected.add((name, 409))
     assert checker.call("GET", "/kunserve/events?limit=0").error["field"] == "limit"
+    assert checker.call("DELETE", "/workers/x").error["field"] == "id"
+    assert checker.call("DELETE", "/workers/9").status == 404
+    assert checker.call("DELETE", "/workers/0").status == 409
+    own = {"url": router.instances[0].worker.url}
+    assert checker.call("POST", "/workers", own).status == 409
+    expected |= {("remove_worker", status) for status in (404, 409, 422)} | {("add_worker", 409)}
     router.instances[0].stop()
     assert checker.call("POST", "/kunserve/trace", {"seconds": 0.01}).status == 504
     router.instances.clear()

@@ -153,6 +153,8 @@ def _mode(instance: InstanceStatus) -> Text:
     text = Text(instance.mode, _MODE_STYLES[instance.mode])
     if not instance.serving and not instance.lost:
         text.append(" (starting)", "dim")
+    if instance.plain:
+        text.append(" (plain SGLang)", "dim")
     return text
 
 

@@ -21,6 +21,7 @@ Ids = Annotated[list[int], Meta(min_length=1, description="Instances, by id.")]
 Tokens = Annotated[int, Meta(gt=0, description="Token slots to gain, at least.")]
 Seconds = Annotated[float, Meta(ge=0, le=86_400, description="Seconds.")]
 Limit = Annotated[int, Meta(gt=0, lt=10**9)]
+WorkerId = Annotated[int, Meta(ge=0, lt=10**9)]
 
 # --- bodies -------------------------------------------------------------------------------------
 
@@ -57,6 +58,12 @@ class TraceBody(Body, frozen=True, kw_only=True):
     instances: Ids | UnsetType = UNSET
 
 
+class WorkerBody(Body, frozen=True, kw_only=True):
+    """A plain SGLang server, as `http://host:port`. It must take the key that instances take."""
+
+    url: Annotated[str, Meta(pattern=r"^https?://[^/?#@\s]+/?$", max_length=2000)]
+
+
 class PolicyBody(Body, frozen=True, kw_only=True):
     """What is left out stays as it is. `restore` must be below `drop`."""
 
@@ -86,6 +93,7 @@ class Policy(Thresholds, frozen=True, kw_only=True):
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One instance. `lost` says why it is not used; from `epoch` on: once it has reported.
 
+    A `plain` SGLang server never reports, and its layers are nothing we know of.
     `pages` are physical pages and `slots` token slots; `layers` is `[lo, hi)`, `group` the ids of
     all members in pipeline order, and `demand` the slots that would satisfy all its requests.
     """
@@ -95,7 +103,8 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode
     serving: bool
     in_flight: int
-    layer_count: int
+    plain: bool = False
+    layer_count: int | UnsetType = UNSET
     lost: str | UnsetType = UNSET
     epoch: int | UnsetType = UNSET
     group: tuple[int, ...] | UnsetType = UNSET
@@ -186,10 +195,14 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance; `load` is the number of requests that the router has under way there."""
+    """An instance; `load` is the number of requests that the router has under way there.
+
+    A `plain` one is an SGLang server that was added by hand.
+    """
 
     id: int
     url: str
+    plain: bool
     is_healthy: bool
     load: int
     mode: Mode

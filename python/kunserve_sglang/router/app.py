@@ -33,6 +33,8 @@ from kunserve_sglang.router.proxy import Proxy
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.tracing import TraceRunning, Tracing
 
+_OURS = ("/kunserve/", "/workers/")
+
 _ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -59,7 +61,7 @@ class RouterApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if path not in self._paths and not path.startswith("/kunserve/"):
+        if path not in self._paths and not path.startswith(_OURS):
             await self._proxy(scope, receive, send)
             return
         try:
@@ -108,6 +110,8 @@ def _admin_routes(admin: Admin, tracing: Tracing, docs: Docs, keys: Keys) -> lis
         "trace": tracing.record,
         "openapi": docs.openapi,
         "workers": admin.workers,
+        "add_worker": admin.add_worker,
+        "remove_worker": admin.remove_worker,
     }
     return [
         _guarded(call.path, endpoints[call.name], (call.method,), call.access, keys)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
 
 from kunserve_sglang.router.answers import RequestError
-from kunserve_sglang.router.api import Body, Limit
+from kunserve_sglang.router.api import Body, Limit, WorkerId
+from kunserve_sglang.router.registry import Registry
 
 _B = TypeVar("_B", bound=Body)
 
@@ -26,8 +28,10 @@ async def read_body(request: Request, kind: type[_B]) -> _B:
 
 
 def _unfit(text: str) -> RequestError:
-    """msgspec says "Expected `int` >= 1 - at `$.tokens`" or "... unknown field `x`"."""
-    place = re.search(r"at `\$\.(\w+)", text) or re.search(r"unknown field `([^`]+)`", text)
+    """msgspec says "Expected `int` >= 1 - at `$.tokens`", or "unknown" or "required field `x`"."""
+    place = re.search(r"at `\$\.(\w+)", text) or re.search(
+        r"(?:unknown|required) field `([^`]+)`", text
+    )
     field = place[1] if place else "body"
     reason = text.split(" - at ")[0]
     return RequestError(422, "invalid_field", f"{field}: {reason}", field)
@@ -51,3 +55,22 @@ def read_wait(request: Request) -> bool:
     except msgspec.ValidationError:
         message = "wait: true or false is expected"
         raise RequestError(422, "invalid_field", message, "wait") from None
+
+
+def read_worker_id(request: Request) -> int:
+    """`{id}` in the path. Raises `RequestError` (422)."""
+    try:
+        return msgspec.convert(request.path_params["id"], WorkerId, strict=False)
+    except msgspec.ValidationError:
+        raise RequestError(422, "invalid_field", "id: a number is expected", "id") from None
+
+
+def check_instances(registry: Registry, ids: Iterable[int]) -> None:
+    """KunServe's own instances, all of them, or `RequestError` (422)."""
+    wanted = set(ids)
+    if unknown := sorted(wanted - registry.instances.keys()):
+        message = f"instances: {unknown} are not known"
+        raise RequestError(422, "unknown_instance", message, "instances")
+    if plain := sorted(wanted - registry.with_agent()):
+        message = f"instances: {plain} are plain SGLang servers, without KunServe"
+        raise RequestError(422, "plain_instance", message, "instances")

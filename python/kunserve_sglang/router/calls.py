@@ -21,6 +21,9 @@ from kunserve_sglang.router.api import (
     Recording,
     RestoreBody,
     TraceBody,
+    Worker,
+    WorkerBody,
+    WorkerId,
     Workers,
 )
 from kunserve_sglang.router.events import Event
@@ -35,11 +38,12 @@ class Access(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A query parameter; its type carries the limits of its value."""
+    """A parameter in the query, or in braces in the path; its type carries the limits."""
 
     name: str
     type: Any
     about: str
+    in_path: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,5 +160,28 @@ CALLS = (
         access=Access.READ,
         about="The instances, as SGLang's gateway lists them.",
         answers={200: Workers},
+    ),
+    Call(
+        name="add_worker",
+        method="POST",
+        path="/workers",
+        access=Access.CHANGE,
+        about="Send requests to a plain SGLang server as well, from when its `/health` answers. "
+        "It takes no part in drops.",
+        answers={201: Worker},
+        body=WorkerBody,
+        errors=(409,),
+    ),
+    Call(
+        name="remove_worker",
+        method="DELETE",
+        path="/workers/{id}",
+        access=Access.CHANGE,
+        about="Send no more requests to a plain SGLang server; those that it has go on.",
+        answers={200: Worker},
+        parameters=(
+            Parameter(name="id", type=WorkerId, about="as `/workers` lists it", in_path=True),
+        ),
+        errors=(404, 409),
     ),
 )

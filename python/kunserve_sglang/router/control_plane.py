@@ -218,12 +218,13 @@ def _wanted(need: Need) -> dict[str, Any]:
 def _describe(instance: Instance) -> InstanceStatus:
     hello, status = instance.hello, instance.status
     described = InstanceStatus(
-        id=hello.instance,
-        url=hello.url,
+        id=instance.number,
+        url=instance.url,
+        plain=instance.plain,
         mode=instance.mode,
         serving=instance.serving,
         in_flight=instance.in_flight,
-        layer_count=hello.layer_count,
+        layer_count=UNSET if hello is None else hello.layer_count,
         lost=instance.lost or UNSET,
     )
     if status is None:
@@ -232,7 +233,7 @@ def _describe(instance: Instance) -> InstanceStatus:
         described,
         epoch=status.epoch,
         group=status.layout.ids,
-        layers=status.layout.member(hello.instance).layers,
+        layers=status.layout.member(instance.number).layers,
         pages=status.pages,
         slots=status.load.slots,
         running=status.load.running,

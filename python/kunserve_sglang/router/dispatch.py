@@ -135,8 +135,9 @@ class Dispatcher:
             del sent[ticket]
 
     def _candidate(self, instance: Instance) -> Candidate:
+        """Of a plain server we know what we have sent there ourselves, and nothing else."""
         if instance.status is None:
-            reported, known, capacity = 0, 0, instance.hello.capacity
+            reported, known, capacity = 0, 0, instance.capacity
         else:
             load = instance.status.load
             reported, known = load.demand, load.running + load.waiting

@@ -84,9 +84,12 @@ def _needs(operation: Schema) -> str:
 def _call_rows(operation: Schema) -> Iterator[tuple[str, str, str]]:
     for parameter in operation.get("parameters", ()):
         about = _text(parameter["description"])
-        yield f"<code>?{escape(parameter['name'])}=</code>", _type(parameter["schema"]), about
+        name = escape(parameter["name"])
+        shown = f"{{{name}}}" if parameter["in"] == "path" else f"?{name}="
+        yield f"<code>{shown}</code>", _type(parameter["schema"]), about
     if "requestBody" in operation:
-        yield "body", _type(_json_schema(operation["requestBody"])), "may be left out"
+        body = operation["requestBody"]
+        yield "body", _type(_json_schema(body)), "" if body["required"] else "may be left out"
     for status, answer in operation["responses"].items():
         yield escape(status), _type(_json_schema(answer)), _text(answer["description"])
 

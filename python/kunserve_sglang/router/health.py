@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import aiohttp
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,6 +33,12 @@ _TIMEOUT_S = 30.0
 """Above the 20 s that SGLang takes to find itself unhealthy."""
 
 
+class _ServerInfo(msgspec.Struct):
+    """What a plain SGLang server says of itself, as far as it matters here."""
+
+    max_total_num_tokens: int = 0
+
+
 @dataclass(slots=True)
 class _Watch:
     instance: Instance
@@ -49,7 +56,9 @@ class HealthWatch:
     def __init__(
         self, registry: Registry, session: aiohttp.ClientSession, api_key: str | None
     ) -> None:
-        self._question = Question(method="GET", path="/health", headers=credentials(api_key))
+        headers = credentials(api_key)
+        self._question = Question(method="GET", path="/health", headers=headers)
+        self._about = Question(method="GET", path="/server_info", headers=headers)
         self._registry = registry
         self._session = session
         self._watches: dict[int, _Watch] = {}
@@ -58,7 +67,9 @@ class HealthWatch:
         """Watch until cancelled; a slow instance does not delay the others."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                for instance in self._registry.instances.values():
+                known = self._registry.instances
+                self._watches = {n: w for n, w in self._watches.items() if n in known}
+                for instance in known.values():
                     watch = self._watches.get(instance.number)
                     if watch is None or watch.instance is not instance:
                         # New, or a new process under an old number.
@@ -74,15 +85,25 @@ class HealthWatch:
     async def _ask(self, watch: _Watch) -> None:
         instance = watch.instance
         reply = await ask(self._session, instance, self._question, _TIMEOUT_S)
-        watch.due = time.monotonic() + _INTERVAL_S
-        watch.asking = False
         if reply.status == 200:
+            if instance.plain and not instance.available:
+                instance.capacity = await self._capacity(instance)
             instance.serving = True
             if instance.lost == REFUSED:
                 instance.lost = ""
         elif reply.error == REFUSED and instance.serving:
             # Before it has served, its HTTP server is just not up yet.
             instance.lost = REFUSED
+        watch.due = time.monotonic() + _INTERVAL_S
+        watch.asking = False
+
+    async def _capacity(self, instance: Instance) -> int:
+        """Token slots of a plain server; 0 if it does not say."""
+        reply = await ask(self._session, instance, self._about, _TIMEOUT_S)
+        try:
+            return msgspec.json.decode(reply.body, type=_ServerInfo).max_total_num_tokens
+        except msgspec.DecodeError:
+            return 0
 
 
 class Probes:
@@ -93,7 +114,13 @@ class Probes:
     ) -> None:
         self._registry = registry
         self._session = session
-        self._wanted = config.num_instances
+        self._instances = config.num_instances
+
+    @property
+    def _wanted(self) -> int:
+        """The instances that were started with the router, and the workers added since."""
+        plain = len(self._registry.instances) - len(self._registry.with_agent())
+        return self._instances + plain
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         """Whether the cluster can serve at all."""
@@ -121,7 +148,7 @@ class Probes:
     async def readiness(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         """Whether the cluster is complete."""
         available = len(self._registry.available())
-        if available < self._wanted:
+        if available < max(1, self._wanted):
             return self._too_few(available)
         return json_answer({"status": "ok", "available": available, "expected": self._wanted})
 

@@ -15,7 +15,7 @@ from kunserve_sglang.router.calls import Call
 
 _REFERENCE = "#/components/schemas/{name}"
 
-_SUCCESSES = {200: "Done.", 202: "Begun."}
+_SUCCESSES = {200: "Done.", 201: "Added.", 202: "Begun."}
 
 _ABOUT = (
     "What a KunServe cluster does, and doing it by hand. Every other path is SGLang's own, "
@@ -81,13 +81,19 @@ def _operation(call: Call, schema_of: dict[Any, Any], keys: Keys) -> dict[str, A
     }
     if call.parameters:
         operation["parameters"] = [
-            {"name": p.name, "in": "query", "description": p.about, "schema": schema_of[p.type]}
+            {
+                "name": p.name,
+                "in": "path" if p.in_path else "query",
+                "required": p.in_path,
+                "description": p.about,
+                "schema": schema_of[p.type],
+            }
             for p in call.parameters
         ]
     if call.body is not None:
         # Without a body a call means the same as with `{}`.
         operation["requestBody"] = {
-            "required": False,
+            "required": any(f.required for f in msgspec.structs.fields(call.body)),
             "content": {"application/json": {"schema": schema_of[call.body]}},
         }
     if needed := keys.needed(call.access):

@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from kunserve_sglang.errors import TransientError
 from kunserve_sglang.messages import Span, Trace, Traced
-from kunserve_sglang.router.answers import RequestError, json_answer
+from kunserve_sglang.router.answers import json_answer
 from kunserve_sglang.router.api import Recording, TraceBody, TraceDetails
-from kunserve_sglang.router.bodies import read_body
+from kunserve_sglang.router.bodies import check_instances, read_body
 from kunserve_sglang.router.control_plane import ControlPlane
 
 _ANSWER_TIMEOUT_S = 10.0
@@ -33,11 +33,10 @@ class Tracing:
 
     async def record(self, request: Request) -> Response:
         body = await read_body(request, TraceBody)
-        known = self._control.registry.instances
-        wanted = sorted(known) if body.instances is UNSET else sorted(set(body.instances))
-        if unknown := [i for i in wanted if i not in known]:
-            message = f"instances: {unknown} are not known"
-            raise RequestError(422, "unknown_instance", message, "instances")
+        registry = self._control.registry
+        asked = registry.with_agent() if body.instances is UNSET else set(body.instances)
+        check_instances(registry, asked)
+        wanted = sorted(asked)
         if self._running:
             raise TraceRunning("a recording is still running")
         self._running = True

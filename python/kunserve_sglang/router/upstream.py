@@ -79,7 +79,7 @@ def instance_url(instance: Instance, path: bytes, query: bytes) -> URL:
     if not path.startswith(b"/"):
         raise ValueError(f"{path!r} is no absolute path")
     target = path + b"?" + query if query else path
-    return URL(instance.hello.url.rstrip("/") + target.decode("latin-1"), encoded=True)
+    return URL(instance.url.rstrip("/") + target.decode("latin-1"), encoded=True)
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -137,6 +137,10 @@ function showPages(bar, text, pages, kv) {
 
 function loadOf(instance) {
   if (instance.lost) return `Lost: ${instance.lost}`;
+  if (instance.plain) {
+    const load = instance.in_flight === 1 ? "1 request" : `${count(instance.in_flight)} requests`;
+    return `Plain SGLang server${instance.serving ? "" : ", takes no requests yet"}: ${load} under way`;
+  }
   if (!instance.slots) return "Has not reported yet";
   const { running, waiting, demand, slots } = instance;
   const serving = instance.serving ? "" : "Takes no requests yet. ";
