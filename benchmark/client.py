@@ -21,7 +21,8 @@ class RequestResult:
     """What became of one request. Times are seconds since the run began; empty `error`: success.
 
     `itl_s` has one entry for each token but the first. Tokens that arrive in one event share the
-    time since the event before, as in `sglang.bench_serving`.
+    time since the event before, as in `sglang.bench_serving`; `gaps_s` has the undivided times
+    between events, so that no stall is hidden in them.
     """
 
     index: int
@@ -31,6 +32,7 @@ class RequestResult:
     e2e_s: float = 0.0
     output_tokens: int = 0
     itl_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
     error: str = ""
 
     @property
@@ -79,6 +81,11 @@ class LoadGenerator:
         self._on_progress = on_progress
         self._progress = Progress(0)
         self._origin = 0.0
+
+    @property
+    def origin(self) -> float:
+        """Time 0 of the latest run, in seconds of `time.perf_counter`."""
+        return self._origin
 
     async def run(self, requests: Sequence[Request]) -> list[RequestResult]:
         """Send all requests and wait for all answers; results are in the order of `requests`."""
@@ -139,6 +146,7 @@ class LoadGenerator:
                     result.itl_s += [0.0] * (tokens - 1)
                 else:
                     result.itl_s += [(now - last) / tokens] * tokens
+                    result.gaps_s.append(now - last)
                 result.output_tokens += tokens
                 last = now
         raise _RequestFailed("the stream ended without [DONE]")

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,17 +15,16 @@ from typing import Any, NoReturn
 import aiohttp
 from rich.console import Console
 
-from benchmark.cluster import Cluster, ClusterError, ClusterOptions
+from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, RunError, run_workload, warm_up_requests
 from benchmark.metrics import Slo, slo_from
 from benchmark.picture import draw
+from benchmark.program import ROOT, SGLANG_FLAGS, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import Comparison, dumps, raw, table, to_json
 from benchmark.workload import Shape, Workload, steady_and_burst
 
-ROOT = Path(__file__).resolve().parent.parent
-SGLANG_FLAGS = ("--chunked-prefill-size", "256")
 _RESTORE_TIMEOUT_S = 60.0
 
 
@@ -70,21 +66,13 @@ def build_workload(prompts: PromptSource, scale: float, seed: int) -> Workload:
 
 def main() -> NoReturn:
     """Exit status 0 if every request was answered and a drop and a restore took place."""
-    console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        status = run(parser().parse_args(), console)
-    except (ClusterError, RunError, aiohttp.ClientError, OSError) as error:
-        console.print(f"demo: {error}", style="red", markup=False, soft_wrap=True)
-        status = 1
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+    flags = parser().parse_args()
+    run_program("demo", lambda console: run(flags, console))
 
 
 def run(flags: argparse.Namespace, console: Console) -> int:
     """Both runs and their results; returns the exit status."""
-    model = flags.model_path or _small_model()
+    model = flags.model_path or small_model()
     workload = build_workload(
         PromptSource(load_tokenizer(model), flags.seed), flags.scale, flags.seed
     )
@@ -157,18 +145,6 @@ def _publish(
     for problem in problems:
         console.print(f"demo: {problem}", style="red")
     return 1 if problems else 0
-
-
-def _small_model() -> Path:
-    script = ROOT / "scripts" / "get_model.py"
-    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise RunError(f"{script.name} could not provide a model; use --model-path")
-    return Path(done.stdout.strip())
-
-
-def _stop(number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt(f"signal {number}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,11 @@ import aiohttp
 
 from benchmark.client import LoadGenerator, Progress, RequestResult
 from benchmark.noise import Noise
-from benchmark.timeline import Sample, StatusReader, Timeline, sampling
+from benchmark.timeline import Sample, StatusReader, Timeline, counters, sampling, to_sample
 from benchmark.workload import Request, Workload
 
 _WARM_UP_OUTPUT = 8
+_FLUSH_TIMEOUT_S = 5
 _TAIL_S = 2.0
 """The timeline goes on for so long after a restore, to show what it led to."""
 
@@ -28,7 +30,8 @@ class RunError(Exception):
 class Run:
     """`restored_after_s`: from the last answer until all instances served alone again.
 
-    `noise` is the share of the cores that other programs took meanwhile.
+    `noise` is the share of the cores that other programs took meanwhile, and `counters` is what
+    the instances counted.
     """
 
     results: list[RequestResult]
@@ -39,6 +42,7 @@ class Run:
     restored_after_s: float | None
     noise: float
     events: list[dict[str, Any]] = field(default_factory=list)
+    counters: Counter[str] = field(default_factory=Counter)
 
     @property
     def errors(self) -> list[str]:
@@ -59,13 +63,15 @@ async def run_workload(
 ) -> Run:
     """Warm up, send the workload, and wait until the cluster is as it was before.
 
-    `restore_timeout_s` bounds the last part; a cluster that never changed is through at once.
+    `restore_timeout_s` bounds the last part (0: do not wait); a cluster that never changed is
+    through at once.
     """
     timeout = aiohttp.ClientTimeout(total=10)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         reader = StatusReader(url, session)
         await _warm_up(url, session, warm_up)
-        before = (await reader.sample(0.0)).slots_capacity
+        status = await reader.status()
+        before, counted = to_sample(status, 0.0).slots_capacity, counters(status)
         generator = LoadGenerator(url, on_progress=on_progress)
         noise = Noise()
         async with sampling(reader, time.perf_counter()) as timeline:
@@ -73,7 +79,8 @@ async def run_workload(
             ended = time.perf_counter()
             restored = await _wait_until_restored(reader, before, restore_timeout_s)
             await asyncio.sleep(_TAIL_S)
-        last = await reader.sample(time.perf_counter() - ended)
+        status = await reader.status()
+        last = to_sample(status, time.perf_counter() - ended)
         peak = max((s.slots_capacity for s in timeline.samples), default=before)
         return Run(
             results=results,
@@ -84,6 +91,7 @@ async def run_workload(
             restored_after_s=restored - ended if restored is not None else None,
             noise=noise.share(),
             events=await reader.events(),
+            counters=counters(status) - counted,
         )
 
 
@@ -92,7 +100,8 @@ async def _warm_up(url: str, session: aiohttp.ClientSession, requests: list[Requ
     for result in await LoadGenerator(url).run(requests):
         if not result.ok:
             raise RunError(f"a warm-up request failed: {result.error}")
-    async with session.post(f"{url}/flush_cache") as response:
+    # The last answer is out a little before its request is off the books.
+    async with session.post(f"{url}/flush_cache?timeout={_FLUSH_TIMEOUT_S}") as response:
         response.raise_for_status()
 
 

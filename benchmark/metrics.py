@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmark.client import RequestResult
 
-PERCENTILES = (90, 95, 99)
+PERCENTILES = {"p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
         "median": np.nan if empty else np.median(values),
         "std": np.nan if empty else values.std(),
     }
-    for p in PERCENTILES:
-        figures[f"p{p}"] = np.nan if empty else np.percentile(values, p)
+    for which, percent in PERCENTILES.items():
+        figures[which] = np.nan if empty else np.percentile(values, percent)
     return {f"{which}_{name}_ms": float(value) for which, value in figures.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -78,6 +79,20 @@ def to_sample(status: dict[str, Any], at_s: float) -> Sample:
         modes=tuple(i["mode"] for i in instances),
         transition=status["transition"] is not None,
     )
+
+
+def counters(status: dict[str, Any]) -> Counter[str]:
+    """What the instances have counted since their start, all together."""
+    total: Counter[str] = Counter()
+    for instance in status["instances"]:
+        total.update(instance.get("counters", {}))
+    return total
+
+
+def bubble_fraction(counted: Counter[str]) -> float:
+    """Of the stages' time, the share in which they waited for work under way; NaN without work."""
+    busy, bubble = counted["busy_ms"], counted["bubble_ms"]
+    return bubble / (busy + bubble) if busy + bubble else float("nan")
 
 
 @asynccontextmanager

@@ -1,0 +1,49 @@
+"""What the programs of this folder have in common: a model, an end, an exit status."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import aiohttp
+from rich.console import Console
+
+from benchmark.cluster import ClusterError
+from benchmark.experiment import RunError
+
+ROOT = Path(__file__).resolve().parent.parent
+SGLANG_FLAGS = ("--chunked-prefill-size", "256")
+
+
+def run_program(name: str, work: Callable[[Console], int]) -> NoReturn:
+    """Exit with the status of `work`; what went wrong is one line, and Ctrl-C ends all clusters."""
+    console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        try:
+            status = work(console)
+        except ExceptionGroup as group:  # of a task group; the others follow from the first
+            raise group.exceptions[0] from None
+    except (ClusterError, RunError, aiohttp.ClientError, OSError) as error:
+        console.print(f"{name}: {error}", style="red", markup=False, soft_wrap=True)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def small_model() -> Path:
+    """The folder of a small real model; raises `RunError` if it cannot be had."""
+    script = ROOT / "scripts" / "get_model.py"
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise RunError(f"{script.name} could not provide a model; use --model-path")
+    return Path(done.stdout.strip())
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt(f"signal {number}")
