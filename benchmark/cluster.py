@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,14 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
-    """What to start; `sglang_flags` go to SGLang as they are."""
+    """What to start; `sglang_flags` go to SGLang as they are, `kunserve_flags` are ours."""
 
     model_path: Path
     memory_budget: str
     overload_policy: str
     num_instances: int = 2
     sglang_flags: tuple[str, ...] = ()
+    kunserve_flags: tuple[str, ...] = ()
 
     def command(self, port: int) -> list[str]:
         return [
@@ -46,14 +48,22 @@ class ClusterOptions:
             *("--memory-budget", self.memory_budget),
             *("--overload-policy", self.overload_policy),
             *("--port", str(port)),
+            *self.kunserve_flags,
             *self.sglang_flags,
         ]
+
+
+def router_command(port: int) -> list[str]:
+    """A router without instances of its own, for plain SGLang servers."""
+    launcher = (sys.executable, "-m", "kunserve_sglang.launch_server")
+    return [*launcher, "--num-instances", "0", "--port", str(port)]
 
 
 class Cluster:
     """Context manager: the cluster serves at `url` between entry and exit.
 
-    All output goes to `log`. The launcher gets SIGTERM if this process ends, however it ends.
+    All output goes to `log`. The launcher gets SIGTERM if this process ends, however it ends. To
+    start several at once, `start` all of them before the first one is entered.
     """
 
     def __init__(
@@ -64,9 +74,15 @@ class Cluster:
         ready_timeout_s: float = 180.0,
         stop_timeout_s: float = 30.0,
         on_wait: Callable[[float], None] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`command` makes the launcher's command line for a port; `on_wait` gets seconds."""
+        """`command` makes the launcher's command line for a port; `on_wait` gets seconds.
+
+        `environment` comes on top of this process's.
+        """
         self._command = command
+        self._environment = {**os.environ, **(environment or {})}
+        self._port = 0
         self._log = log
         self._ready_timeout_s = ready_timeout_s
         self._stop_timeout_s = stop_timeout_s
@@ -77,17 +93,8 @@ class Cluster:
 
     def __enter__(self) -> Self:
         """Raises `ClusterError` if the cluster ends or takes too long before it is ready."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
-            # A session of its own: Ctrl-C reaches us, and we stop the cluster in good order.
-            self._process = subprocess.Popen(
-                list(self._command(free_port())),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=partial(die_with_parent, signal.SIGTERM),
-            )
+        if self._process is None:
+            self.start()
         try:
             self._wait_until_ready()
         except BaseException:
@@ -102,6 +109,27 @@ class Cluster:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+    def start(self) -> None:
+        """Begin; whoever calls this must enter the context, or call `stop`."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._port = free_port()
+        with self._log.open("wb") as log:
+            # A session of its own: Ctrl-C reaches us, and we stop the cluster in good order.
+            self._process = subprocess.Popen(
+                list(self._command(self._port)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+                env=self._environment,
+            )
+
+    def ready_url(self) -> str:
+        """Where it serves; empty as long as it does not."""
+        found = _READY.search(self._log.read_text(errors="replace"))
+        return found[1] if found else ""
 
     @property
     def pid(self) -> int:
@@ -138,9 +166,8 @@ class Cluster:
     def _wait_until_ready(self) -> None:
         started = time.monotonic()
         while (waited := time.monotonic() - started) < self._ready_timeout_s:
-            found = _READY.search(self._log.read_text(errors="replace"))
-            if found:
-                self.url = found[1]
+            if url := self.ready_url():
+                self.url = url
                 self.startup_s = waited
                 return
             self.check_running()
