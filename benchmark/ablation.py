@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmark import balanced, elastic, exchange, micro_batches, steady, transitions, variants
 from benchmark.ablation_report import draw, row_table
-from benchmark.bench import NUM_INSTANCES, Bench, supported
+from benchmark.bench import NUM_INSTANCES, Bench
 from benchmark.checks import Section, at_most, check_table, failed, merge
 from benchmark.experiment import RunError
 from benchmark.program import ROOT, SGLANG_FLAGS, run_program, small_model
@@ -132,7 +132,7 @@ def _setup(flags: argparse.Namespace, model: Path) -> dict[str, Any]:
         "repeat": flags.repeat,
         "seed": flags.seed,
         "workload": variants.describe_window(flags.trace),
-        "variants": {v.name: list(supported(v.flags)) for v in variants.VARIANTS},
+        "variants": {v.name: list(v.flags) for v in variants.VARIANTS},
     }
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,7 +47,7 @@ class Bench:
             overload_policy=policy,
             num_instances=NUM_INSTANCES,
             sglang_flags=SGLANG_FLAGS,
-            kunserve_flags=supported(flags),
+            kunserve_flags=flags,
         )
         return Cluster(options.command, self.output / f"{name}.log", on_wait=on_wait)
 
@@ -95,18 +92,3 @@ class Together:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
-
-
-def supported(flags: Sequence[str]) -> tuple[str, ...]:
-    """`flags` without `--exchange` and its value where the launcher does not know it."""
-    if "--exchange" not in flags or "--exchange" in _launcher_help():
-        return tuple(flags)
-    at = flags.index("--exchange")
-    return tuple(flags[:at]) + tuple(flags[at + 2 :])
-
-
-@cache
-def _launcher_help() -> str:
-    command = [sys.executable, "-m", "kunserve_sglang.launch_server", "--help"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    return done.stdout

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmark import ablation, bench
+from benchmark import ablation
 from benchmark.ablation_report import draw, row_table
 from benchmark.client import RequestResult
 from benchmark.elastic import share
@@ -155,15 +155,6 @@ def test_requests_of_a_round_have_prompts_of_their_own() -> None:
     assert [r.arrival_s for r in load] == [1.0, 1.5, 2.0]
     assert len({r.prompt for r in load}) == 3
     assert {(r.prompt_len, r.output_len) for r in load} == {(4, 9)}
-
-
-def test_a_flag_that_the_launcher_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ("--a", "1", "--exchange", "stop", "--b")
-    monkeypatch.setattr(bench, "_launcher_help", lambda: "--exchange {coordinated,stop}")
-    assert bench.supported(flags) == flags
-    monkeypatch.setattr(bench, "_launcher_help", lambda: "--micro-batches")
-    assert bench.supported(flags) == ("--a", "1", "--b")
-    assert bench.supported(("--a",)) == ("--a",)
 
 
 def test_sections_are_named() -> None:
