@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 
 from kunserve_sglang.layout import LayerRange, MemoryProfile
@@ -81,6 +81,10 @@ class _Stage:
         most = weight(start) + self.memory.pages
         return bisect_right(range(self.held.hi + 1), most, lo=start, key=weight) - 1
 
+    def ends(self, start: int, slots: int) -> set[int]:
+        """Where this stage may end if it begins at `start`."""
+        return set(range(start + 1, self.last(start, slots) + 1))
+
     def _weight(self, slots: int) -> Callable[[int], int]:
         """Pages of parameters and KV in all layers below one."""
         each = self.owners * self.memory.kv_pages(slots)
@@ -93,6 +97,8 @@ def _place(stages: Sequence[_Stage], total: int, slots: int) -> list[LayerRange]
     earliest = [0]  # a stage starts behind all others before it
     for stage in stages[1:]:
         earliest.append(max(stage.held.lo, earliest[-1] + 1))
+    if earliest[-1] >= total:
+        return None
     starts = [total]  # a stage starts so late that what is behind it fits
     for stage, start in zip(reversed(stages), reversed(earliest), strict=True):
         starts.append(max(start, stage.first(starts[-1], slots)))
@@ -103,6 +109,8 @@ def _place(stages: Sequence[_Stage], total: int, slots: int) -> list[LayerRange]
     for stage in reversed(stages[:-1]):
         ends.append(min(stage.held.hi, ends[-1] - 1))
     ends.reverse()
+    if any(len(set(stage.memory.layer_pages)) > 1 for stage in stages):
+        return _place_uneven(stages, total, slots)
     cuts = [0]
     for i, stage in enumerate(stages):
         lowest = max(starts[i + 1], cuts[-1] + 1)
@@ -112,6 +120,31 @@ def _place(stages: Sequence[_Stage], total: int, slots: int) -> list[LayerRange]
         ideal = round(total * (i + 1) / len(stages))
         cuts.append(min(max(ideal, lowest), highest))
     return [LayerRange(lo, hi) for lo, hi in pairwise(cuts)]
+
+
+def _place_uneven(stages: Sequence[_Stage], total: int, slots: int) -> list[LayerRange] | None:
+    """As `_place`, for layers of different sizes: one of them alone may be too large for a stage.
+
+    Where a stage may end is then no range of layers, so all ends are looked at.
+    """
+    ends: list[set[int]] = [{total}]
+    for stage in reversed(stages[1:]):
+        ends.append(
+            {s for s in range(stage.held.lo, stage.held.hi) if stage.ends(s, slots) & ends[-1]}
+        )
+    ends.reverse()
+    cuts = [0]
+    for i, stage in enumerate(stages):
+        possible = stage.ends(cuts[-1], slots) & ends[i] if cuts[-1] in stage.held else set()
+        if not possible:
+            return None
+        ideal = round(total * (i + 1) / len(stages))
+        cuts.append(min(possible, key=partial(_off, ideal)))
+    return [LayerRange(lo, hi) for lo, hi in pairwise(cuts)]
+
+
+def _off(ideal: int, end: int) -> tuple[int, int]:
+    return abs(end - ideal), end
 
 
 def _tightest(stages: Sequence[_Stage], ranges: Sequence[LayerRange]) -> int:
