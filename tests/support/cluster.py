@@ -17,6 +17,8 @@ from typing import Any
 
 from kunserve_sglang.config import ClusterConfig, ExchangeMode, InstanceConfig
 from kunserve_sglang.messages import TransitionKind, to_json_types
+from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
@@ -169,6 +171,33 @@ class ScriptedCluster:
 
         event: Event = self.control.call(work)
         return event
+
+    def begin_restore(self, unwanted: Callable[[], str]) -> Future[Event]:
+        """Start to restore all; given up as soon as `unwanted` has a reason."""
+
+        async def work(plane: ControlPlane) -> Event:
+            def make_plan() -> Plan:
+                epoch = plane.coordinator.next_epoch(plane.status().epoch)
+                plan = plane.plan(TransitionKind.RESTORE, epoch=epoch)
+                return staged(plan, plane.registry.snapshot())
+
+            return await plane.coordinator.execute(make_plan, lambda _: unwanted())
+
+        return self.control.begin(work)
+
+    @contextmanager
+    def pieces_held(self) -> Iterator[None]:
+        """Nothing moves between members but what micro-batches take along."""
+        self._hold_pieces(True)
+        try:
+            yield
+        finally:
+            self._hold_pieces(False)
+
+    def _hold_pieces(self, hold: bool) -> None:
+        for link in self._links:
+            link.send(("hold", hold))
+            self._expect(link, "held")
 
     @contextmanager
     def stopped(self, member: int) -> Iterator[None]:

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
+from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
@@ -137,6 +139,11 @@ class Member:
             f"free {s.token_to_kv_pool_allocator.available_size()}, "
             f"unfinished {[r.rid for r in self.requests.values() if not r.finished()]}"
         )
+
+    def hold_pieces(self, hold: bool) -> None:
+        """Let nothing move between members but what micro-batches take along."""
+        agent = self.scheduler.agent
+        agent.move_pieces = (lambda _: False) if hold else partial(Agent.move_pieces, agent)
 
     def idle(self) -> None:
         """One turn of the loop without work: serve peers and commands."""
@@ -274,5 +281,8 @@ def serve(link: Connection, config: InstanceConfig, server: dict[str, Any]) -> N
             link.send(("played", member.play(argument, link)))
         elif verb == "numbers":
             link.send(("numbers", (member.largest_slot, member.retracted)))
+        elif verb == "hold":
+            member.hold_pieces(argument)
+            link.send(("held", None))
         elif verb == "stop":
             os._exit(0)

@@ -17,7 +17,7 @@ from kunserve_sglang.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.events import Event, Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
-from tests.support.member import Output, Pause
+from tests.support.member import Gate, Output, Pause
 from tests.support.schedules import Script, random_scripts, request
 
 PAGE = 4096
@@ -109,6 +109,55 @@ def test_two_cycles_in_a_random_schedule(pair: ScriptedCluster, seed: int) -> No
     assert len(events) >= 2
     assert events[0].capacity_after > events[0].capacity_before
     assert events[-1].capacity_after == events[0].capacity_before
+
+
+def test_running_requests_take_their_kv_along(pair: ScriptedCluster) -> None:
+    """A drop in mid-decode of which no piece moves by itself: micro-batches bring what they need.
+
+    The drop ends when the pieces may move: rows that nobody asked for.
+    """
+    scripts = random_scripts(500, 2, ())
+    expected = pair.play(scripts)
+    gated: list[Script] = [[*script, (9, Gate("drop"))] for script in scripts]
+    running: list[Future[Event]] = []
+    with pair.pieces_held():
+        got = pair.play(
+            [sorted(script, key=lambda x: x[0]) for script in gated],
+            lambda _: running.append(pair.begin(TransitionKind.DROP)),
+        )
+        assert all(i["mode"] == Mode.COOPERATIVE for i in pair.status())
+    assert running[0].result(READY_S).status is Outcome.COMMITTED
+    for wants, have in zip(expected, got, strict=True):
+        assert all(_same(want, have[rid]) for rid, want in wants.items())
+    assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+
+
+def test_a_restore_is_given_up_when_demand_returns(pair: ScriptedCluster) -> None:
+    """What was fetched is forgotten, the slots come back, and requests notice nothing."""
+    scripts = random_scripts(501, 2, ())
+    expected = pair.play(scripts)
+    assert pair.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+    dropped = pair.status()
+    reason = ""
+    with pair.pieces_held():
+        restoring = pair.begin_restore(lambda: reason)
+        pair.wait_for_modes({Mode.RESTORING})
+        narrow = pair.status()
+        assert narrow[0]["slots"]["capacity"] < dropped[0]["slots"]["capacity"]
+        assert narrow[0]["pages"]["parameters"] > dropped[0]["pages"]["parameters"]
+        during = pair.play(scripts)
+        reason = "requests wait again"
+        event = restoring.result(READY_S)
+    assert event.status is Outcome.ABORTED
+    assert reason in event.error
+    pair.wait_for_modes({Mode.COOPERATIVE})
+    for before, after in zip(dropped, pair.status(), strict=True):
+        assert after["slots"]["capacity"] == before["slots"]["capacity"]
+        assert after["pages"] == before["pages"]
+    assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+    for wants, have, later in zip(expected, during, pair.play(scripts), strict=True):
+        assert all(_same(want, have[rid]) for rid, want in wants.items())
+        assert all(_same(want, later[rid]) for rid, want in wants.items())
 
 
 def test_pressure_was_real(pair: ScriptedCluster) -> None:
