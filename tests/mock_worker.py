@@ -206,6 +206,7 @@ class MockInstance:
         self.layout = Layout(epoch=0, members=(whole,))
         self._address = control_address
         self._offered: Layout | None = None
+        self._preparing = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -276,6 +277,7 @@ class MockInstance:
         if isinstance(message, Prepare):
             after = message.transition.after
             self._offered = next(g for g in after if self.number in g.ids)
+            self._preparing = bool(message.transition.ahead) or message.transition.grows
             return self.on_prepare(message)
         if isinstance(message, Trace):
             spans = () if message.record else (Span("step", 10.0 + self.number, 0.5, {"n": 1}),)
@@ -288,4 +290,6 @@ class MockInstance:
         self.layout, self._offered = self._offered, None
         self.set_load(self.load.demand, running=self.load.running, waiting=self.load.waiting)
         stats = TransitionStats(freed_bytes=1000, sent_kv_bytes=10, remap_ms=2.0, stall_ms=5.0)
+        if self._preparing:
+            stats = TransitionStats()
         return Done(call=message.call, epoch=message.epoch, ok=True, stats=stats)

@@ -58,12 +58,15 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     `demand` is the number of slots that would satisfy everybody: tokens held by running requests,
     tokens they are still expected to produce, and the same for the waiting ones (paper section 3).
+    `largest` is what the largest of its running requests may need in the end: with fewer slots in
+    all, it could not go on even alone.
     """
 
     slots: Slots
     running: int
     waiting: int
     demand: int
+    largest: int = 0
 
 
 class Transition(msgspec.Struct, frozen=True, kw_only=True):

@@ -83,7 +83,7 @@ def test_restore_refuses_what_would_not_fit() -> None:
     state = drop(cluster(2))
     full = state.instance(0).full_capacity
     heavy = ClusterState(instances=(with_load(state.instance(0), used=full + 1), state.instance(1)))
-    with pytest.raises(NoPlan, match=f"hold {full + 1} slots"):
+    with pytest.raises(NoPlan, match=f"need {full + 1} slots"):
         plan_restore(heavy, epoch=2, reason="")
     with pytest.raises(NoPlan, match="in place already"):
         plan_restore(cluster(2), epoch=2, reason="")

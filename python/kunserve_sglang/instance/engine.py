@@ -69,6 +69,10 @@ class Engine(Protocol):
         """All slots that requests or cached prefixes hold, ascending, int64."""
         ...
 
+    def largest_request(self) -> int:
+        """Slots that the largest of the running requests may need in the end."""
+        ...
+
     def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """KV has moved from slot `source[i]` to `target[i]`: rewrite every reference."""
         ...

@@ -272,6 +272,9 @@ class Participant:
         taken = len(self._body.engine.taken_slots())
         if taken > member.capacity:
             return f"requests hold {taken} slots, {member.capacity} would be left"
+        largest = self._body.engine.largest_request()
+        if largest > member.capacity:
+            return f"a request may need {largest} slots, {member.capacity} would be left"
         return ""
 
     def _vote(self, message: Prepare, reason: str = "") -> None:

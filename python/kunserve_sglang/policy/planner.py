@@ -96,9 +96,10 @@ def plan_restore(
     after = [_alone(state.instance(i), epoch) for group in groups for i in group.ids]
     for layout in after:
         owner = state.instance(layout.ids[0])
-        if owner.load.slots.used > layout.members[0].capacity:
+        needed = max(owner.load.slots.used, owner.load.largest)
+        if needed > layout.members[0].capacity:
             raise NoPlan(
-                f"requests on instance {owner.instance} hold {owner.load.slots.used} slots, "
+                f"requests on instance {owner.instance} need {needed} slots, "
                 f"only {layout.members[0].capacity} would be left"
             )
     decision = Decision(

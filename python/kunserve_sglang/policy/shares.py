@@ -30,12 +30,12 @@ class SkewedGroup(msgspec.Struct, frozen=True, kw_only=True):
 def shares(state: ClusterState, group: Layout) -> list[int]:
     """Slots for each owner of `group`, in the order of its members.
 
-    Every owner keeps what its requests hold; the rest is divided by demand, as far as every stage
-    has pages for it.
+    Every owner keeps what its requests hold, and what the largest of them needs to end; the rest is
+    divided by demand, as far as every stage has pages for it.
     """
     owners = [state.instance(i) for i in group.ids]
     idle = min(o.memory.idle_share(o.layers, len(owners)) for o in owners)
-    floors = [max(o.load.slots.used, idle) for o in owners]
+    floors = [max(o.load.slots.used, o.load.largest, idle) for o in owners]
     wants = [max(0, o.load.demand - floor) for o, floor in zip(owners, floors, strict=True)]
     if not any(wants):
         wants = [1] * len(owners)

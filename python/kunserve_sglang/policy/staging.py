@@ -70,7 +70,8 @@ def _restore_ahead(plan: Plan, state: ClusterState) -> Plan | None:
     narrow = []
     for group in whole.before:
         capacity = _while_fetching(state, group, whole.after)
-        if capacity <= max(state.instance(i).load.slots.used for i in group.ids):
+        loads = [state.instance(i).load for i in group.ids]
+        if capacity <= max(max(load.slots.used, load.largest) for load in loads):
             return None
         narrow.append(_layout(group, whole.epoch, capacity))
     ahead = tuple(_layout(layout, whole.epoch + 1) for layout in whole.after)

@@ -58,7 +58,7 @@ class Admin:
         return json_answer(Events(events=self._control.events.latest(read_limit(request))))
 
     async def plan(self, request: Request) -> Response:
-        """A dry run of a drop or restore."""
+        """A dry run of a transition."""
         body = await read_body(request, PlanBody)
         target = self._target(body.kind, body.instances, body.tokens)
         return json_answer(PlanAnswer(**_described(self._control.plan(body.kind, **target))))
@@ -132,8 +132,8 @@ class Admin:
             check_instances(self._control.registry, instances)
             target["instances"] = instances
         if tokens is not UNSET:
-            if kind is TransitionKind.RESTORE:
-                message = "tokens: a restore takes instances only"
+            if kind is not TransitionKind.DROP:
+                message = f"tokens: a {kind} takes instances only"
                 raise RequestError(422, "invalid_field", message, "tokens")
             if target:
                 message = "tokens: give either instances or tokens"

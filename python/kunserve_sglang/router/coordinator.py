@@ -83,11 +83,14 @@ class Coordinator:
         for step in plan.steps or (plan.transition,):
             before = event
             event = await self._step(step, event, lambda: unwanted(plan))
-            if event.status is not Outcome.COMMITTED and plan.undo is not None:
+            if event.status is Outcome.COMMITTED:
+                continue
+            if plan.undo is not None:
                 return await self._take_back(plan, plan.undo, event)
             if event.status is Outcome.ABORTED and step.grows:
                 # The memory is there, but was not handed out: the drop itself stands.
                 return msgspec.structs.replace(before, error=event.error)
+            return event
         return event
 
     async def _step(self, step: Transition, event: Event, unwanted: Callable[[], str]) -> Event:

@@ -59,12 +59,13 @@ class SglangEngine:
         expected = sum(self._expected_output(r) for r in (*running, *waiting))
         prompts = sum(_length(r) for r in waiting)
         # SGLang admits nobody for whom not even the longest possible answer would fit.
-        largest = max((_length(r) + _most_output(r) + 1 for r in waiting), default=0)
+        first = max((_in_the_end(r) for r in waiting), default=0)
         return Load(
             slots=Slots(used=used, cached=cached, capacity=self._allocator.size),
             running=len(running),
             waiting=len(waiting),
-            demand=used + max(prompts + expected, largest),
+            demand=used + max(prompts + expected, first),
+            largest=self.largest_request(),
         )
 
     def _expected_output(self, request: Any) -> int:
@@ -95,6 +96,10 @@ class SglangEngine:
     def taken_slots(self) -> torch.Tensor:
         taken: torch.Tensor = self._allocator.taken()
         return taken
+
+    def largest_request(self) -> int:
+        requests = self._scheduler.requests_with_slots()
+        return max((_in_the_end(r) for r in requests), default=0)
 
     def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # As long as the stride, since rows keep stale slots of larger capacities behind their end.
@@ -241,3 +246,8 @@ def _most_output(request: Any) -> int:
     """Tokens it may still produce."""
     left: int = request.sampling_params.max_new_tokens - len(request.output_ids)
     return max(0, left)
+
+
+def _in_the_end(request: Any) -> int:
+    """Slots it may need at most, with the one that SGLang wants free beside them."""
+    return _length(request) + _most_output(request) + 1
