@@ -55,7 +55,8 @@ class Agent:
         self._counters = PipelineCounters()
         self.tracer = Tracer()
         self.transfer: Transfer | None = None
-        self._deferred: deque[Packet] = deque()
+        self._deferred: deque[tuple[Packet, wire.Header]] = deque()
+        self._pieces: deque[tuple[Packet, wire.Header]] = deque()
         self._stale_packets = 0
         self._next_status = 0.0
         self._last_status: Status | None = None
@@ -89,11 +90,23 @@ class Agent:
         return self._pipeline
 
     def serve_one(self, timeout_s: float = 0.0) -> bool:
-        """Do what the next packet of a peer asks for; false if none came in time."""
-        packet = self._deferred.popleft() if self._deferred else self._body.plane.receive(timeout_s)
-        if packet is not None:
-            self.serve(packet)
-        return packet is not None
+        """Do what a packet of a peer asks for; false if none came in time.
+
+        Activations go first, whatever arrived before them.
+        """
+        packet = self._body.plane.receive(0.0 if self._deferred or self._pieces else timeout_s)
+        while packet is not None:
+            self.defer(packet)
+            packet = self._body.plane.receive()
+        return self.serve_deferred()
+
+    def serve_deferred(self) -> bool:
+        """Do what a packet that is here already asks for; false if there is none."""
+        waiting = self._deferred or self._pieces
+        if not waiting:
+            return False
+        self._serve(*waiting.popleft())
+        return True
 
     def move_pieces(self, busy_s: float) -> bool:
         """Send some of what is on its way to peers, after `busy_s` of work; false if none went."""
@@ -153,10 +166,15 @@ class Agent:
     # -- stage work ------------------------------------------------------------------------------
 
     def defer(self, packet: Packet) -> None:
-        self._deferred.append(packet)
+        """Keep a packet for later, in the order of its kind."""
+        header = wire.decode(packet.header)
+        queue = self._deferred if isinstance(header, wire.MicroBatch) else self._pieces
+        queue.append((packet, header))
 
     def serve(self, packet: Packet) -> None:
-        header = wire.decode(packet.header)
+        self._serve(packet, wire.decode(packet.header))
+
+    def _serve(self, packet: Packet, header: wire.Header) -> None:
         if self._pipeline is None or header.epoch != self._pipeline.epoch:
             self._stale_packets += 1
         elif isinstance(header, wire.MicroBatch):
@@ -168,14 +186,9 @@ class Agent:
 
     def _next_piece(self) -> Packet | None:
         """The next packet of a transfer, for a stage that cannot go on without it."""
-        for index, packet in enumerate(self._deferred):
-            if not isinstance(wire.decode(packet.header), wire.MicroBatch):
-                del self._deferred[index]
-                return packet
-        packet_or_none = self._body.plane.receive(_PIECE_WAIT_S)
-        if packet_or_none is not None:
-            self._deferred.append(packet_or_none)
-        return None
+        if not self._pieces and (packet := self._body.plane.receive(_PIECE_WAIT_S)) is not None:
+            self.defer(packet)
+        return self._pieces.popleft()[0] if self._pieces else None
 
     # -- transitions -----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -28,7 +29,8 @@ class SentRows:
 
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
-        self._sent = torch.zeros_like(table)
+        # Large, and made while everybody waits: what is not used is not touched either.
+        self._sent = torch.empty_like(table)
         self._length = [0] * table.shape[0]
 
     def difference(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> TableDelta:
@@ -53,7 +55,7 @@ class MirroredRows:
     """Stage side: another owner's rows in this stage's addresses."""
 
     def __init__(self, rows: int, context: int, base: int) -> None:
-        self.table = torch.zeros((rows, context), dtype=torch.int32)
+        self.table = torch.from_numpy(np.zeros((rows, context), dtype=np.int32))
         self.base = base
 
     def apply(self, delta: TableDelta) -> None:

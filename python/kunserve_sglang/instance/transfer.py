@@ -26,7 +26,7 @@ from kunserve_sglang.instance.parameters import ParameterStore
 from kunserve_sglang.layout import LayerRange, Move, ParameterLoad
 from kunserve_sglang.transport import DataPlane, Packet
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 10
 """Large enough to copy fast, small enough to let activations pass between two."""
 
 _RESERVED_BYTES = 4 << 20

@@ -52,6 +52,10 @@ class Host(Protocol):
         """Stage work for a peer that has not come to rest yet."""
         ...
 
+    def serve_deferred(self) -> bool:
+        """Stage work that has waited here; false if there is none."""
+        ...
+
     def defer(self, packet: Packet) -> None:
         """A packet of the new layout came early: serve it once that is adopted."""
         ...
@@ -170,6 +174,8 @@ class Participant:
         """
         deadline = time.monotonic() + message.decision_s
         epoch = message.transition.epoch
+        while self._host.serve_deferred():
+            pass
         while time.monotonic() < deadline:
             packet = self._body.plane.receive(0.001)
             if packet is not None:

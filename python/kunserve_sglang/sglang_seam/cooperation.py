@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _WAIT_MS = 100
 _ROOM_WAIT_MS = 1
-_IDLE_SLICE_S = 0.002
 _KV_ALONG_BYTES = 8 << 20
 """Requests whose KV has to come along share a micro-batch up to about this size."""
 
@@ -66,7 +65,7 @@ class Cooperation:
             launched = self._launch()
         # Paused or not, peers depend on this stage.
         idle = not collected and not launched and not scheduler.agent.serve_one()
-        busy_s = _IDLE_SLICE_S if idle else time.monotonic() - began
+        busy_s = 0.0 if idle else time.monotonic() - began
         if not scheduler.agent.move_pieces(busy_s) and idle:
             self._rest()
         return collected
