@@ -37,6 +37,10 @@ class Control(StatusReader):
         """Full replicas; returns the event."""
         return await self._transition("restore")
 
+    async def trace(self, seconds: float) -> dict[str, Any]:
+        """What the instances do from now on, as a Chrome trace."""
+        return await self._send("POST", "/kunserve/trace", {"seconds": seconds})
+
     async def forget(self) -> None:
         """Empty the prefix caches, so that no prompt is known from an earlier round."""
         await self._send("POST", f"/flush_cache?timeout={_FLUSH_TIMEOUT_S}", None)

@@ -66,6 +66,21 @@ def within(results: Iterable[RequestResult], start_s: float, end_s: float) -> li
     ]
 
 
+def tpots_ms(
+    results: Iterable[RequestResult], start_s: float, end_s: float, *, inside: bool = False
+) -> list[float]:
+    """Mean of the gaps of each request that `within` finds, in milliseconds.
+
+    With `inside`, only gaps that have ended by `end_s` count.
+    """
+    means = []
+    for result in results:
+        found = [g for g in within([result], start_s, end_s) if not inside or g.end_s <= end_s]
+        if found:
+            means.append(1e3 * float(np.mean([g.length_s for g in found])))
+    return means
+
+
 def percentile_ms(lengths: Sequence[Gap], percent: float) -> float:
     """Of the lengths, in milliseconds; NaN without gaps."""
     if not lengths:

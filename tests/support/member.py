@@ -136,7 +136,8 @@ class Member:
             f"waiting {[r.rid for r in s.waiting_queue]}, chunked {s.chunked_req}, "
             f"full {s.running_batch.batch_is_full}, cooperating {s.engine.cooperating}, "
             f"ready {[r.rid for r in ready.reqs]}, in flight {len(flights)}, "
-            f"free {s.token_to_kv_pool_allocator.available_size()}, "
+            f"free {s.token_to_kv_pool_allocator.available_size()} of "
+            f"{s.token_to_kv_pool_allocator.size}, cached {s.tree_cache.evictable_size()}, "
             f"unfinished {[r.rid for r in self.requests.values() if not r.finished()]}"
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from benchmark.client import RequestResult
 from benchmark.gaps import Gap, gaps, percentile_ms, stall, within
 from benchmark.rounds import Round
-from benchmark.transitions import restore_cost
+from benchmark.transitions import admission_ms, restore_cost
 
 
 def result(*gaps_s: float, sent: float = 0.0, ttft: float = 1.0, error: str = "") -> RequestResult:
@@ -69,5 +70,30 @@ def test_a_restore_is_compared_with_the_time_before_it() -> None:
     running = result(*steady, 0.5, *steady, sent=0.0, ttft=1.0)
     load = Round([running], began=1000.0)
     cost = restore_cost(load, {"time": 1003.05, "duration_ms": 300.0})
-    assert cost.before_ms == pytest.approx(100)
-    assert cost.during_ms == pytest.approx(500, rel=0.01)
+    assert cost.gap_before == pytest.approx(100)
+    assert cost.tpot_before == pytest.approx(100)
+    assert cost.gap_during == pytest.approx(500, rel=0.01)
+    assert cost.tpot_during == pytest.approx(500)
+
+
+def test_admission_counts_from_the_end_of_running_steps() -> None:
+    def span(name: str, start_ms: float, length_ms: float, **args: int) -> dict[str, Any]:
+        return {
+            "ph": "X", "name": name, "ts": 1e3 * start_ms, "dur": 1e3 * length_ms, "args": args
+        }  # fmt: skip
+
+    recording: dict[str, Any] = {
+        "otherData": {"began": 1000.0},
+        "traceEvents": [
+            {"ph": "M", "name": "process_name", "args": {}},
+            span("step", 60, 70),
+            span("step", 90, 60),
+            span("exchange", 160, 20),
+            span("own layers", 185, 10, decode=1),
+            span("own layers", 200, 10, decode=0),
+        ],
+    }
+    assert admission_ms(recording, {"time": 1000.1}) == pytest.approx(50)
+    assert admission_ms(recording, {"time": 1000.01}) == pytest.approx(190)
+    recording["traceEvents"].pop()
+    assert math.isnan(admission_ms(recording, {"time": 1000.1}))

@@ -244,7 +244,11 @@ class Pipeline:
         started = time.monotonic()
         yield
         ended = time.monotonic()
-        details = {"owner": header.owner, "sequence": header.sequence}
+        details = {
+            "owner": header.owner,
+            "sequence": header.sequence,
+            "decode": int(header.decode),
+        }
         self._tracer.add(name, started, ended, details)
         self._costs.observe(batch.work(), 1e3 * (ended - started) / len(self._layers))
 

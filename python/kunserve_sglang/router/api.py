@@ -182,8 +182,9 @@ class Events(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TraceDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """How many spans found no room in the recording."""
+    """When time 0 of the recording was, in Unix time; how many spans found no room in it."""
 
+    began: float
     lost_spans: int
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,8 +48,11 @@ class Tracing:
         finally:
             self._running = False
         lost = sum(a.lost for a in answers.values())
-        events = chrome_events({i: a.spans for i, a in answers.items()})
-        return json_answer(Recording(trace_events=events, other_data=TraceDetails(lost_spans=lost)))
+        spans = {i: a.spans for i, a in answers.items()}
+        details = TraceDetails(
+            began=time.time() - time.monotonic() + start_of(spans), lost_spans=lost
+        )
+        return json_answer(Recording(trace_events=chrome_events(spans), other_data=details))
 
     async def _tell(self, instances: Sequence[int], *, record: bool) -> dict[int, Traced]:
         hub = self._control.hub
@@ -59,9 +63,14 @@ class Tracing:
         return {i: a for i, a in zip(instances, answers, strict=True) if isinstance(a, Traced)}
 
 
+def start_of(spans: Mapping[int, Sequence[Span]]) -> float:
+    """The earliest moment in all of them, in monotonic seconds."""
+    return min((s.start for many in spans.values() for s in many), default=0.0)
+
+
 def chrome_events(spans: Mapping[int, Sequence[Span]]) -> list[dict[str, Any]]:
     """Complete events in microseconds, one process an instance, the earliest span at 0."""
-    start = min((s.start for many in spans.values() for s in many), default=0.0)
+    start = start_of(spans)
     events: list[dict[str, Any]] = []
     for instance, many in sorted(spans.items()):
         name = {"name": f"instance {instance}"}
