@@ -58,8 +58,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     `demand` is the number of slots that would satisfy everybody: tokens held by running requests,
     tokens they are still expected to produce, and the same for the waiting ones (paper section 3).
-    `largest` is what the largest of its running requests may need in the end: with fewer slots in
-    all, it could not go on even alone.
+    With fewer slots in all than `largest`, its running requests could not even end one by one.
     """
 
     slots: Slots

@@ -70,7 +70,7 @@ class Engine(Protocol):
         ...
 
     def largest_request(self) -> int:
-        """Slots that the largest of the running requests may need in the end."""
+        """With fewer slots than these, the running requests could not even end one by one."""
         ...
 
     def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:

@@ -10,13 +10,14 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     """Around `PrefillAdder.add_chunked_req`: never schedule more tokens than the pool can hold.
 
     SGLang continues a chunked prompt even when its budget is spent, and fails with "out of memory"
-    when the pool is really full: rare with a fixed pool, but likely after a restore has taken slots
-    away in the middle of a prompt. Here the chunk is cut to what is left or, with nothing left,
-    parked as SGLang does for hybrid models, until running requests have freed slots.
+    when the pool is really full: rare with a fixed pool, but likely after a transition has taken
+    slots away in the middle of a prompt. Here the chunk is cut to what is left beside what one
+    running request needs to end or, with nothing left, parked as SGLang does for hybrid models,
+    until running requests have freed slots. Taking all would leave the running requests nothing
+    but to be retracted, and the last of them to be aborted.
     """
-    if int(adder.rem_total_tokens) > 0:
-        return original(adder, req)
     room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
+    room -= _most_to_come(adder.running_batch)
     if room <= 0:
         return req
     withheld = max(0, adder.rem_chunk_tokens - room)
@@ -25,3 +26,10 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
         return original(adder, req)
     finally:
         adder.rem_chunk_tokens += withheld
+
+
+def _most_to_come(running: Any) -> int:
+    """Tokens that one of the running requests may still produce."""
+    return max(
+        (r.sampling_params.max_new_tokens - len(r.output_ids) for r in running.reqs), default=0
+    )

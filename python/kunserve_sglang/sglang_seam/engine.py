@@ -99,7 +99,12 @@ class SglangEngine:
 
     def largest_request(self) -> int:
         requests = self._scheduler.requests_with_slots()
-        return max((_in_the_end(r) for r in requests), default=0)
+        chunked = self._scheduler.chunked_req
+        largest = max((_in_the_end(r) for r in requests if r is not chunked), default=0)
+        if chunked is None:
+            return largest
+        # Until its prompt is in the pool it cannot be retracted, so both have to fit.
+        return max(_in_the_end(chunked), _length(chunked) + 1 + largest)
 
     def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # As long as the stride, since rows keep stale slots of larger capacities behind their end.
