@@ -7,7 +7,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve_sglang.router.dispatch import Candidate, least_load, request_tokens, round_robin
+from kunserve_sglang.policy.dispatch import Candidate, least_load, round_robin
+from kunserve_sglang.router.dispatch import request_tokens
 
 candidates = st.lists(
     st.builds(

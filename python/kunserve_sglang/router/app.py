@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from kunserve_sglang.policy.dispatch import POLICIES
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.access import Endpoint, Keys
 from kunserve_sglang.router.admin import Admin
@@ -23,7 +24,6 @@ from kunserve_sglang.router.calls import CALLS, Access
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.dashboard import dashboard_routes
-from kunserve_sglang.router.dispatch import POLICIES
 from kunserve_sglang.router.docs import Docs
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
 from kunserve_sglang.router.health import Probes

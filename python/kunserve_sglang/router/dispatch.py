@@ -1,14 +1,14 @@
-"""Which instance gets a request: pure policies, and the book of what is under way."""
+"""What is under way to each instance, and so which one the policy chooses for the next request."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 
 import msgspec
 
+from kunserve_sglang.policy.dispatch import Candidate, Policy
 from kunserve_sglang.router.registry import Instance, Registry
 
 _BYTES_PER_TOKEN = 4
@@ -17,50 +17,6 @@ _DEFAULT_OUTPUT_TOKENS = 128
 
 _EXPECTED_SHARE = 0.7
 """Share of its limit that SGLang expects a request to produce, before it has seen any."""
-
-
-class DispatchPolicy(StrEnum):
-    LEAST_LOAD = "least-load"
-    ROUND_ROBIN = "round-robin"
-
-
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance as a policy sees it; `demand` and `capacity` are token slots."""
-
-    in_flight: int
-    demand: int
-    capacity: int
-
-
-Policy = Callable[[Sequence[Candidate], int], int]
-"""Position of the chosen candidate; the number counts the choices made so far."""
-
-
-def least_load(candidates: Sequence[Candidate], turn: int) -> int:
-    """The smallest share of its slots in demand; then fewest requests, then whose turn it is."""
-    count = len(candidates)
-
-    def cost(position: int) -> tuple[float, int, int]:
-        candidate = candidates[position]
-        load = candidate.demand / max(1, candidate.capacity)
-        return load, candidate.in_flight, (position - turn) % count
-
-    return min(range(count), key=cost)
-
-
-def round_robin(candidates: Sequence[Candidate], turn: int) -> int:
-    return turn % len(candidates)
-
-
-def first(candidates: Sequence[Candidate], turn: int) -> int:  # noqa: ARG001 (a Policy)
-    """For questions that every instance answers alike: the same one each time."""
-    return 0
-
-
-POLICIES: dict[DispatchPolicy, Policy] = {
-    DispatchPolicy.LEAST_LOAD: least_load,
-    DispatchPolicy.ROUND_ROBIN: round_robin,
-}
 
 
 class _Limit(msgspec.Struct):

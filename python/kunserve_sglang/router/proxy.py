@@ -13,8 +13,9 @@ import aiohttp
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.answers import error_answer, retry_later
-from kunserve_sglang.router.dispatch import Dispatcher, Policy, first, request_tokens
+from kunserve_sglang.router.dispatch import Dispatcher, request_tokens
 from kunserve_sglang.router.latency import Latency, StreamTimer
 from kunserve_sglang.router.registry import Instance, Registry
 from kunserve_sglang.router.upstream import (

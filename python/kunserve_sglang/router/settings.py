@@ -8,7 +8,7 @@ import msgspec
 
 from kunserve_sglang.config import ClusterConfig
 from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.router.dispatch import DispatchPolicy
+from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
 """Environment variable that carries `RouterConfig` to the router process."""
