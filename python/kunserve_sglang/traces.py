@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -67,6 +68,26 @@ def scale(
         arrival_s = row.arrival_s * time
         scaled.append(TraceRow(arrival_s, prompt_len, output_len, row.blocks))
     return scaled
+
+
+def multiply(
+    rows: Sequence[TraceRow], factor: float, *, seed: int, jitter_s: float = 1.0
+) -> list[TraceRow]:
+    """`factor` times as many requests in the same time, with the bursts where they were.
+
+    Each row is repeated so many times, the fraction by chance; copies arrive up to `jitter_s`
+    later. A factor below 1 leaves requests out.
+    """
+    chance = random.Random(seed)
+    found: list[TraceRow] = []
+    for row in rows:
+        whole, part = divmod(factor, 1.0)
+        count = int(whole) + (chance.random() < part)
+        for copy in range(count):
+            later = chance.random() * jitter_s if copy else 0.0
+            found.append(replace(row, arrival_s=row.arrival_s + later))
+    found.sort(key=lambda row: row.arrival_s)
+    return found
 
 
 def _csv_rows(reader: csv.DictReader[str], path: Path) -> Iterable[TraceRow]:

@@ -91,3 +91,21 @@ def test_chunks_are_cut_for_the_machine_as_it_is_now() -> None:
     assert now < before
     assert costs.predict(Work(chunks=(Chunk(100, now),))) <= 6.0 * 1.001
     assert costs.fixed_ms(prefill=True) == pytest.approx(2 * TRUE.prefill_fixed_ms, rel=0.01)
+
+
+@given(st.integers(0, 1000))
+def test_predictions_are_what_the_fit_means_by_its_features(seed: int) -> None:
+    for work in works(seed, 3):
+        by_chunk = [
+            TRUE.prefill[1]
+            + TRUE.prefill[2] * c.tokens
+            + TRUE.prefill[3] * (c.prefix * c.tokens + c.tokens * (c.tokens + 1) / 2)
+            + TRUE.prefill[4] * c.prefix
+            + TRUE.prefill[5] * c.prefix**2
+            for c in work.chunks
+        ]
+        expected = sum(by_chunk) + TRUE.prefill[0] * bool(work.chunks)
+        if work.decodes:
+            step, request, context = TRUE.decode
+            expected += step + request * work.decodes + context * work.context
+        assert TRUE.predict(work) == pytest.approx(expected)

@@ -60,9 +60,20 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         """Milliseconds per layer."""
         ms = 0.0
         if work.chunks:
-            ms += _dot(self.prefill, _prefill_features(work.chunks))
+            # As `_prefill_features`, in one pass: this is asked at every step.
+            tokens = pairs = prefixes = squares = 0.0
+            for chunk in work.chunks:
+                prefix, own = chunk.prefix, chunk.tokens
+                tokens += own
+                pairs += own * (prefix + (own + 1) / 2)
+                prefixes += prefix
+                squares += prefix * prefix
+            batch, each, beta, alpha, rho, omega = self.prefill
+            ms = batch + each * len(work.chunks) + beta * tokens
+            ms += alpha * pairs + rho * prefixes + omega * squares
         if work.decodes:
-            ms += _dot(self.decode, _decode_features(work))
+            step, request, context = self.decode
+            ms += step + request * work.decodes + context * work.context
         return ms
 
     def chunk_tokens(self, prefix: int, target_ms: float, most: int) -> int:
@@ -174,7 +185,3 @@ def _fit(rows: Sequence[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
     coefficients = np.zeros(features.shape[1])
     coefficients[kept] = np.maximum(found, 0)
     return tuple(float(c) for c in coefficients)
-
-
-def _dot(coefficients: Sequence[float], features: Sequence[float]) -> float:
-    return sum(c * f for c, f in zip(coefficients, features, strict=True))

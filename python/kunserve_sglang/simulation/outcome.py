@@ -1,0 +1,69 @@
+"""What a simulation tells: requests, transitions, and the cluster over time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.simulation.job import Job
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """A drop or restore. Times are simulated seconds; capacities are slots of its members.
+
+    `waited_s` is from the decision until all members stood still, `stall_s` what came then.
+    """
+
+    kind: TransitionKind
+    reason: str
+    instances: list[int]
+    status: str
+    time: float
+    waited_s: float
+    stall_s: float
+    freed_bytes: int
+    exchanged_bytes: int
+    loaded_bytes: int
+    capacity_before: int
+    capacity_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """All instances together at one moment."""
+
+    at_s: float
+    running: int
+    waiting: int
+    slots_used: int
+    slots_capacity: int
+    demand: int
+    cooperative: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One simulated run.
+
+    `refused` requests never fit an instance; `wall_s`, `cpu_s` and `steps` say what the simulation
+    itself took. `cooperative_s` sums up the seconds that instances spent in groups.
+    """
+
+    instances: int
+    policy: str
+    jobs: list[Job]
+    refused: int = 0
+    duration_s: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    steps: int = 0
+    cooperative_s: float = 0.0
+    retractions: int = 0
+    capacity: int = 0
+    events: list[Event] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+    def committed(self, kind: TransitionKind) -> list[Event]:
+        return [e for e in self.events if e.kind is kind and e.status == "committed"]

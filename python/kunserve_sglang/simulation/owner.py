@@ -1,0 +1,321 @@
+"""An instance as owner: its queue, its slots, and SGLang's rules of admission and retraction.
+
+After `PrefillAdder`, `get_next_batch_to_run` and `retract_decode` of SGLang 0.5.16, page size 1.
+Every request is computed as a whole: prefixes that requests share are not simulated.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+
+from kunserve_sglang.messages import Load, Slots
+from kunserve_sglang.simulation.job import Job
+from kunserve_sglang.simulation.profile import Profile
+
+INITIAL_RATIO = 0.7
+_LEAST_RATIO = 0.14 * INITIAL_RATIO
+_RATIO_DECAY = (INITIAL_RATIO - _LEAST_RATIO) / 600
+"""SGLang's estimate of how much of its limit a request will produce, and how it is lowered."""
+
+_CLIP_NEW_TOKENS = 4096
+_RETRACT_STEPS = 20
+
+Piece = tuple[Job, int, int]
+"""A chunk of a prompt: the request, the tokens before it, and its own tokens."""
+
+
+class Owner:
+    """Requests and slots of one instance.
+
+    Requests that decode are in one of two forms: `decoding` for an instance on its own, a heap by
+    the step in which they finish, so that a run of steps costs nothing per request; `ready` for a
+    group, whose micro-batches advance separately.
+    """
+
+    __slots__ = (
+        "capacity",
+        "chunked",
+        "context",
+        "count",
+        "decoding",
+        "finished",
+        "full",
+        "limits",
+        "number",
+        "ratio",
+        "ready",
+        "remaining",
+        "retractions",
+        "steps",
+        "used",
+        "waiting",
+        "waiting_demand",
+    )
+
+    def __init__(self, number: int, capacity: int, limits: Profile) -> None:
+        self.number = number
+        self.capacity = capacity
+        self.limits = limits
+        self.used = 0
+        self.ratio = INITIAL_RATIO
+        self.full = False
+        self.waiting: deque[Job] = deque()
+        self.waiting_demand = 0.0
+        self.chunked: Job | None = None
+        self.decoding: list[tuple[int, int, Job]] = []
+        self.ready: list[Job] = []
+        self.steps = 0
+        self.count = 0
+        self.context = 0
+        self.remaining = 0
+        self.retractions = 0
+        self.finished = 0
+
+    # -- load ------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Requests that hold slots."""
+        return self.count + (self.chunked is not None)
+
+    def demand(self, steps_ahead: int = 0) -> int:
+        """As `instance.engine.Engine.load` counts it; see there and `messages.Load`.
+
+        `steps_ahead`: decode steps that have been done and not been accounted for yet.
+        """
+        ahead = steps_ahead * self.count
+        expected = self.remaining - ahead
+        if self.chunked is not None:
+            expected += self.chunked.remaining
+        return int(self.used + ahead + self.waiting_demand + INITIAL_RATIO * expected)
+
+    def load(self, steps_ahead: int = 0) -> Load:
+        used = self.used + steps_ahead * self.count
+        return Load(
+            slots=Slots(used=used, cached=0, capacity=self.capacity),
+            running=self.running,
+            waiting=len(self.waiting),
+            demand=self.demand(steps_ahead),
+        )
+
+    # -- waiting ---------------------------------------------------------------------------------
+
+    def add(self, job: Job) -> None:
+        job.instance = self.number
+        self._wait(job)
+
+    def _wait(self, job: Job) -> None:
+        self.waiting.append(job)
+        self.waiting_demand += job.known + INITIAL_RATIO * job.remaining
+
+    # -- prefill ---------------------------------------------------------------------------------
+
+    @property
+    def may_admit(self) -> bool:
+        """Whether the next step tries to be a prefill."""
+        return self.chunked is not None or (not self.full and bool(self.waiting))
+
+    def admit(self, chunk_limit: int) -> list[Piece]:
+        """The next prefill batch, whose slots are taken at once; empty if nothing may run."""
+        if not self.may_admit:
+            return []
+        free = self.capacity - self.used
+        total = free - self.ratio * self.remaining  # SGLang's rem_total_tokens
+        current, chunk, tokens = free, chunk_limit, self.limits.max_prefill_tokens
+        pieces: list[Piece] = []
+        job = self.chunked
+        if job is not None:
+            take = self._next_chunk(job, chunk, int(total), free)
+            if not take:
+                return []
+            pieces.append((job, job.computed, take))
+            job.computed += take
+            if job.computed == job.known:
+                self.chunked = None
+                total -= min(job.output, _CLIP_NEW_TOKENS)
+            total -= take + 1
+            current -= take + 1
+            chunk -= take
+            tokens -= take
+        seats = self.limits.max_running_requests - self.count
+        while self.waiting:
+            if len(pieces) >= seats:
+                self.full = True
+            if self.full:
+                break
+            job = self.waiting[0]
+            need = job.known
+            if need + min(job.remaining, _CLIP_NEW_TOKENS) + 1 >= total:
+                self.full = True
+                break
+            if self.chunked is not None or chunk <= 0:
+                break
+            take = min(need, chunk)
+            self.waiting.popleft()
+            self.waiting_demand -= need + INITIAL_RATIO * job.remaining
+            pieces.append((job, 0, take))
+            job.computed = take
+            if take < need:
+                self.chunked = job
+            else:
+                total -= min(job.output, _CLIP_NEW_TOKENS)
+            total -= take + 1
+            current -= take + 1
+            chunk -= take
+            tokens -= take
+            if total <= 0 or current <= 0:
+                self.full = True
+            if chunk <= 0 or tokens <= 0:
+                break
+        if not self.waiting:
+            self.waiting_demand = 0.0  # no rounding errors pile up
+        self.used += sum(piece[2] for piece in pieces)
+        return pieces
+
+    @staticmethod
+    def _next_chunk(job: Job, chunk: int, total: int, free: int) -> int:
+        """Tokens of the next chunk; 0 if it has to wait for slots (`sglang_seam.admission`)."""
+        left = job.known - job.computed
+        if total > 0:
+            return min(left, chunk, total)
+        return min(left, chunk, max(0, free))
+
+    def prefilled(self, pieces: Iterable[Piece], now: float) -> list[Job]:
+        """A prefill batch is through: who begins to decode. Finished requests give back slots."""
+        started: list[Job] = []
+        for job, before, take in pieces:
+            if before + take < job.known:
+                self.full = False  # SGLang: the batch got smaller, as the chunk leaves it
+                continue
+            job.produced += 1
+            if job.produced == 1:
+                job.first = now
+            if job.produced == job.output:
+                job.end = now
+                self.finished += 1
+                self.used -= job.computed
+                self.full = False
+                continue
+            self.count += 1
+            self.context += job.known
+            self.remaining += job.remaining
+            started.append(job)
+        return started
+
+    # -- decode, on its own ----------------------------------------------------------------------
+
+    def begin_decoding(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            heapq.heappush(self.decoding, (self.steps + job.remaining, job.index, job))
+
+    def most_steps(self) -> int:
+        """Decode steps until a request finishes or slots run out; 0 if there is no slot left."""
+        return min(self.decoding[0][0] - self.steps, (self.capacity - self.used) // self.count)
+
+    def advance(self, steps: int, now: float) -> bool:
+        """So many decode steps are done, all but the last without a finish; whether some did."""
+        self.steps += steps
+        grown = steps * self.count
+        self.used += grown
+        self.context += grown
+        self.remaining -= grown
+        self.ratio = max(self.ratio - steps * _RATIO_DECAY, _LEAST_RATIO)
+        finished = False
+        while self.decoding and self.decoding[0][0] <= self.steps:
+            job = heapq.heappop(self.decoding)[2]
+            job.produced = job.output
+            self._leave(job, job.known - 1)
+            job.end = now
+            self.finished += 1
+            finished = True
+        return finished
+
+    def _leave(self, job: Job, slots: int) -> None:
+        """The request no longer decodes."""
+        self.count -= 1
+        self.context -= job.known
+        self.remaining -= job.remaining
+        self.used -= slots
+
+    # -- decode, in a group ----------------------------------------------------------------------
+
+    def take_ready(self, share: int) -> list[Job]:
+        """A micro-batch of at most `share` requests, with a slot each; empty if there is none."""
+        batch, rest = self.ready[:share], self.ready[share:]
+        if self.capacity - self.used < len(batch):
+            return []
+        self.ready = rest
+        self.used += len(batch)
+        self.ratio = max(self.ratio - _RATIO_DECAY, _LEAST_RATIO)
+        return batch
+
+    def decoded(self, batch: Iterable[Job], now: float) -> None:
+        """A decode micro-batch came back: one token more for each of its requests."""
+        for job in batch:
+            job.produced += 1
+            self.context += 1
+            self.remaining -= 1
+            if job.produced == job.output:
+                self._leave(job, job.known - 1)
+                job.end = now
+                self.finished += 1
+                self.full = False
+            else:
+                self.ready.append(job)
+
+    # -- both ------------------------------------------------------------------------------------
+
+    def retract(self) -> None:
+        """Slots have run out: those with the least output wait again, until the next step fits.
+
+        If the last one does not fit even alone (a chunked prompt holds the rest), it is given up,
+        as SGLang does.
+        """
+        jobs = self.ready or self._decoding_jobs()
+        jobs.sort(key=lambda job: (job.produced, -job.prompt), reverse=True)
+        while len(jobs) > 1:
+            job = jobs.pop()
+            self._leave(job, job.known - 1)
+            job.computed = 0
+            job.retractions += 1
+            self.retractions += 1
+            self._wait(job)
+            if self.capacity - self.used >= len(jobs):
+                break
+        if self.capacity - self.used < len(jobs):
+            lost = jobs.pop()
+            self._leave(lost, lost.known - 1)
+            lost.failed = True
+            self.finished += 1
+        self.full = False
+        produced = sum(job.produced for job in jobs) + _RETRACT_STEPS * len(jobs)
+        self.ratio = min(1.0, produced / (sum(job.output for job in jobs) + 1))
+        if self.decoding:
+            self.decoding = []
+            self.begin_decoding(jobs)
+        else:
+            self.ready = jobs
+
+    def rest(self) -> None:
+        """Nothing to do: SGLang forgets what it has learnt of output lengths."""
+        self.ratio = INITIAL_RATIO
+
+    def to_group(self) -> None:
+        """From the form for an instance on its own to that for a group."""
+        self.ready = self._decoding_jobs()
+        self.decoding = []
+
+    def to_solo(self) -> None:
+        """The other way; all micro-batches must have come back."""
+        self.begin_decoding(self.ready)
+        self.ready = []
+
+    def _decoding_jobs(self) -> list[Job]:
+        """Requests in the heap, in order of arrival, with their output so far written down."""
+        jobs = []
+        for finish, _, job in sorted(self.decoding, key=lambda entry: entry[1]):
+            job.produced = job.output - (finish - self.steps)
+            jobs.append(job)
+        return jobs
