@@ -1,0 +1,148 @@
+"""Measures a profile for `kunserve_sglang.simulate` on this machine.
+
+`python -m benchmark.simulator_profile --output profile.toml` loads the model into one scheduler on
+one core, takes the profile that an instance takes, and what a step costs besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from benchmark.cost_model import best_of
+from benchmark.demo import ROOT, small_model
+from benchmark.local_scheduler import local_scheduler
+from benchmark.noise import Noise
+from benchmark.report import describe_machine
+from benchmark.step_cost import fit_step_cost, play
+from kunserve_sglang.config import parse_size
+from kunserve_sglang.policy.cost_model import fit
+from kunserve_sglang.simulation.profile import Links, Profile, load_profile
+
+LINKS = Links(
+    # Shared memory of one host: what demo.json's drop and restore moved in the time they stood
+    # still. Hops are small copies and a wake-up.
+    exchange_bytes_per_s=1.0e9,
+    parameters_bytes_per_s=1.0e9,
+    activations_bytes_per_s=1.0e9,
+    hop_ms=1.0,
+    transition_ms=25.0,
+)
+
+
+def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, float]:
+    """The profile, and the share of the cores that other programs took meanwhile."""
+    import torch
+
+    from kunserve_sglang.instance.profiling import measure, shapes
+
+    with local_scheduler(
+        model,
+        memory_budget=parse_size("1GiB"),
+        core=flags.core,
+        chunked_prefill_size=flags.chunked_prefill_size,
+    ) as scheduler:
+        noise = Noise()
+        context = scheduler.model_config.context_len
+        work = list(shapes(scheduler.max_total_num_tokens, context, flags.chunked_prefill_size))
+        with torch.inference_mode():
+            passes = [
+                measure(scheduler.engine, work, budget_s=float("inf")) for _ in range(flags.passes)
+            ]
+            costs = fit(best_of(passes))
+            step = fit_step_cost(play(scheduler), costs, scheduler.engine.layer_count)
+        step = msgspec.structs.replace(step, stage_ms=flags.stage_ms)
+        runner: Any = scheduler.tp_worker.model_runner
+        memory = runner.kv_cache_configurator.profile
+        layers = scheduler.engine.layer_count
+        profile = Profile(
+            name=f"{model.name} on one core of {describe_machine()['cpu']}",
+            source="measured by python -m benchmark.simulator_profile",
+            layers=layers,
+            memory_budget=flags.memory_budget,
+            resident_bytes=runner.memory.resident_bytes,
+            layer_bytes=max(memory.layer_pages) * memory.page_bytes,
+            kv_bytes_per_token=layers * (memory.key_row_bytes + memory.value_row_bytes),
+            activation_bytes_per_token=2
+            * scheduler.model_config.hidden_size
+            * runner.dtype.itemsize,
+            page_bytes=memory.page_bytes,
+            frontend_ms=flags.frontend_ms,
+            chunked_prefill_size=flags.chunked_prefill_size,
+            max_running_requests=scheduler.max_running_requests,
+            cost=costs,
+            step=step,
+            links=LINKS,
+        )
+        return profile, noise.share()
+
+
+def to_toml(profile: Profile, comment: str) -> str:
+    """A profile as a file that `load_profile` reads, tables last."""
+    lines = [*(f"# {line}" for line in comment.splitlines()), ""]
+    tables: list[str] = []
+    for name in profile.__struct_fields__:
+        value = getattr(profile, name)
+        if isinstance(value, str | int | float):
+            lines.append(f"{name} = {_toml(value)}")
+        else:
+            tables += ["", f"[{name}]"]
+            tables += [f"{k} = {_toml(getattr(value, k))}" for k in value.__struct_fields__]
+    return "\n".join([*lines, *tables, ""])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def main() -> int:
+    flags = argparse.ArgumentParser(
+        prog="python -m benchmark.simulator_profile",
+        description="Measure this machine for the simulator.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
+    flags.add_argument("--memory-budget", default="288MiB", help="of the simulated instances")
+    flags.add_argument("--chunked-prefill-size", type=int, default=256)
+    flags.add_argument(
+        "--frontend-ms",
+        type=float,
+        default=80.0,
+        help="HTTP and tokenizer; an idle server shows it",
+    )
+    flags.add_argument(
+        "--stage-ms",
+        type=float,
+        default=9.0,
+        help="a micro-batch; TPOT in a group shows it",
+    )
+    flags.add_argument("--core", type=int, default=0)
+    flags.add_argument("--passes", type=int, default=3, help="the best of so many counts")
+    flags.add_argument(
+        "--output", type=Path, default=ROOT / "examples" / "profiles" / "smollm2-135m-cpu.toml"
+    )
+    chosen = flags.parse_args()
+    profile, noise = measure_profile(chosen, chosen.model_path or small_model())
+    comment = (
+        "One instance on one core: cost, sizes and step are measured. links, frontend_ms and\n"
+        "step.stage_ms are what real clusters on such cores showed (benchmark/results/demo.json).\n"
+        f"Other programs took {noise:.0%} of the cores meanwhile."
+    )
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen.output.write_text(to_toml(profile, comment))
+    load_profile(chosen.output)
+    Console().print(f"Written: {chosen.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
