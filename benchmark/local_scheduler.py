@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def local_scheduler(
-    model: Path, *, memory_budget: int, core: int, **server: Any
+    model: Path, *, memory_budget: int, core: int, page_bytes: int = 0, **server: Any
 ) -> Iterator[KunServeScheduler]:
     """The product's scheduler with `model` loaded, on one thread of one core.
 
@@ -32,6 +32,7 @@ def local_scheduler(
             memory_budget=memory_budget,
             owners=2,
             cpus=(core,),
+            page_bytes=page_bytes,
         )
         os.environ[INSTANCE_ENVIRONMENT] = instance.to_environment()
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"

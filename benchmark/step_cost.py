@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -64,7 +64,7 @@ def play(scheduler: KunServeScheduler) -> list[Step]:
             for number in range(count):
                 # Prompts share no prefix, or the second batch would have less to do.
                 first = 100 * (10 * count + number + 1000 * repeat)
-                _add(scheduler, f"{repeat}-{count}-{number}", range(first, first + _PROMPT))
+                add(scheduler, f"{repeat}-{count}-{number}", range(first, first + _PROMPT), _OUTPUT)
             steps += _run(scheduler)
     return steps
 
@@ -90,12 +90,13 @@ def _run(scheduler: Any) -> list[Step]:
         steps.append(Step(work, 1e3 * (time.thread_time() - started)))
 
 
-def _add(scheduler: Any, rid: str, prompt: range) -> None:
+def add(scheduler: Any, rid: str, prompt: Iterable[int], new_tokens: int) -> None:
+    """Queue a request as the tokenizer would; greedy, and exactly `new_tokens` long."""
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_new_tokens=_OUTPUT)
+    sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_new_tokens=new_tokens)
     sampling.normalize(None)
     vocabulary = scheduler.model_config.vocab_size
     values: dict[str, Any] = {

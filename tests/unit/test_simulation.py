@@ -147,7 +147,7 @@ def test_a_pipeline_of_two_stages(position: int) -> None:
 
 
 def test_a_drop_lets_more_requests_in() -> None:
-    burst = [TraceRow(0.01 * i, 150, 60) for i in range(12)]
+    burst = [TraceRow(0.01 * i, 20, 60) for i in range(60)]
     queued, dropped = (simulate(burst, 2, policy) for policy in ("none", "drop"))
     (drop,) = dropped.committed(TransitionKind.DROP)
     assert drop.freed_bytes == LAYERS * 2048

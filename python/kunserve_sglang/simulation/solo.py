@@ -75,7 +75,10 @@ class Solo:
         """What was due is done; begin the next batch. Returns whose load has changed."""
         owner = self.owner
         if self._pieces:
+            alone = not owner.count
             owner.begin_decoding(owner.prefilled(self._pieces, now))
+            if alone:
+                owner.full = False  # SGLang goes on with the new batch, which is not marked full
             self._pieces = []
         elif self._steps:
             # SGLang sees that a batch has shrunk when it prepares the next decode step.
