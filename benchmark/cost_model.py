@@ -21,9 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmark.cost_picture import draw
-from benchmark.demo import ROOT, small_model
 from benchmark.local_scheduler import local_scheduler
 from benchmark.noise import Noise
+from benchmark.program import ROOT, small_model
 from benchmark.report import describe_machine, dumps
 from kunserve_sglang.config import parse_size
 from kunserve_sglang.policy.cost_model import Chunk, CostModel, Sample, Work, errors, fit

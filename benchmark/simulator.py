@@ -22,9 +22,9 @@ from rich.table import Table
 
 from benchmark.client import RequestResult
 from benchmark.cluster import Cluster, ClusterOptions
-from benchmark.demo import ROOT, small_model
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, run_workload, warm_up_requests
+from benchmark.program import ROOT, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine, dumps
 from benchmark.simulator_picture import draw

@@ -15,9 +15,9 @@ import msgspec
 from rich.console import Console
 
 from benchmark.cost_model import best_of
-from benchmark.demo import ROOT, small_model
 from benchmark.local_scheduler import local_scheduler
 from benchmark.noise import Noise
+from benchmark.program import ROOT, small_model
 from benchmark.report import describe_machine
 from benchmark.step_cost import fit_step_cost, play
 from kunserve_sglang.config import parse_size
