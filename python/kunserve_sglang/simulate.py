@@ -16,7 +16,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kunserve_sglang.config import ClusterConfig, MicroBatches, OverloadPolicy
+from kunserve_sglang.config import ClusterConfig, ExchangeMode, MicroBatches, OverloadPolicy
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.simulation import Cluster, Outcome, Profile, load_profile
@@ -52,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
     cluster.add_argument("--drop-threshold", type=float, default=defaults.drop_threshold)
     cluster.add_argument("--restore-threshold", type=float, default=defaults.restore_threshold)
     cluster.add_argument("--max-group-size", type=int, default=defaults.max_group_size)
+    cluster.add_argument("--tpot-limit-ms", type=float, help="drop nothing that would exceed it")
+    cluster.add_argument(
+        "--exchange", type=ExchangeMode, choices=list(ExchangeMode), default=defaults.exchange
+    )
     cluster.add_argument(
         "--micro-batches",
         type=MicroBatches,
@@ -111,7 +115,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             for name in (
                 *("start", "duration", "rate_scale", "prompt_scale", "output_scale", "max_total"),
                 *("seed", "drop_threshold", "restore_threshold", "max_group_size"),
-                *("micro_batches", "dispatch"),
+                *("tpot_limit_ms", "exchange", "micro_batches", "dispatch"),
             )
         },
     }
@@ -175,6 +179,8 @@ def _config(flags: argparse.Namespace, count: int, policy: str) -> ClusterConfig
         drop_threshold=flags.drop_threshold,
         restore_threshold=flags.restore_threshold,
         max_group_size=flags.max_group_size,
+        tpot_limit_ms=flags.tpot_limit_ms,
+        exchange=flags.exchange,
         micro_batches=flags.micro_batches,
     )
 

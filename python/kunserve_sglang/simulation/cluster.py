@@ -23,7 +23,7 @@ from kunserve_sglang.simulation.outcome import Event, Outcome, Sample
 from kunserve_sglang.simulation.owner import Owner
 from kunserve_sglang.simulation.profile import Profile
 from kunserve_sglang.simulation.solo import Solo
-from kunserve_sglang.simulation.transitions import Cost, cost_of
+from kunserve_sglang.simulation.transitions import Phase, Running
 from kunserve_sglang.traces import TraceRow
 
 WATCH_INTERVAL_S = 0.05
@@ -39,18 +39,6 @@ _RESTORE_WAIT_S = 120.0
 Runner = Solo | Group
 Progress = Callable[[int, float], None]
 """Requests finished, and the simulated time in seconds."""
-
-
-class _Transition:
-    """A plan on its way: members come to rest one by one, then the exchange runs."""
-
-    def __init__(self, plan: Plan, now: float, runners: list[Runner]) -> None:
-        self.plan = plan
-        self.began = now
-        self.runners = runners
-        self.rested = math.nan
-        self.due = math.inf
-        self.cost: Cost | None = None
 
 
 class Cluster:
@@ -80,7 +68,7 @@ class Cluster:
         self._states: list[InstanceState | None] = [None] * count
         self._heap: list[tuple[float, int, Runner]] = []
         self._sequence = 0
-        self._transition: _Transition | None = None
+        self._transition: Running | None = None
         self._outcome = Outcome(count, config.overload_policy.value, [])
         self._next_sample = 0.0
         self._sample_s = 0.0
@@ -133,7 +121,7 @@ class Cluster:
                     break
                 watch += self._watch_s
             elif exchange <= due:
-                self._finish_transition(exchange)
+                self._phase_ended(exchange)
             else:
                 steps += 1
                 runner = heapq.heappop(heap)[2]
@@ -193,10 +181,13 @@ class Cluster:
         if now >= self._next_sample:
             self._sample(now, loads)
             self._next_sample = now + self._sample_s
-        if self._transition is None and self._control.auto:
+        if self._transition is not None:
+            self._look_after(self._transition, now, loads)
+        elif self._control.auto:
             plan = self._control.decide(now, self._state(loads))
             if plan is not None:
-                self._begin_transition(plan, now)
+                self._transition = Running(plan, now)
+                self._begin_step(self._transition, now)
         return False
 
     def _loads(self, now: float) -> list[Load]:
@@ -216,7 +207,12 @@ class Cluster:
             layout = self._layouts[number]
             if state is None or state.load != load or state.layout is not layout:
                 state = self._states[number] = InstanceState(
-                    instance=number, address="", memory=self._memory, layout=layout, load=load
+                    instance=number,
+                    address="",
+                    memory=self._memory,
+                    layout=layout,
+                    load=load,
+                    costs=self._profile.cost,
                 )
             states.append(state)
         return ClusterState(instances=tuple(states))
@@ -240,40 +236,99 @@ class Cluster:
 
     # -- transitions -----------------------------------------------------------------------------
 
-    def _begin_transition(self, plan: Plan, now: float) -> None:
-        runners = list({id(self._runners[i]): self._runners[i] for i in plan.instances}.values())
-        self._transition = _Transition(plan, now, runners)
-        for runner in runners:
+    def _begin_step(self, transition: Running, now: float) -> None:
+        step = transition.step
+        if step.grows and not step.ahead:  # nobody stops for that
+            self._adopt(step.after)
+            self._resume(transition.plan, now)
+            self._step_ended(transition, now)
+            return
+        transition.stop(now)
+        for runner in self._runners_of(transition.plan):
             runner.stop(now)
             self._queue(runner)
         self._rested(now)
 
     def _rested(self, now: float) -> None:
-        """A member has come to rest; with all of them, votes are cast and the exchange begins."""
+        """A member has come to rest; with all of them, votes are cast and the step is done."""
         transition = self._transition
-        if transition is None or not all(r.resting for r in transition.runners):
+        if transition is None or transition.phase is not Phase.STOPPING:
             return
-        transition.rested = now
+        if not all(r.resting for r in self._runners_of(transition.plan)):
+            return
+        transition.rested(now)
         used = {i: self._owners[i].used for i in transition.plan.instances}
-        after = {m.instance: m for x in transition.plan.transition.after for m in x.members}
-        if any(used[i] > after[i].capacity for i in used):
-            self._end_transition(transition, now, "aborted")
-            return
-        transition.cost = cost_of(transition.plan.transition, used, self._memory, self._profile)
-        transition.due = now + transition.cost.stall_s
+        after = {m.instance: m for x in transition.step.after for m in x.members}
+        needed = {i: max(used[i], self._owners[i].largest_request()) for i in used}
+        if any(needed[i] > after[i].capacity for i in needed):
+            self._give_up(transition, now)
+        else:
+            transition.stand(now, used, self._memory, self._profile)
 
-    def _finish_transition(self, now: float) -> None:
+    def _phase_ended(self, now: float) -> None:
         transition = self._transition
         assert transition is not None
-        for layout in transition.plan.transition.after:
-            self._adopt(layout)
-        self._end_transition(transition, now, "committed")
+        if transition.phase is Phase.STANDING:
+            self._adopt(transition.step.after)
+            transition.serve(now)
+            self._resume(transition.plan, now)
+            if transition.in_background:
+                transition.pace(now, busy=self._busy(transition.plan))
+                return
+        transition.arrived(now)
+        self._step_ended(transition, now)
 
-    def _adopt(self, layout: Layout) -> None:
+    def _step_ended(self, transition: Running, now: float) -> None:
+        if transition.number + 1 < len(transition.steps):
+            transition.number += 1
+            self._begin_step(transition, now)
+        else:
+            self._end_transition(transition, now, "committed")
+
+    def _look_after(self, transition: Running, now: float, loads: Sequence[Load]) -> None:
+        """Bytes move while members serve: how fast, and whether that is still wanted."""
+        if transition.phase is not Phase.MOVING:
+            return
+        transition.pace(now, busy=self._busy(transition.plan))
+        if transition.step.ahead and self._control.unwanted(transition.plan, self._state(loads)):
+            self._give_up(transition, now)
+
+    def _give_up(self, transition: Running, now: float) -> None:
+        """The group goes on as it was before the first step."""
+        undo = transition.plan.undo
+        if undo is not None:
+            self._adopt(undo.after)
+        self._resume(transition.plan, now)
+        self._end_transition(transition, now, "aborted")
+
+    def _runners_of(self, plan: Plan) -> list[Runner]:
+        return list({id(self._runners[i]): self._runners[i] for i in plan.instances}.values())
+
+    def _busy(self, plan: Plan) -> bool:
+        return not all(runner.resting for runner in self._runners_of(plan))
+
+    def _resume(self, plan: Plan, now: float) -> None:
+        for runner in self._runners_of(plan):
+            runner.resume(now)
+            self._queue(runner)
+        for number in plan.instances:
+            self._report(self._owners[number], self._runners[number].steps_done(now))
+
+    def _adopt(self, layouts: Iterable[Layout]) -> None:
+        for layout in layouts:
+            for member in layout.members:
+                owner = self._owners[member.instance]
+                owner.capacity = member.capacity
+                owner.full = False
+            if _placed(layout) != _placed(self._layouts[layout.ids[0]]):
+                self._regroup(layout)
+            for number in layout.ids:
+                self._layouts[number] = layout
+
+    def _regroup(self, layout: Layout) -> None:
+        """The members run other layers than before, or with others."""
         owners = [self._owners[m.instance] for m in layout.members]
-        for owner, member in zip(owners, layout.members, strict=True):
-            owner.capacity = member.capacity
-            owner.full = False
+        for owner in owners:
             cooperated = isinstance(self._runners[owner.number], Group)
             if layout.cooperative and not cooperated:
                 owner.to_group()
@@ -293,19 +348,12 @@ class Cluster:
             runner = Solo(owners[0], self._costs)
         for owner in owners:
             self._runners[owner.number] = runner
-            self._layouts[owner.number] = layout
 
-    def _end_transition(self, transition: _Transition, now: float, status: str) -> None:
-        plan, cost = transition.plan, transition.cost
+    def _end_transition(self, transition: Running, now: float, status: str) -> None:
+        plan, committed = transition.plan, status == "committed"
         self._transition = None
-        self._control.ended(now, committed=status == "committed")
-        runners = {id(self._runners[i]): self._runners[i] for i in plan.instances}
-        for runner in runners.values():
-            runner.resume(now)
-            self._queue(runner)
-        for number in plan.instances:
-            self._report(self._owners[number], 0)
-        dropped = plan.transition.kind is TransitionKind.DROP
+        self._control.ended(now, plan.transition.kind, committed=committed)
+        dropped = committed and plan.transition.kind is TransitionKind.DROP
         self._outcome.events.append(
             Event(
                 kind=plan.transition.kind,
@@ -313,15 +361,20 @@ class Cluster:
                 instances=plan.instances,
                 status=status,
                 time=transition.began,
-                waited_s=transition.rested - transition.began,
-                stall_s=now - transition.rested,
-                freed_bytes=plan.freed_bytes if dropped and cost else 0,
-                exchanged_bytes=cost.exchanged_bytes if cost else 0,
-                loaded_bytes=cost.loaded_bytes if cost else 0,
+                waited_s=transition.waited_s,
+                stall_s=transition.stall_s,
+                moving_s=transition.moving_s,
+                freed_bytes=plan.freed_bytes if dropped else 0,
+                exchanged_bytes=transition.exchanged_bytes,
+                loaded_bytes=transition.loaded_bytes,
                 capacity_before=plan.capacity_before,
-                capacity_after=plan.capacity_after if cost else plan.capacity_before,
+                capacity_after=sum(self._owners[i].capacity for i in plan.instances),
             )
         )
 
     def _alone(self, number: int, layers: LayerRange) -> Member:
         return Member(instance=number, layers=layers, capacity=self._capacity, address="")
+
+
+def _placed(layout: Layout) -> list[tuple[int, LayerRange]]:
+    return [(m.instance, m.layers) for m in layout.members]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from kunserve_sglang.config import ClusterConfig, OverloadPolicy
-from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Thresholds
+from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
+from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
+from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
+from kunserve_sglang.policy.staging import STEPS, staged
 from kunserve_sglang.policy.state import ClusterState
 
 RETRY_S = 1.0
@@ -20,7 +23,7 @@ class Control:
         self._monitor = OverloadMonitor(
             Thresholds(drop=config.drop_threshold, restore=config.restore_threshold)
         )
-        self._epoch = 0
+        self._epoch = 1
         self._retry_after = 0.0
 
     def decide(self, now: float, state: ClusterState) -> Plan | None:
@@ -28,25 +31,35 @@ class Control:
         need = self._monitor.observe(now, state)
         if not self.auto or need is None or now < self._retry_after:
             return None
-        self._epoch += 1
         try:
-            if isinstance(need, DropNeeded):
-                return plan_drop(
-                    state,
-                    epoch=self._epoch,
-                    reason=need.reason,
-                    max_group_size=self._config.max_group_size,
-                    tokens=need.tokens,
-                )
-            return plan_restore(
-                state, epoch=self._epoch, reason=need.reason, instances=need.instances
-            )
+            plan = self._plan(need, state)
         except NoPlan:
             self._retry_after = now + RETRY_S
             return None
+        finally:
+            self._epoch += STEPS
+        return plan if self._config.exchange is ExchangeMode.STOP else staged(plan, state)
 
-    def ended(self, now: float, *, committed: bool) -> None:
+    def _plan(self, need: Need, state: ClusterState) -> Plan:
+        if isinstance(need, DropNeeded):
+            return plan_drop(
+                state,
+                epoch=self._epoch,
+                reason=need.reason,
+                max_group_size=self._config.max_group_size,
+                tokens=need.tokens,
+                tpot_limit_ms=self._config.tpot_limit_ms,
+            )
+        plan = plan_rebalance if isinstance(need, SkewedGroup) else plan_restore
+        return plan(state, epoch=self._epoch, reason=need.reason, instances=need.instances)
+
+    def unwanted(self, plan: Plan, state: ClusterState) -> bool:
+        """Whether a restore that has begun should be given up: its slots are needed after all."""
+        return any(self._monitor.short(state.instance(i)) for i in plan.instances)
+
+    def ended(self, now: float, kind: TransitionKind, *, committed: bool) -> None:
         """The transition of the last plan is over."""
-        self._monitor.transition_ended(now)
-        if not committed:
+        if committed:
+            self._monitor.transition_ended(now, kind)
+        else:
             self._retry_after = now + RETRY_S

@@ -9,13 +9,15 @@ class Job:
     """A request: its lengths in tokens, how far it is, and when it got where (seconds).
 
     `computed` counts the tokens whose KV exists or is being computed, `produced` the output tokens;
-    while it decodes in an independent instance, both are kept by the owner for all together.
+    while it decodes in an independent instance, both are kept by the owner for all together. Of
+    `output` tokens in the end, its owner expects `expected`.
     """
 
     __slots__ = (
         "arrival",
         "computed",
         "end",
+        "expected",
         "failed",
         "first",
         "index",
@@ -34,6 +36,7 @@ class Job:
         self.instance = -1
         self.computed = 0
         self.produced = 0
+        self.expected = 0
         self.first = math.nan
         self.end = math.nan
         self.retractions = 0
@@ -43,6 +46,15 @@ class Job:
     def known(self) -> int:
         """Tokens to compute before the next one can be sampled: prompt, and output so far."""
         return self.prompt + self.produced
+
+    @property
+    def in_the_end(self) -> int:
+        """Slots it may need at most, with the one that SGLang wants free beside them."""
+        return self.prompt + self.output + 1
+
+    @property
+    def holds_slots(self) -> bool:
+        return self.computed > 0 and not self.done
 
     @property
     def remaining(self) -> int:

@@ -11,9 +11,10 @@ from kunserve_sglang.simulation.job import Job
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """A drop or restore. Times are simulated seconds; capacities are slots of its members.
+    """A transition. Times are simulated seconds; capacities are slots of its members.
 
-    `waited_s` is from the decision until all members stood still, `stall_s` what came then.
+    Over all its steps, `waited_s` is from when members were asked to stop until all of them stood
+    still, `stall_s` for how long they did, and `moving_s` how long bytes moved while they served.
     """
 
     kind: TransitionKind
@@ -23,6 +24,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     waited_s: float
     stall_s: float
+    moving_s: float
     freed_bytes: int
     exchanged_bytes: int
     loaded_bytes: int

@@ -9,8 +9,10 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
 from kunserve_sglang.messages import Load, Slots
+from kunserve_sglang.policy.output_length import OutputLengths
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.profile import Profile
 
@@ -21,6 +23,8 @@ _RATIO_DECAY = (INITIAL_RATIO - _LEAST_RATIO) / 600
 
 _CLIP_NEW_TOKENS = 4096
 _RETRACT_STEPS = 20
+_LONGEST_OF = 4
+"""With more requests waiting, what all of them are expected to need is more than one may need."""
 
 Piece = tuple[Job, int, int]
 """A chunk of a prompt: the request, the tokens before it, and its own tokens."""
@@ -30,18 +34,25 @@ class Owner:
     """Requests and slots of one instance.
 
     Requests that decode are in one of two forms: `decoding` for an instance on its own, a heap by
-    the step in which they finish, so that a run of steps costs nothing per request; `ready` for a
-    group, whose micro-batches advance separately.
+    the step in which they reach their expected length, so that a run of steps costs nothing per
+    request; `ready` for a group, whose micro-batches advance separately.
+
+    `expected` and `remaining` are tokens that decoding requests will still produce: by
+    `policy.output_length`, and in truth.
     """
 
     __slots__ = (
+        "_admissions",
+        "_largest",
         "capacity",
         "chunked",
         "context",
         "count",
         "decoding",
+        "expected",
         "finished",
         "full",
+        "lengths",
         "limits",
         "number",
         "ratio",
@@ -62,16 +73,20 @@ class Owner:
         self.ratio = INITIAL_RATIO
         self.full = False
         self.waiting: deque[Job] = deque()
-        self.waiting_demand = 0.0
+        self.waiting_demand = 0
+        self.lengths = OutputLengths()
         self.chunked: Job | None = None
         self.decoding: list[tuple[int, int, Job]] = []
         self.ready: list[Job] = []
         self.steps = 0
         self.count = 0
         self.context = 0
+        self.expected = 0
         self.remaining = 0
         self.retractions = 0
         self.finished = 0
+        self._largest: list[tuple[int, int, Job]] = []
+        self._admissions = 0
 
     # -- load ------------------------------------------------------------------------------------
 
@@ -81,15 +96,18 @@ class Owner:
         return self.count + (self.chunked is not None)
 
     def demand(self, steps_ahead: int = 0) -> int:
-        """As `instance.engine.Engine.load` counts it; see there and `messages.Load`.
+        """As `sglang_seam.engine.SglangEngine.load` counts it; see there and `messages.Load`.
 
         `steps_ahead`: decode steps that have been done and not been accounted for yet.
         """
         ahead = steps_ahead * self.count
-        expected = self.remaining - ahead
+        needed = self.waiting_demand + self.expected - ahead
         if self.chunked is not None:
-            expected += self.chunked.remaining
-        return int(self.used + ahead + self.waiting_demand + INITIAL_RATIO * expected)
+            needed += self.chunked.expected - self.chunked.produced
+        if self.waiting:
+            first = max(job.in_the_end for job in islice(self.waiting, _LONGEST_OF))
+            needed = max(needed, first)
+        return self.used + ahead + needed
 
     def load(self, steps_ahead: int = 0) -> Load:
         used = self.used + steps_ahead * self.count
@@ -98,7 +116,15 @@ class Owner:
             running=self.running,
             waiting=len(self.waiting),
             demand=self.demand(steps_ahead),
+            largest=self.largest_request(),
         )
+
+    def largest_request(self) -> int:
+        """As `sglang_seam.engine.SglangEngine.largest_request`."""
+        largest = self._largest
+        while largest and not largest[0][2].holds_slots:
+            heapq.heappop(largest)
+        return -largest[0][0] if largest else 0
 
     # -- waiting ---------------------------------------------------------------------------------
 
@@ -107,8 +133,17 @@ class Owner:
         self._wait(job)
 
     def _wait(self, job: Job) -> None:
+        self._expect(job)
         self.waiting.append(job)
-        self.waiting_demand += job.known + INITIAL_RATIO * job.remaining
+        self.waiting_demand += job.prompt + job.expected
+
+    def _expect(self, job: Job) -> None:
+        """Estimate how long its output gets: when it queues up, and when it got longer than that.
+
+        At least a token more than it has, or it would have ended.
+        """
+        more = self.lengths.remaining(job.produced, job.output, unknown=INITIAL_RATIO)
+        job.expected = job.produced + max(1, more)
 
     # -- prefill ---------------------------------------------------------------------------------
 
@@ -154,9 +189,11 @@ class Owner:
                 break
             take = min(need, chunk)
             self.waiting.popleft()
-            self.waiting_demand -= need + INITIAL_RATIO * job.remaining
+            self.waiting_demand -= job.prompt + job.expected
             pieces.append((job, 0, take))
             job.computed = take
+            self._admissions += 1
+            heapq.heappush(self._largest, (-job.in_the_end, self._admissions, job))
             if take < need:
                 self.chunked = job
             else:
@@ -169,8 +206,6 @@ class Owner:
                 self.full = True
             if chunk <= 0 or tokens <= 0:
                 break
-        if not self.waiting:
-            self.waiting_demand = 0.0  # no rounding errors pile up
         self.used += sum(piece[2] for piece in pieces)
         return pieces
 
@@ -193,13 +228,15 @@ class Owner:
             if job.produced == 1:
                 job.first = now
             if job.produced == job.output:
-                job.end = now
-                self.finished += 1
+                self._end(job, now)
                 self.used -= job.computed
                 self.full = False
                 continue
+            if job.produced == job.expected:
+                self._expect(job)
             self.count += 1
             self.context += job.known
+            self.expected += job.expected - job.produced
             self.remaining += job.remaining
             started.append(job)
         return started
@@ -208,34 +245,54 @@ class Owner:
 
     def begin_decoding(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
-            heapq.heappush(self.decoding, (self.steps + job.remaining, job.index, job))
+            step = self.steps + job.expected - job.produced
+            heapq.heappush(self.decoding, (step, job.index, job))
 
     def most_steps(self) -> int:
-        """Decode steps until a request finishes or slots run out; 0 if there is no slot left."""
+        """Decode steps until a request gets as long as expected or slots run out.
+
+        0 if there is no slot left.
+        """
         return min(self.decoding[0][0] - self.steps, (self.capacity - self.used) // self.count)
 
     def advance(self, steps: int, now: float) -> bool:
-        """So many decode steps are done, all but the last without a finish; whether some did."""
+        """So many decode steps are done, at most `most_steps`; whether some requests finished."""
         self.steps += steps
         grown = steps * self.count
         self.used += grown
         self.context += grown
+        self.expected -= grown
         self.remaining -= grown
         self.ratio = max(self.ratio - steps * _RATIO_DECAY, _LEAST_RATIO)
         finished = False
         while self.decoding and self.decoding[0][0] <= self.steps:
             job = heapq.heappop(self.decoding)[2]
-            job.produced = job.output
+            job.produced = job.expected
+            if job.produced < job.output:
+                self._expect_more(job)
+                self.begin_decoding((job,))
+                continue
             self._leave(job, job.known - 1)
-            job.end = now
-            self.finished += 1
+            self._end(job, now)
             finished = True
         return finished
+
+    def _expect_more(self, job: Job) -> None:
+        """It decodes, and is as long as was expected."""
+        self._expect(job)
+        self.expected += job.expected - job.produced
+
+    def _end(self, job: Job, now: float) -> None:
+        """It has all its output. What SGLang learns from that is the length."""
+        job.end = now
+        self.finished += 1
+        self.lengths.ended(job.produced, job.output)
 
     def _leave(self, job: Job, slots: int) -> None:
         """The request no longer decodes."""
         self.count -= 1
         self.context -= job.known
+        self.expected -= job.expected - job.produced
         self.remaining -= job.remaining
         self.used -= slots
 
@@ -256,13 +313,15 @@ class Owner:
         for job in batch:
             job.produced += 1
             self.context += 1
+            self.expected -= 1
             self.remaining -= 1
             if job.produced == job.output:
                 self._leave(job, job.known - 1)
-                job.end = now
-                self.finished += 1
+                self._end(job, now)
                 self.full = False
             else:
+                if job.produced == job.expected:
+                    self._expect_more(job)
                 self.ready.append(job)
 
     # -- both ------------------------------------------------------------------------------------
@@ -315,7 +374,7 @@ class Owner:
     def _decoding_jobs(self) -> list[Job]:
         """Requests in the heap, in order of arrival, with their output so far written down."""
         jobs = []
-        for finish, _, job in sorted(self.decoding, key=lambda entry: entry[1]):
-            job.produced = job.output - (finish - self.steps)
+        for step, _, job in sorted(self.decoding, key=lambda entry: entry[1]):
+            job.produced = job.expected - (step - self.steps)
             jobs.append(job)
         return jobs

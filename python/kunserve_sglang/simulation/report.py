@@ -56,6 +56,7 @@ def summarise(outcome: Outcome, slo: Slo | None = None) -> dict[str, Any]:
         **_latency("e2e_latency", np.array([job.end - job.arrival for job in done])),
         "drops": len(outcome.committed(TransitionKind.DROP)),
         "restores": len(outcome.committed(TransitionKind.RESTORE)),
+        "rebalances": len(outcome.committed(TransitionKind.REBALANCE)),
         "cooperative_instance_s": outcome.cooperative_s,
         "retractions": outcome.retractions,
         "capacity": outcome.capacity,
