@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import msgspec
 
 _IDLE_PART = 16
+"""An owner that needs no slots keeps one in so many of its equal share."""
 
 
 class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):

@@ -73,7 +73,7 @@ class Participant:
         self._timeout = peer_timeout_s
         self._growth: Transition | None = None
         self._ahead: tuple[Layout, ...] = ()
-        self._owed: tuple[Commit, TransitionStats] | None = None
+        self._owed: tuple[Commit | None, TransitionStats] | None = None
 
     # -- commands --------------------------------------------------------------------------------
 
@@ -117,9 +117,9 @@ class Participant:
             self._host.carry(None)
             self._body.engine.bind_kv()
         self._host.publish(force=True)
-        self.reply(
-            commit, stats=msgspec.structs.replace(stats, sent_kv_bytes=transfer.sent_kv_bytes)
-        )
+        if commit:
+            stats = msgspec.structs.replace(stats, sent_kv_bytes=transfer.sent_kv_bytes)
+            self.reply(commit, stats=stats)
 
     # -- capacities only grow: nobody stops ------------------------------------------------------
 
@@ -144,6 +144,7 @@ class Participant:
 
     def _prepare(self, message: Prepare) -> None:
         transition = message.transition
+        self._growth = None
         self._body.engine.quiesce()
         reason = self._objection(transition)
         if reason:
@@ -220,7 +221,7 @@ class Participant:
         self._host.publish(force=True)
         if commit is None:
             commit = self._late_commit(transition.epoch)
-        if commit and exchange.left is not None:
+        if exchange.left is not None:
             self._owed = commit, stats
         elif commit:
             self.reply(commit, stats=stats)
@@ -234,7 +235,7 @@ class Participant:
         self._host.mode = Mode.COOPERATIVE
         self._ahead = ()
         owed, self._owed = self._owed, None
-        if owed is not None:
+        if owed is not None and owed[0] is not None:
             self.reply(owed[0], reason)
 
     def _late_commit(self, epoch: int) -> Commit | None:

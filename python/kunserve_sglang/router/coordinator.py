@@ -132,7 +132,7 @@ class Coordinator:
         If not even the first step was, the members refuse to undo it, and nothing has to be done.
         """
         await self._abort(plan.steps[0], event.error)
-        undone = await self._step(undo, event, str)
+        undone = await self._step(undo, event, lambda: "")
         back = undone.status is Outcome.COMMITTED
         return msgspec.structs.replace(
             event, capacity_after=undone.capacity_after if back else event.capacity_after
