@@ -53,6 +53,8 @@ class Supervisor:
 
         Raises `ConfigurationError` before anything was started.
         """
+        if not self._config.num_instances:
+            _api_key_only(self._argv)
         _check_port_free(self._config.host, self._config.port)
         self._folder = tempfile.mkdtemp(prefix="kunserve-")
         signal.signal(signal.SIGTERM, self._on_signal)

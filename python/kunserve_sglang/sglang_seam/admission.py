@@ -14,18 +14,22 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     slots away in the middle of a prompt. Here the chunk is cut to what is left beside what one
     running request needs to end or, with nothing left, parked as SGLang does for hybrid models,
     until running requests have freed slots. Taking all would leave the running requests nothing
-    but to be retracted, and the last of them to be aborted.
+    but to be retracted, and the last of them to be aborted. Nobody else is admitted meanwhile:
+    there can be only one prompt in chunks.
     """
     room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
     room -= _most_to_come(adder.running_batch)
     if room <= 0:
+        adder.rem_chunk_tokens = 0
         return req
     withheld = max(0, adder.rem_chunk_tokens - room)
     adder.rem_chunk_tokens -= withheld
-    try:
-        return original(adder, req)
-    finally:
+    unfinished = original(adder, req)
+    if unfinished is None:
         adder.rem_chunk_tokens += withheld
+    else:
+        adder.rem_chunk_tokens = 0
+    return unfinished
 
 
 def _most_to_come(running: Any) -> int:
