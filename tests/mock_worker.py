@@ -6,7 +6,8 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -48,6 +49,9 @@ PROFILE = MemoryProfile(
 )
 COSTS = CostModel(prefill=(0.0,) * 6, decode=(1.0, 1.0, 0.0))
 CAPACITY = PROFILE.capacity(LayerRange(0, LAYERS), 1)
+
+_PATIENCE_S = 10.0
+"""What a test holds back it lets go again within this time."""
 
 T = TypeVar("T")
 
@@ -214,6 +218,22 @@ class MockInstance:
     def set_load(self, demand: int, *, running: int = 0, waiting: int = 0) -> None:
         slots = Slots(used=0, cached=0, capacity=self._capacity())
         self.load = Load(slots=slots, running=running, waiting=waiting, demand=demand)
+
+    @contextmanager
+    def holding_votes(self) -> Iterator[None]:
+        """Votes yes only once the block is left: a transition begun inside it is still running."""
+        go_on = threading.Event()
+
+        def hold(message: Prepare) -> Vote:
+            assert go_on.wait(_PATIENCE_S)
+            return vote_yes(message)
+
+        self.on_prepare = hold
+        try:
+            yield
+        finally:
+            go_on.set()
+            self.on_prepare = vote_yes
 
     def stop(self) -> None:
         self._stopping.set()

@@ -101,6 +101,7 @@ class RouterCluster(Client):
         *,
         api_key: str | None = None,
         expect: int | None = None,
+        vote_timeout_s: float = 0.3,
         **config: Any,
     ) -> None:
         self._folder = tempfile.mkdtemp(prefix="ks-")
@@ -112,7 +113,7 @@ class RouterCluster(Client):
                 num_instances=count if expect is None else expect,
                 port=0,
                 overload_policy=OverloadPolicy.NONE,
-                vote_timeout_s=0.3,
+                vote_timeout_s=vote_timeout_s,
                 exchange_timeout_s=2.0,
                 **config,
             ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -206,23 +205,17 @@ def test_what_cannot_be_planned_is_a_conflict(start_router: Start) -> None:
     assert router.event() is None
 
 
-def test_a_second_transition_is_a_conflict(router: RouterCluster) -> None:
-    go_on = threading.Event()
-
-    def hold(message: Prepare) -> Vote:
-        assert go_on.wait(5)
-        return vote_yes(message)
-
-    router.instances[0].on_prepare = hold
-    accepted = router.post("/kunserve/drop?wait=false")
-    assert accepted.status == 202
-    assert accepted.json["accepted"] is True
-    assert accepted.json["instances"] == [0, 1]
-    assert router.status()["transition"]["kind"] == "drop"
-    for path in ("/kunserve/drop", "/kunserve/drop?wait=false", "/kunserve/restore"):
-        answer = router.post(path)
-        assert (answer.status, answer.error["code"]) == (409, "transition_running")
-    go_on.set()
+def test_a_second_transition_is_a_conflict(start_router: Start) -> None:
+    router = start_router(2, vote_timeout_s=20.0)
+    with router.instances[0].holding_votes():
+        accepted = router.post("/kunserve/drop?wait=false")
+        assert accepted.status == 202
+        assert accepted.json["accepted"] is True
+        assert accepted.json["instances"] == [0, 1]
+        assert router.status()["transition"]["kind"] == "drop"
+        for path in ("/kunserve/drop", "/kunserve/drop?wait=false", "/kunserve/restore"):
+            answer = router.post(path)
+            assert (answer.status, answer.error["code"]) == (409, "transition_running")
     until(lambda: router.event() is not None)
     assert router.event()["status"] == "committed"
     assert len(router.get("/kunserve/events").json["events"]) == 1

@@ -93,7 +93,7 @@ def test_every_route_is_described(tmp_path: Path) -> None:
 
 
 def test_answers_are_as_described(start_router: Start) -> None:
-    router = start_router(2, admin_api_key="admin", read_api_key="read")
+    router = start_router(2, vote_timeout_s=20.0, admin_api_key="admin", read_api_key="read")
     checker = Checker(router)
     call = checker.call
     for path in ("/kunserve/status", "/kunserve/policy", "/kunserve/openapi.json", "/workers"):
@@ -107,8 +107,9 @@ def test_answers_are_as_described(start_router: Start) -> None:
     call("POST", "/kunserve/restore?wait=false")
     until(lambda: router.event()["kind"] == "restore")
     until(lambda: {i["mode"] for i in router.status()["instances"]} == {"independent"})
-    call("POST", "/kunserve/drop?wait=false")
-    assert call("GET", "/kunserve/status").json["transition"]
+    with router.instances[0].holding_votes():
+        call("POST", "/kunserve/drop?wait=false")
+        assert call("GET", "/kunserve/status").json["transition"]
     until(lambda: {i["mode"] for i in router.status()["instances"]} == {"cooperative"})
     until(lambda: len(call("GET", "/kunserve/events").json["events"]) == 3)
     call("POST", "/kunserve/restore")
