@@ -9,6 +9,7 @@ from enum import StrEnum
 import msgspec
 
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
 """Environment variable that carries `InstanceConfig` to the processes of an instance.
@@ -49,6 +50,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_instances: int = 2
     host: str = "127.0.0.1"
     port: int = 30000
+    dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD
     memory_budget: int = 0
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     drop_threshold: float = 0.95

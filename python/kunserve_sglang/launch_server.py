@@ -22,6 +22,7 @@ from kunserve_sglang.config import (
     parse_size,
 )
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.supervisor import Supervisor
 
 _CPU_SHARE = 0.5
@@ -46,6 +47,13 @@ def kunserve_parser() -> argparse.ArgumentParser:
         default=2,
         help="full model copies to start; 0: only the router, for SGLang servers that are added "
         "with POST /workers",
+    )
+    group.add_argument(
+        "--dispatch",
+        choices=[p.value for p in DispatchPolicy],
+        default=ClusterConfig().dispatch.value,
+        help="which instance gets a request: by turns, the least loaded, or the one with the least "
+        "product of tokens to prefill and batch size",
     )
     group.add_argument(
         "--memory-budget",
@@ -109,6 +117,7 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         num_instances=flags.num_instances,
         host=flags.host,
         port=flags.port,
+        dispatch=DispatchPolicy(flags.dispatch),
         memory_budget=budget,
         overload_policy=OverloadPolicy(flags.overload_policy),
         drop_threshold=flags.drop_threshold,

@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--dispatch",
         type=DispatchPolicy,
         choices=list(DispatchPolicy),
-        default=DispatchPolicy.LEAST_LOAD,
+        default=defaults.dispatch,
     )
     cluster.add_argument(
         "--watch-interval",
@@ -150,9 +150,7 @@ def simulate(
     console: Console,
 ) -> Outcome:
     """One run, with a progress bar on a terminal."""
-    cluster = Cluster(
-        profile, config, dispatch=flags.dispatch, watch_interval_s=flags.watch_interval
-    )
+    cluster = Cluster(profile, config, watch_interval_s=flags.watch_interval)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -175,6 +173,7 @@ def simulate(
 def _config(flags: argparse.Namespace, count: int, policy: str) -> ClusterConfig:
     return ClusterConfig(
         num_instances=count,
+        dispatch=flags.dispatch,
         overload_policy=OverloadPolicy(policy),
         drop_threshold=flags.drop_threshold,
         restore_threshold=flags.restore_threshold,

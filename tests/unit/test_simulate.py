@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,9 +16,9 @@ from kunserve_sglang import simulate
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.policy.cost_model import Chunk, Work
-from kunserve_sglang.policy.dispatch import Candidate, DispatchPolicy, least_load
+from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy
 from kunserve_sglang.simulation import load_profile
-from kunserve_sglang.simulation.dispatch import Dispatch, least_load_of_many
+from kunserve_sglang.simulation.dispatch import Dispatch
 from kunserve_sglang.simulation.report import Slo, needed, savings, summarise
 from kunserve_sglang.traces import TraceRow, multiply
 from tests.unit.test_simulation import profile
@@ -32,19 +31,34 @@ TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     for tenth in range(10)
 )
 
-columns = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, 12), st.integers(1, 4)), min_size=1, max_size=40
+loads = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(1, 3)), min_size=33, max_size=40
 )
 
 
-@given(columns, st.integers(0, 100))
+@given(loads, st.lists(st.integers(1, 4), max_size=12), st.sampled_from(DispatchPolicy))
 def test_many_instances_are_dispatched_to_like_a_few(
-    rows: list[tuple[int, int, int]], turn: int
+    rows: list[tuple[int, int, int]], sizes: list[int], policy: DispatchPolicy
 ) -> None:
-    candidates = [Candidate(in_flight=f, demand=d, capacity=c) for f, d, c in rows]
-    load = np.array([d / c for _, d, c in rows])
-    in_flight = np.array([f for f, _, _ in rows])
-    assert least_load_of_many(load, in_flight, turn) == least_load(candidates, turn)
+    dispatch = Dispatch(policy, len(rows))
+    groups = list(range(len(rows)))
+    for number, row in enumerate(rows[: len(rows) // 2]):
+        dispatch.update(number, *row)
+    start = 0
+    for size in sizes:
+        members = tuple(range(start, min(start + size, len(rows))))
+        if members:
+            dispatch.regroup(members)
+        groups[start : start + size] = [start] * len(members)
+        start += size
+    for number, row in enumerate(rows):
+        dispatch.update(number, *row)
+    candidates = [
+        Candidate(in_flight=n, batch=n, demand=d, capacity=c, new_tokens=7, group=group)
+        for (n, d, c), group in zip(rows, groups, strict=True)
+    ]
+    for turn in range(5):
+        assert dispatch.choose() == POLICIES[policy](candidates, turn)
 
 
 def test_dispatch_takes_turns_whatever_the_number() -> None:

@@ -239,8 +239,12 @@ def test_a_restore_is_given_up_when_requests_wait_again() -> None:
 def test_slots_of_a_group_follow_demand() -> None:
     """In turn, one instance gets all the long requests, and the other one the short ones."""
     rows = [TraceRow(0.02 * i, 4 if i % 2 else 120, 20 if i % 2 else 100) for i in range(60)]
-    config = ClusterConfig(num_instances=2, overload_policy=OverloadPolicy.DROP)
-    outcome = Cluster(profile(), config, dispatch=DispatchPolicy.ROUND_ROBIN).run(rows)
+    config = ClusterConfig(
+        num_instances=2,
+        dispatch=DispatchPolicy.ROUND_ROBIN,
+        overload_policy=OverloadPolicy.DROP,
+    )
+    outcome = Cluster(profile(), config).run(rows)
     rebalances = outcome.committed(TransitionKind.REBALANCE)
     assert rebalances
     for event in rebalances:

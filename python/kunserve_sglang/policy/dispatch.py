@@ -1,4 +1,19 @@
-"""Which instance gets a request. Pure: a policy sees candidates, and says which one."""
+"""Which instance gets a request. Pure: a policy sees candidates, and says which one.
+
+The members of a cooperative group hold one copy of the model between them, so a member is as loaded
+as its group, whoever owns the requests:
+
+- *Capacity.* Slots follow demand inside a group (`policy.shares`): what one owner cannot use is
+  mapped to another. So demand and capacity count for the group as one pool.
+- *Batch size.* Every stage runs its share of the layers for the micro-batches of all owners. A
+  request that goes through k stages of 1/k of the layers each, with the requests of k owners on its
+  way, meets as much work as in an instance with the mean batch of the members. So the batch size of
+  a member is that mean, and neither its own batch (its peers' work would not count) nor the sum (k
+  stages work at the same time).
+- *Prefixes* are the owner's own: each has its own radix tree. So of equal groups it is the member
+  that counts, by its own prefix, and then by its own share of the load, since slots that have to be
+  mapped over from a peer come later than those that are there.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +24,95 @@ import msgspec
 
 
 class DispatchPolicy(StrEnum):
-    LEAST_LOAD = "least-load"
-    ROUND_ROBIN = "round-robin"
+    ROUND_ROBIN = "round_robin"
+    LEAST_LOAD = "least_load"
+    LMETRIC = "lmetric"
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance as a policy sees it; `demand` and `capacity` are token slots."""
+    """One instance as a policy sees it; `demand` and `capacity` are token slots.
+
+    `batch` counts the requests that it runs or is about to run, `new_tokens` the tokens of the
+    request in question that it would have to prefill. Candidates of one `group` cooperate; without
+    a number it stands alone.
+    """
 
     in_flight: int
     demand: int
     capacity: int
+    batch: int = 0
+    new_tokens: int = 0
+    group: int | None = None
+
+
+class Pool(msgspec.Struct):
+    """What the members of a group have in common; an instance alone is a group of one."""
+
+    members: int = 0
+    batch: int = 0
+    demand: int = 0
+    capacity: int = 0
+
+    def add(self, candidate: Candidate) -> None:
+        self.members += 1
+        self.batch += candidate.batch
+        self.demand += candidate.demand
+        self.capacity += candidate.capacity
+
+    @property
+    def load(self) -> float:
+        """Demand as a share of the slots."""
+        return self.demand / max(1, self.capacity)
+
+    @property
+    def mean_batch(self) -> float:
+        return self.batch / self.members
 
 
 Policy = Callable[[Sequence[Candidate], int], int]
 """Position of the chosen candidate; the number counts the choices made so far."""
 
 
+def round_robin(candidates: Sequence[Candidate], turn: int) -> int:
+    return turn % len(candidates)
+
+
 def least_load(candidates: Sequence[Candidate], turn: int) -> int:
     """The smallest share of its slots in demand; then fewest requests, then whose turn it is."""
+    pools = _pools(candidates)
     count = len(candidates)
 
-    def cost(position: int) -> tuple[float, int, int]:
+    def cost(position: int) -> tuple[float, float, int, int]:
         candidate = candidates[position]
-        load = candidate.demand / max(1, candidate.capacity)
-        return load, candidate.in_flight, (position - turn) % count
+        own = candidate.demand / max(1, candidate.capacity)
+        return pools[position].load, own, candidate.in_flight, (position - turn) % count
 
     return min(range(count), key=cost)
 
 
-def round_robin(candidates: Sequence[Candidate], turn: int) -> int:
-    return turn % len(candidates)
+def lmetric(candidates: Sequence[Candidate], turn: int) -> int:
+    """The smallest product of new prefill tokens and batch size (Zhang et al. 2026, "LMetric").
+
+    One factor asks for the longest prefix, the other for the shortest queue, and a product needs no
+    weights between them. The batch includes the request, or any idle instance would do; equal
+    scores go where less is to be computed, then to the least load.
+    """
+    pools = _pools(candidates)
+    count = len(candidates)
+
+    def cost(position: int) -> tuple[float, int, float, float, int, int]:
+        candidate, pool = candidates[position], pools[position]
+        own = candidate.demand / max(1, candidate.capacity)
+        return (
+            candidate.new_tokens * (pool.mean_batch + 1),
+            candidate.new_tokens,
+            pool.load,
+            own,
+            candidate.in_flight,
+            (position - turn) % count,
+        )
+
+    return min(range(count), key=cost)
 
 
 def first(candidates: Sequence[Candidate], turn: int) -> int:  # noqa: ARG001 (a Policy)
@@ -46,7 +120,20 @@ def first(candidates: Sequence[Candidate], turn: int) -> int:  # noqa: ARG001 (a
     return 0
 
 
+def _pools(candidates: Sequence[Candidate]) -> list[Pool]:
+    """The pool that each candidate belongs to."""
+    groups: dict[int, Pool] = {}
+    pools = []
+    for candidate in candidates:
+        alone = candidate.group is None
+        pool = Pool() if alone else groups.setdefault(candidate.group or 0, Pool())
+        pool.add(candidate)
+        pools.append(pool)
+    return pools
+
+
 POLICIES: dict[DispatchPolicy, Policy] = {
-    DispatchPolicy.LEAST_LOAD: least_load,
     DispatchPolicy.ROUND_ROBIN: round_robin,
+    DispatchPolicy.LEAST_LOAD: least_load,
+    DispatchPolicy.LMETRIC: lmetric,
 }

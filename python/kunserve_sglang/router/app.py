@@ -76,7 +76,7 @@ def build_app(
     config: RouterConfig, control: ControlPlane, session: aiohttp.ClientSession
 ) -> RouterApp:
     keys = Keys(config)
-    proxy = Proxy(control.registry, session, POLICIES[config.dispatch], control.latency)
+    proxy = Proxy(control.registry, session, POLICIES[config.cluster.dispatch], control.latency)
     docs = Docs(keys)
     routes = [
         *_probe_routes(Probes(control.registry, session, config.cluster)),

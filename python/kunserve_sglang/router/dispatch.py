@@ -92,23 +92,28 @@ class Dispatcher:
 
     def _candidate(self, instance: Instance) -> Candidate:
         """Of a plain server we know what we have sent there ourselves, and nothing else."""
+        group = None
         if instance.status is None:
             reported, known, capacity = 0, 0, instance.capacity
         else:
-            load = instance.status.load
+            load, layout = instance.status.load, instance.status.layout
             reported, known = load.demand, load.running + load.waiting
             capacity = load.slots.capacity
+            group = layout.ids[0] if layout.cooperative else None
+        recent = self._unreported(instance, known)
         return Candidate(
             in_flight=instance.in_flight,
-            demand=reported + self._unreported(instance, known),
+            demand=reported + sum(recent),
             capacity=capacity,
+            batch=known + len(recent),
+            group=group,
         )
 
-    def _unreported(self, instance: Instance, known: int) -> int:
-        """Tokens of the requests that are too recent for the instance's last status record.
+    def _unreported(self, instance: Instance, known: int) -> list[int]:
+        """Tokens of each request that is too recent for the instance's last status record.
 
         The record knows of `known` requests, so it misses the latest of those under way.
         """
         sent = self._sent.get(instance.number, {})
         missing = max(0, len(sent) - known)
-        return sum(itertools.islice(reversed(sent.values()), missing))
+        return list(itertools.islice(reversed(sent.values()), missing))

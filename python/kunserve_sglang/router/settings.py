@@ -8,7 +8,6 @@ import msgspec
 
 from kunserve_sglang.config import ClusterConfig
 from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
 """Environment variable that carries `RouterConfig` to the router process."""
@@ -26,7 +25,6 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     cluster: ClusterConfig
     control_address: str
     api_key: str | None = None
-    dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD
     launcher: int = 0
     runtime_folder: str = ""
 

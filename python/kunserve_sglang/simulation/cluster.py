@@ -11,7 +11,6 @@ from kunserve_sglang.config import ClusterConfig, MicroBatches
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.layout import LayerRange, Layout, Member
 from kunserve_sglang.messages import Load, TransitionKind
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.simulation.control import Control
@@ -49,7 +48,6 @@ class Cluster:
         profile: Profile,
         config: ClusterConfig,
         *,
-        dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD,
         watch_interval_s: float | None = None,
     ) -> None:
         count = config.num_instances
@@ -58,7 +56,7 @@ class Cluster:
         self._memory = profile.memory(min(config.max_group_size, count))
         self._costs = Costs(profile)
         self._control = Control(config)
-        self._dispatch = Dispatch(dispatch, count)
+        self._dispatch = Dispatch(config.dispatch, count)
         self._watch_s = watch_interval_s or max(WATCH_INTERVAL_S, count / _INSTANCES_PER_WATCH_S)
         layers = LayerRange(0, profile.layers)
         self._capacity = self._memory.capacity(layers, 1)
@@ -322,6 +320,7 @@ class Cluster:
                 owner.full = False
             if _placed(layout) != _placed(self._layouts[layout.ids[0]]):
                 self._regroup(layout)
+                self._dispatch.regroup(tuple(layout.ids))
             for number in layout.ids:
                 self._layouts[number] = layout
 

@@ -2,51 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import msgspec
 import numpy as np
 
-from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy
+from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy, Pool
 
 _FEW = 32
 """Up to so many candidates the policy itself looks at each; beyond, columns do the same."""
 
+Column = np.ndarray[tuple[int], np.dtype[np.float64]]
+
 
 class Dispatch:
-    """Candidates as columns; every choice is the one that `policy.dispatch` would make."""
+    """Candidates as columns; every choice is the one that `policy.dispatch` would make.
+
+    Traces say nothing of what prompts have in common, so a request is as new to one instance as to
+    any other, and of `lmetric` the batch size remains.
+    """
 
     def __init__(self, policy: DispatchPolicy, instances: int) -> None:
         self._policy = POLICIES[policy]
-        self._columns = policy is DispatchPolicy.LEAST_LOAD and instances > _FEW
+        self._columns = policy is not DispatchPolicy.ROUND_ROBIN and instances > _FEW
+        self._by_batch = policy is DispatchPolicy.LMETRIC
         self._turn = 0
-        self._candidates = [Candidate(in_flight=0, demand=0, capacity=1)] * instances
-        self._load = np.zeros(instances)
-        self._in_flight = np.zeros(instances, dtype=np.int64)
+        self._candidates = [Candidate(in_flight=0, demand=0, capacity=1, new_tokens=1)] * instances
+        self._groups: list[tuple[int, ...]] = [(number,) for number in range(instances)]
+        self._batch, self._load, self._own, self._in_flight = np.zeros((4, instances))
 
-    def update(self, number: int, in_flight: int, demand: int, capacity: int) -> None:
+    def regroup(self, members: tuple[int, ...]) -> None:
+        """These instances cooperate from now on; one alone is a group of one."""
+        for number in members:
+            self._groups[number] = members
+        for number in members:
+            known = self._candidates[number]
+            self._set(number, msgspec.structs.replace(known, group=members[0]))
+
+    def update(self, number: int, requests: int, demand: int, capacity: int) -> None:
         """What the router knows of an instance from now on."""
-        if self._columns:
-            self._load[number] = demand / max(1, capacity)
-            self._in_flight[number] = in_flight
-        else:
-            self._candidates[number] = Candidate(
-                in_flight=in_flight, demand=demand, capacity=capacity
-            )
+        candidate = Candidate(
+            in_flight=requests,
+            batch=requests,
+            demand=demand,
+            capacity=capacity,
+            new_tokens=1,
+            group=self._groups[number][0],
+        )
+        self._set(number, candidate)
 
     def choose(self) -> int:
         turn, self._turn = self._turn, self._turn + 1
-        if self._columns:
-            return least_load_of_many(self._load, self._in_flight, turn)
-        return self._policy(self._candidates, turn)
+        if not self._columns:
+            return self._policy(self._candidates, turn)
+        batch = (self._batch,) if self._by_batch else ()
+        return least((*batch, self._load, self._own, self._in_flight), turn)
+
+    def _set(self, number: int, candidate: Candidate) -> None:
+        self._candidates[number] = candidate
+        if not self._columns:
+            return
+        self._own[number] = candidate.demand / max(1, candidate.capacity)
+        self._in_flight[number] = candidate.in_flight
+        group = self._groups[number]
+        pool = Pool()
+        for member in group:
+            pool.add(self._candidates[member])
+        for member in group:
+            self._batch[member] = pool.mean_batch
+            self._load[member] = pool.load
 
 
-def least_load_of_many(
-    load: np.ndarray[tuple[int], np.dtype[np.float64]],
-    in_flight: np.ndarray[tuple[int], np.dtype[np.int64]],
-    turn: int,
-) -> int:
-    """`policy.dispatch.least_load` on columns of equal length."""
-    least = np.flatnonzero(load == load.min())
-    if len(least) == 1:
-        return int(least[0])
-    fewest = in_flight[least]
-    tied = least[fewest == fewest.min()]
-    return int(tied[((tied - turn) % len(load)).argmin()])
+def least(columns: Sequence[Column], turn: int) -> int:
+    """The row with the least value in the first column, then in the next; then whose turn it is."""
+    count = len(columns[0])
+    tied = np.flatnonzero(columns[0] == columns[0].min())
+    for column in columns[1:]:
+        if len(tied) == 1:
+            break
+        values = column[tied]
+        tied = tied[values == values.min()]
+    return int(tied[((tied - turn) % count).argmin()])
