@@ -22,6 +22,7 @@ from kunserve_sglang.messages import (
     Commit,
     Done,
     Hello,
+    Leave,
     Load,
     Mode,
     Pages,
@@ -212,11 +213,16 @@ class MockInstance:
         self._offered: Layout | None = None
         self._preparing = False
         self._stopping = threading.Event()
+        self._greet = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def set_load(self, demand: int, *, running: int = 0, waiting: int = 0) -> None:
-        slots = Slots(used=0, cached=0, capacity=self._capacity())
+    def greet(self) -> None:
+        """Say hello now."""
+        self._greet.set()
+
+    def set_load(self, demand: int, *, used: int = 0, running: int = 0, waiting: int = 0) -> None:
+        slots = Slots(used=used, cached=0, capacity=self._capacity())
         self.load = Load(slots=slots, running=running, waiting=waiting, demand=demand)
 
     @contextmanager
@@ -280,6 +286,9 @@ class MockInstance:
         link = ControlLink(context, self._address, self._hello())
         next_status = 0.0
         while not self._stopping.is_set():
+            if self._greet.is_set():
+                self._greet.clear()
+                link.send(self._hello())
             message = link.receive(0.01)
             if message is not None:
                 self.obeyed[type(message).__name__] += 1
@@ -299,6 +308,9 @@ class MockInstance:
             self._offered = next(g for g in after if self.number in g.ids)
             self._preparing = bool(message.transition.ahead) or message.transition.grows
             return self.on_prepare(message)
+        if isinstance(message, Leave):
+            self.reporting = False
+            return None
         if isinstance(message, Trace):
             spans = () if message.record else (Span("step", 10.0 + self.number, 0.5, {"n": 1}),)
             return Traced(call=message.call, spans=spans)

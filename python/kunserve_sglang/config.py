@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from enum import StrEnum
 
 import msgspec
@@ -16,6 +17,9 @@ INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
 
 KunServe is opt-in: without this variable the plugin does nothing and SGLang is SGLang.
 """
+
+LEAVE_SIGNAL = signal.SIGUSR1
+"""Tells an instance's main process, by its scheduler, that it has left the cluster."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -38,6 +38,9 @@ class Console:
             yield Step(title, None)
         self._rich.print(f"kunserve: {title}: {time.monotonic() - started:.1f} s", style="dim")
 
+    def note(self, text: str) -> None:
+        self._rich.print(f"kunserve: {text}", style="dim")
+
     def error(self, text: str) -> None:
         self._rich.print(f"kunserve: {text}", style="red")
 

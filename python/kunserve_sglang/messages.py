@@ -216,8 +216,14 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
     record: bool
 
 
+class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
+    """The instance is out of the cluster and has nothing left to do: end. Needs no answer."""
+
+    reason: str
+
+
 ToRouter = Hello | Status | Vote | Done | Traced
-ToInstance = Welcome | Prepare | Commit | Abort | Trace
+ToInstance = Welcome | Prepare | Commit | Abort | Trace | Leave
 
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)

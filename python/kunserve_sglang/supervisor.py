@@ -166,9 +166,13 @@ class Supervisor:
             dead = [i for i, p in enumerate(self._instances) if not p.is_alive()]
             for number in set(dead) - reported:
                 code = self._instances[number].exitcode
-                self._console.error(f"instance {number} ended with status {code}")
+                if code:
+                    self._console.error(f"instance {number} ended with status {code}")
+                else:
+                    self._console.note(f"instance {number} has left")
                 reported.add(number)
-            if self._instances and len(dead) == len(self._instances):
+            crashed = any(p.exitcode for p in self._instances)
+            if crashed and len(dead) == len(self._instances):
                 self._console.error("no instance is left")
                 return 1
             time.sleep(_POLL_S)

@@ -96,6 +96,26 @@ def test_status_shows_every_instance(router: RouterCluster, run: Run) -> None:
     assert "█" * 6 + "░" * 18 in run(router, "status").out
 
 
+def test_a_drain_says_who_has_left(router: RouterCluster, run: Run) -> None:
+    done = run(router, "drain", "1")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == f"instance 1 at {router.instances[1].worker.url} has left\n"
+    assert "404 unknown_worker" in run(router, "drain", "1").error
+    assert run(router, "drain").status == 2
+
+
+def test_a_drain_need_not_be_waited_for(router: RouterCluster, run: Run) -> None:
+    connection = router.open("POST", "/generate", {"stream": True})
+    until(lambda: any(i.worker.streams for i in router.instances))
+    busy = next(i for i in router.instances if i.worker.streams)
+    number = str(busy.number)
+    assert "504 drain_timeout" in run(router, "drain", number, "--timeout-s", "0.1").error
+    assert "leaves, 1 requests under way" in run(router, "drain", number, "--no-wait").out
+    assert "(draining)" in run(router, "status").out
+    busy.worker.finish()
+    connection.close()
+
+
 def test_status_shows_how_fast_answers_are(start_router: Start, run: Run) -> None:
     router = start_router(1)
     assert "TTFT" not in run(router, "status").out

@@ -325,6 +325,7 @@ def test_workers_are_listed_as_by_the_gateway(idle_router: RouterCluster) -> Non
         "url": idle_router.instances[1].worker.url,
         "plain": False,
         "is_healthy": True,
+        "draining": False,
         "load": 0,
         "mode": "independent",
     }

@@ -117,6 +117,13 @@ def test_answers_are_as_described(start_router: Start) -> None:
     worker = call("POST", "/workers", {"url": "http://127.0.0.1:9"}).json
     call("GET", "/kunserve/status")
     call("DELETE", f"/workers/{worker['id']}")
+    until(lambda: {i["mode"] for i in router.status()["instances"]} == {"independent"})
+    connection = router.open("POST", "/generate", {"stream": True}, ADMIN)
+    until(lambda: any(i.worker.streams for i in router.instances))
+    busy = next(i for i in router.instances if i.worker.streams)
+    call("DELETE", f"/workers/{busy.number}?wait=false")
+    call("GET", "/workers")
+    connection.close()
     assert checker.checked == {(c.name, status) for c in CALLS for status in c.answers}
 
 
@@ -138,10 +145,17 @@ def test_errors_are_as_described(start_router: Start, monkeypatch: pytest.Monkey
     assert checker.call("GET", "/kunserve/events?limit=0").error["field"] == "limit"
     assert checker.call("DELETE", "/workers/x").error["field"] == "id"
     assert checker.call("DELETE", "/workers/9").status == 404
-    assert checker.call("DELETE", "/workers/0").status == 409
     own = {"url": router.instances[0].worker.url}
     assert checker.call("POST", "/workers", own).status == 409
-    expected |= {("remove_worker", status) for status in (404, 409, 422)} | {("add_worker", 409)}
+    connection = router.open("POST", "/generate", {"stream": True}, ADMIN)
+    until(lambda: router.instances[0].worker.streams)
+    assert checker.call("DELETE", "/workers/0?timeout_s=0").status == 504
+    assert checker.call("DELETE", "/workers/0?wait=false").status == 202
+    assert checker.call("DELETE", "/workers/0").status == 409
+    router.instances[0].worker.finish()
+    connection.close()
+    checker.checked.discard(("drain", 202))
+    expected |= {("drain", status) for status in (404, 409, 422, 504)} | {("add_worker", 409)}
     router.instances[0].stop()
     assert checker.call("POST", "/kunserve/trace", {"seconds": 0.01}).status == 504
     router.instances.clear()

@@ -63,14 +63,20 @@ class RouterClient:
         body: Body | None = None,
         *,
         query: Mapping[str, str] | None = None,
+        path: Mapping[str, str] | None = None,
         timeout_s: float = _ANSWER_TIMEOUT_S,
     ) -> Answer:
         """Make the call of this name in `router.calls`; `timeout_s` is for the answer to begin.
 
+        `path` fills what stands in braces in the call's path.
         Raises `Refused` for an answer that is no success, `Unreachable` if there is none.
         """
         call = _CALLS[name]
-        target = self._prefix + call.path + (f"?{urlencode(query)}" if query else "")
+        target = (
+            self._prefix
+            + call.path.format_map(path or {})
+            + (f"?{urlencode(query)}" if query else "")
+        )
         data = None if body is None else msgspec.json.encode(body)
         status, content = self._ask(call.method, target, data, timeout_s)
         if status >= 400:

@@ -15,10 +15,19 @@ from kunserve_sglang.cli import live
 from kunserve_sglang.cli.client import Answer
 from kunserve_sglang.cli.errors import Refused, Usage
 from kunserve_sglang.cli.session import Session
-from kunserve_sglang.cli.views import cluster_view, event_line, events_view, plan_view, policy_view
+from kunserve_sglang.cli.views import (
+    cluster_view,
+    event_line,
+    events_view,
+    leaving_line,
+    left_line,
+    plan_view,
+    policy_view,
+)
 from kunserve_sglang.config import format_size
 from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.router.api import (
+    DRAIN_TIMEOUT_S,
     AcceptedPlan,
     Body,
     ClusterStatus,
@@ -30,6 +39,7 @@ from kunserve_sglang.router.api import (
     PolicyBody,
     RestoreBody,
     TraceBody,
+    Worker,
 )
 from kunserve_sglang.router.events import Event, Outcome
 
@@ -101,6 +111,19 @@ def drop(session: Session, flags: Flags) -> None:
 
 def restore(session: Session, flags: Flags) -> None:
     _transition(session, flags, RestoreBody(instances=flags.instances))
+
+
+def drain(session: Session, flags: Flags) -> None:
+    query = {"wait": "true" if flags.wait else "false"}
+    timeout_s = DRAIN_TIMEOUT_S if flags.timeout_s is None else flags.timeout_s
+    query["timeout_s"] = f"{timeout_s:g}"
+    answer = session.client.call(
+        "drain",
+        query=query,
+        path={"id": str(flags.id)},
+        timeout_s=timeout_s + _TRANSITION_TIMEOUT_S,
+    )
+    session.show(answer, Worker, left_line if answer.status == 200 else leaving_line)
 
 
 def policy(session: Session, flags: Flags) -> None:
@@ -184,6 +207,16 @@ def _wait(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _drained(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", type=int, metavar="ID", help="as `kunserve status` shows it")
+    parser.add_argument(
+        "--timeout-s",
+        type=seconds,
+        metavar="SECONDS",
+        help=f"how long its requests may take to end ({DRAIN_TIMEOUT_S})",
+    )
+
+
 def _repeat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", type=seconds, default=1.0, metavar="SECONDS", help="how often to look"
@@ -214,6 +247,7 @@ COMMANDS = (
     Command("plan", "what would a drop bring? changes nothing", plan, (_kind, _instances, _tokens)),
     Command("drop", "drop parameters, for more KV slots", drop, (_instances, _tokens, _wait)),
     Command("restore", "bring dropped parameters back", restore, (_instances, _wait)),
+    Command("drain", "take an instance out, in good order", drain, (_drained, _wait)),
     Command("policy", "show or set when the cluster acts by itself", policy, (_policy,)),
     Command("events", "list the transitions so far", events, (_log, _repeat)),
     Command("trace", "record what the instances do", trace, (_recording, _instances)),

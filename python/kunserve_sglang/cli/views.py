@@ -16,7 +16,7 @@ from kunserve_sglang.config import format_size
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Mode
 from kunserve_sglang.policy.decision import Decision
-from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, PlanAnswer, Policy
+from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, PlanAnswer, Policy, Worker
 from kunserve_sglang.router.events import Event, Outcome
 
 _MODE_STYLES = {
@@ -118,6 +118,14 @@ def event_line(event: Event) -> Text:
     return text
 
 
+def left_line(worker: Worker) -> Text:
+    return Text(f"instance {worker.id} at {worker.url} has left")
+
+
+def leaving_line(worker: Worker) -> Text:
+    return Text(f"instance {worker.id} at {worker.url} leaves, {worker.load} requests under way")
+
+
 def _headline(status: ClusterStatus) -> Text:
     policy = status.policy
     text = Text(f"epoch {status.epoch}   ")
@@ -153,6 +161,8 @@ def _mode(instance: InstanceStatus) -> Text:
     text = Text(instance.mode, _MODE_STYLES[instance.mode])
     if not instance.serving and not instance.lost:
         text.append(" (starting)", "dim")
+    if instance.draining:
+        text.append(" (draining)", "cyan")
     if instance.plain:
         text.append(" (plain SGLang)", "dim")
     return text

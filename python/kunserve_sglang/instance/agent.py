@@ -21,6 +21,7 @@ from kunserve_sglang.layout import LayerRange, Layout, Member
 from kunserve_sglang.messages import (
     Abort,
     Commit,
+    Leave,
     Mode,
     Pages,
     Prepare,
@@ -201,6 +202,8 @@ class Agent:
             self._participant.abort(message)
         elif isinstance(message, Trace):
             self._trace(message)
+        elif isinstance(message, Leave):
+            self._body.engine.end()
 
     def _trace(self, message: Trace) -> None:
         spans: list[Span] = []

@@ -110,6 +110,10 @@ class Engine(Protocol):
         """Request tables given to `run_stage` so far will not be given again."""
         ...
 
+    def end(self) -> None:
+        """The instance has left its cluster: end all its processes."""
+        ...
+
     def bind_kv(self) -> None:
         """KV buffers were mapped or unmapped: let the runtime see which layers it has."""
         ...

@@ -9,7 +9,6 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
-from yarl import URL
 
 from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import TransitionKind, to_json_types
@@ -24,28 +23,22 @@ from kunserve_sglang.router.api import (
     PlannedGroup,
     PolicyBody,
     RestoreBody,
-    Worker,
-    WorkerBody,
-    Workers,
-    WorkerStats,
 )
 from kunserve_sglang.router.bodies import (
     check_instances,
     read_body,
     read_limit,
     read_wait,
-    read_worker_id,
 )
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
-from kunserve_sglang.router.registry import Instance
 
 logger = logging.getLogger(__name__)
 
 
 class Admin:
-    """Endpoints under `/kunserve/`, and `/workers` as SGLang's gateway has it."""
+    """Endpoints under `/kunserve/`."""
 
     def __init__(self, control: ControlPlane) -> None:
         self._control = control
@@ -93,36 +86,6 @@ class Admin:
         self._control.set_policy(auto, given)
         return json_answer(self._control.policy())
 
-    async def workers(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
-        instances = sorted(self._control.registry.instances.items())
-        workers = [_describe_worker(instance) for _, instance in instances]
-        stats = WorkerStats(total=len(workers), healthy=sum(w.is_healthy for w in workers))
-        return json_answer(Workers(workers=workers, total=len(workers), stats=stats))
-
-    async def add_worker(self, request: Request) -> Response:
-        registry = self._control.registry
-        url = _server_url((await read_body(request, WorkerBody)).url)
-        for known in registry.instances.values():
-            if known.url.rstrip("/") == url:
-                message = f"{url} is instance {known.number} already"
-                raise RequestError(409, "worker_exists", message, "url")
-        worker = registry.add_worker(url)
-        logger.info("worker %d: plain SGLang at %s", worker.number, url)
-        return json_answer(_describe_worker(worker), 201)
-
-    async def remove_worker(self, request: Request) -> Response:
-        registry = self._control.registry
-        number = read_worker_id(request)
-        worker = registry.instances.get(number)
-        if worker is None:
-            raise RequestError(404, "unknown_worker", f"there is no worker {number}", "id")
-        if not worker.plain:
-            message = f"instance {number} is KunServe's own: its launcher ends it"
-            raise RequestError(409, "not_removable", message, "id")
-        registry.remove_worker(number)
-        logger.info("worker %d at %s was removed", number, worker.url)
-        return json_answer(_describe_worker(worker))
-
     def _target(
         self, kind: TransitionKind, instances: list[int] | UnsetType, tokens: int | UnsetType
     ) -> dict[str, Any]:
@@ -163,25 +126,6 @@ class Admin:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.warning("transition asked for by hand: %s", error)
-
-
-def _describe_worker(instance: Instance) -> Worker:
-    return Worker(
-        id=instance.number,
-        url=instance.url,
-        plain=instance.plain,
-        is_healthy=instance.available,
-        load=instance.in_flight,
-        mode=instance.mode,
-    )
-
-
-def _server_url(text: str) -> str:
-    """As others have to write it, for it to be the same; raises `RequestError` (422)."""
-    try:
-        return str(URL(text).origin())
-    except ValueError as error:
-        raise RequestError(422, "invalid_field", f"url: {error}", "url") from None
 
 
 def _described(plan: Plan) -> dict[str, Any]:

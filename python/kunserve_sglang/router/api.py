@@ -23,6 +23,9 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400, description="Seconds.")]
 Limit = Annotated[int, Meta(gt=0, lt=10**9)]
 WorkerId = Annotated[int, Meta(ge=0, lt=10**9)]
 
+DRAIN_TIMEOUT_S = 300
+"""How long requests under way may take to end if whoever drains does not say."""
+
 # --- bodies -------------------------------------------------------------------------------------
 
 
@@ -93,7 +96,8 @@ class Policy(Thresholds, frozen=True, kw_only=True):
 class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One instance. `lost` says why it is not used; from `epoch` on: once it has reported.
 
-    A `plain` SGLang server never reports, and its layers are nothing we know of.
+    A `plain` SGLang server never reports, and its layers are nothing we know of. One that is
+    `draining` gets no new requests and leaves when those that it has are done.
     `pages` are physical pages and `slots` token slots; `layers` is `[lo, hi)`, `group` the ids of
     all members in pipeline order, and `demand` the slots that would satisfy all its requests.
     """
@@ -104,6 +108,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     serving: bool
     in_flight: int
     plain: bool = False
+    draining: bool = False
     layer_count: int | UnsetType = UNSET
     lost: str | UnsetType = UNSET
     epoch: int | UnsetType = UNSET
@@ -198,13 +203,14 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """An instance; `load` is the number of requests that the router has under way there.
 
-    A `plain` one is an SGLang server that was added by hand.
+    A `plain` one is an SGLang server that was added by hand, a `draining` one is about to leave.
     """
 
     id: int
     url: str
     plain: bool
     is_healthy: bool
+    draining: bool
     load: int
     mode: Mode
 

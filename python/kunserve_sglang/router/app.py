@@ -25,9 +25,11 @@ from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.dashboard import dashboard_routes
 from kunserve_sglang.router.docs import Docs
+from kunserve_sglang.router.draining import DrainTimeout, NotDrained
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
 from kunserve_sglang.router.health import Probes
 from kunserve_sglang.router.hub import NoAnswer
+from kunserve_sglang.router.members import Members
 from kunserve_sglang.router.metrics import Metrics
 from kunserve_sglang.router.proxy import Proxy
 from kunserve_sglang.router.settings import RouterConfig
@@ -52,6 +54,7 @@ class RouterApp:
                 NoPlan: _no_plan,
                 TransitionRunning: _transition_running,
                 TraceRunning: _trace_running,
+                NotDrained: _not_drained,
                 NoAnswer: _no_answer,
                 HTTPException: _http_error,
                 Exception: _internal_error,
@@ -79,8 +82,8 @@ def build_app(
     proxy = Proxy(control.registry, session, POLICIES[config.cluster.dispatch], control.latency)
     docs = Docs(keys)
     routes = [
-        *_probe_routes(Probes(control.registry, session, config.cluster)),
-        *_admin_routes(Admin(control), Tracing(control), docs, keys),
+        *_probe_routes(Probes(control.registry, session)),
+        *_admin_routes(Admin(control), Members(control), Tracing(control), docs, keys),
         *_fanout_routes(Fanout(control, session, config.api_key, keys), keys),
         Route("/docs", docs.page),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
@@ -98,7 +101,9 @@ def _probe_routes(probes: Probes) -> list[Route]:
     ]
 
 
-def _admin_routes(admin: Admin, tracing: Tracing, docs: Docs, keys: Keys) -> list[Route]:
+def _admin_routes(
+    admin: Admin, members: Members, tracing: Tracing, docs: Docs, keys: Keys
+) -> list[Route]:
     endpoints: dict[str, Endpoint] = {
         "status": admin.status,
         "plan": admin.plan,
@@ -109,9 +114,9 @@ def _admin_routes(admin: Admin, tracing: Tracing, docs: Docs, keys: Keys) -> lis
         "events": admin.events,
         "trace": tracing.record,
         "openapi": docs.openapi,
-        "workers": admin.workers,
-        "add_worker": admin.add_worker,
-        "remove_worker": admin.remove_worker,
+        "workers": members.workers,
+        "add_worker": members.add_worker,
+        "drain": members.drain,
     }
     return [
         _guarded(call.path, endpoints[call.name], (call.method,), call.access, keys)
@@ -158,6 +163,11 @@ async def _transition_running(request: Request, error: Exception) -> Response:  
 
 async def _trace_running(request: Request, error: Exception) -> Response:  # noqa: ARG001
     return error_answer(409, "trace_running", str(error))
+
+
+async def _not_drained(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    code = "drain_timeout" if isinstance(error, DrainTimeout) else "drain_refused"
+    return error_answer(504 if isinstance(error, DrainTimeout) else 409, code, str(error))
 
 
 async def _no_answer(request: Request, error: Exception) -> Response:  # noqa: ARG001

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 
 from kunserve_sglang.router.answers import RequestError
-from kunserve_sglang.router.api import Body, Limit, WorkerId
+from kunserve_sglang.router.api import DRAIN_TIMEOUT_S, Body, Limit, Seconds, WorkerId
 from kunserve_sglang.router.registry import Registry
 
 _B = TypeVar("_B", bound=Body)
@@ -55,6 +55,16 @@ def read_wait(request: Request) -> bool:
     except msgspec.ValidationError:
         message = "wait: true or false is expected"
         raise RequestError(422, "invalid_field", message, "wait") from None
+
+
+def read_timeout(request: Request) -> float:
+    """`?timeout_s=n`, how long requests under way may take to end. Raises `RequestError` (422)."""
+    text = request.query_params.get("timeout_s", str(DRAIN_TIMEOUT_S))
+    try:
+        return msgspec.convert(text, Seconds, strict=False)
+    except msgspec.ValidationError:
+        message = "timeout_s: a number of seconds from 0 to 86400 is expected"
+        raise RequestError(422, "invalid_field", message, "timeout_s") from None
 
 
 def read_worker_id(request: Request) -> int:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from kunserve_sglang.router.api import (
+    DRAIN_TIMEOUT_S,
     AcceptedPlan,
     Body,
     ClusterStatus,
@@ -20,6 +21,7 @@ from kunserve_sglang.router.api import (
     PolicyBody,
     Recording,
     RestoreBody,
+    Seconds,
     TraceBody,
     Worker,
     WorkerBody,
@@ -173,15 +175,23 @@ CALLS = (
         errors=(409,),
     ),
     Call(
-        name="remove_worker",
+        name="drain",
         method="DELETE",
         path="/workers/{id}",
         access=Access.CHANGE,
-        about="Send no more requests to a plain SGLang server; those that it has go on.",
-        answers={200: Worker},
+        about="Take an instance or a plain server out: no new requests, its group is taken apart, "
+        "and when its requests have ended it is told to end, and forgotten. If that cannot be, or "
+        "not in time, it takes requests as before.",
+        answers={200: Worker, 202: Worker},
         parameters=(
             Parameter(name="id", type=WorkerId, about="as `/workers` lists it", in_path=True),
+            Parameter(
+                name="timeout_s",
+                type=Seconds,
+                about=f"how long its requests may take to end ({DRAIN_TIMEOUT_S})",
+            ),
+            _WAIT,
         ),
-        errors=(404, 409),
+        errors=(404, 409, 504),
     ),
 )

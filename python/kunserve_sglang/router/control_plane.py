@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
 from msgspec import UNSET
 
 from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
-from kunserve_sglang.messages import Hello, TransitionKind
+from kunserve_sglang.messages import PROTOCOL_VERSION, Hello, Leave, TransitionKind, Welcome
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
@@ -40,7 +40,7 @@ class ControlPlane:
 
     def __init__(self, config: ClusterConfig, address: str) -> None:
         self.config = config
-        self.registry = Registry()
+        self.registry = Registry(config.num_instances)
         self.events = EventLog()
         self.latency = Latency()
         self.hub = ControlHub(address)
@@ -105,7 +105,34 @@ class ControlPlane:
                 return plan
             return staged(plan, self.registry.snapshot())
 
-        event = await self.coordinator.execute(make_plan, self._unwanted)
+        return await self._execute(make_plan, self._unwanted)
+
+    async def split(self, instance: int) -> Event:
+        """Take the group of a draining instance apart, whatever the load.
+
+        Raises `NoPlan` or `TransitionRunning`.
+        """
+
+        def make_plan() -> Plan:
+            state = self.registry.snapshot(draining=True)
+            epoch = self.coordinator.next_epoch(max(s.layout.epoch for s in state.instances))
+            reason = f"instance {instance} leaves"
+            plan = plan_restore(state, epoch=epoch, reason=reason, instances=[instance])
+            return plan if self.config.exchange is ExchangeMode.STOP else staged(plan, state)
+
+        return await self._execute(make_plan, lambda _: "")
+
+    def let_go(self, instance: Instance) -> None:
+        """It has nothing left to do: tell it to end, if we can, and forget it."""
+        self.registry.forget(instance)
+        if not instance.plain:
+            self.hub.tell(instance.number, Leave(reason="drained"))
+
+    async def _execute(
+        self, make_plan: Callable[[], Plan], unwanted: Callable[[Plan], str]
+    ) -> Event:
+        event = await self.coordinator.execute(make_plan, unwanted)
+        kind = event.kind
         if event.status is not Outcome.ABORTED:
             self.monitor.transition_ended(time.monotonic(), kind)
         logger.info(
@@ -153,12 +180,15 @@ class ControlPlane:
             instances=[_describe(i) for _, i in sorted(self.registry.instances.items())],
         )
 
-    def _on_hello(self, hello: Hello) -> None:
-        if hello.instance not in self.registry.instances:
+    def _on_hello(self, hello: Hello) -> Welcome | Leave:
+        known = hello.instance in self.registry.instances
+        if not self.registry.hello(hello):
+            return Leave(reason="drained")
+        if not known:
             logger.info(
                 "instance %d at %s: %d token slots", hello.instance, hello.url, hello.capacity
             )
-        self.registry.hello(hello)
+        return Welcome(version=PROTOCOL_VERSION)
 
     async def _watch(self) -> None:
         while True:
@@ -224,6 +254,7 @@ def _describe(instance: Instance) -> InstanceStatus:
         mode=instance.mode,
         serving=instance.serving,
         in_flight=instance.in_flight,
+        draining=instance.draining,
         layer_count=UNSET if hello is None else hello.layer_count,
         lost=instance.lost or UNSET,
     )

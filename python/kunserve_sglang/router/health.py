@@ -11,7 +11,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kunserve_sglang.config import ClusterConfig
 from kunserve_sglang.router.answers import json_answer, retry_later
 from kunserve_sglang.router.registry import Instance, Registry
 from kunserve_sglang.router.upstream import (
@@ -80,13 +79,13 @@ class HealthWatch:
                 await asyncio.sleep(_TICK_S)
 
     def _is_due(self, watch: _Watch) -> bool:
-        return not watch.instance.available or time.monotonic() >= watch.due
+        return not watch.instance.alive or time.monotonic() >= watch.due
 
     async def _ask(self, watch: _Watch) -> None:
         instance = watch.instance
         reply = await ask(self._session, instance, self._question, _TIMEOUT_S)
         if reply.status == 200:
-            if instance.plain and not instance.available:
+            if instance.plain and not instance.alive:
                 instance.capacity = await self._capacity(instance)
             instance.serving = True
             if instance.lost == REFUSED:
@@ -109,18 +108,14 @@ class HealthWatch:
 class Probes:
     """`/health`, `/health_generate`, `/liveness`, `/readiness`."""
 
-    def __init__(
-        self, registry: Registry, session: aiohttp.ClientSession, config: ClusterConfig
-    ) -> None:
+    def __init__(self, registry: Registry, session: aiohttp.ClientSession) -> None:
         self._registry = registry
         self._session = session
-        self._instances = config.num_instances
 
     @property
     def _wanted(self) -> int:
-        """The instances that were started with the router, and the workers added since."""
-        plain = len(self._registry.instances) - len(self._registry.with_agent())
-        return self._instances + plain
+        draining = [i for i in self._registry.instances.values() if i.draining]
+        return len(self._registry.expected) - len(draining)
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         """Whether the cluster can serve at all."""

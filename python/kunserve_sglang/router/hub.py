@@ -13,11 +13,11 @@ import zmq.asyncio
 
 from kunserve_sglang.errors import TransientError
 from kunserve_sglang.messages import (
-    PROTOCOL_VERSION,
     Abort,
     Commit,
     Done,
     Hello,
+    Leave,
     Prepare,
     Status,
     Trace,
@@ -57,9 +57,12 @@ class ControlHub:
         return next(self._calls)
 
     async def run(
-        self, on_hello: Callable[[Hello], None], on_status: Callable[[Status], None]
+        self, on_hello: Callable[[Hello], Welcome | Leave], on_status: Callable[[Status], None]
     ) -> None:
-        """Serve for good; both callbacks run on the event loop and must not block."""
+        """Serve for good; both callbacks run on the event loop and must not block.
+
+        What `on_hello` returns is the answer to it.
+        """
         while True:
             identity, data = await self._socket.recv_multipart()
             try:
@@ -68,10 +71,7 @@ class ControlHub:
                 self.malformed += 1
                 continue
             if isinstance(message, Hello):
-                on_hello(message)
-                await self._socket.send_multipart(
-                    [identity, encode(Welcome(version=PROTOCOL_VERSION))]
-                )
+                await self._socket.send_multipart([identity, encode(on_hello(message))])
             elif isinstance(message, Status):
                 on_status(message)
             else:
@@ -84,7 +84,7 @@ class ControlHub:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._pending[message.call] = future
         try:
-            await self._socket.send_multipart([f"instance-{instance}".encode(), encode(message)])
+            await self._socket.send_multipart([_identity(instance), encode(message)])
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             kind = type(message).__name__.upper()
@@ -94,6 +94,15 @@ class ControlHub:
         finally:
             del self._pending[message.call]
 
+    def tell(self, instance: int, message: Leave) -> None:
+        """Send what needs no answer; one that is not connected never hears of it."""
+        self._socket.send_multipart([_identity(instance), encode(message)])
+
     def close(self) -> None:
         self._socket.close()
         self._context.term()
+
+
+def _identity(instance: int) -> bytes:
+    """The name under which an instance connects."""
+    return f"instance-{instance}".encode()

@@ -76,11 +76,11 @@ class ControlPlaneCollector(Collector):
         return [(str(number), i.status) for number, i in instances if i.status is not None]
 
     def _instances(self) -> Iterator[Metric]:
-        up = _gauge("instance_up", "Whether the instance can take requests.", "instance")
+        up = _gauge("instance_up", "Whether the instance answers.", "instance")
         mode = _gauge("instance_mode", "1 for the mode that it is in.", "instance", "mode")
         flight = _gauge("requests_in_flight", "Requests sent and not yet answered.", "instance")
         for number, instance in sorted(self._control.registry.instances.items()):
-            up.add_metric([str(number)], float(instance.available))
+            up.add_metric([str(number)], float(instance.alive))
             flight.add_metric([str(number)], instance.in_flight)
             for candidate in Mode:
                 mode.add_metric([str(number), candidate], float(instance.mode is candidate))

@@ -12,6 +12,7 @@ from kunserve_sglang.policy.state import ClusterState, InstanceState
 _SILENT_AFTER_S = 60.0
 """A status record comes with every step; a step of a large prefill on a CPU takes seconds."""
 
+_SILENT = f"silent for {_SILENT_AFTER_S:.0f} s"
 
 FIRST_WORKER = 1000
 """Ids of plain SGLang servers begin here, above every number that a launcher gives."""
@@ -20,6 +21,8 @@ FIRST_WORKER = 1000
 @dataclass(slots=True)
 class Instance:
     """One instance. `serving` once its HTTP server answers; `in_flight` counts our requests.
+
+    A `draining` one gets no new requests and is in no plan: it is about to leave.
 
     A plain SGLang server has no agent: it never says `hello`, nor what it does. `capacity` is in
     token slots, as it was when the instance began to serve; 0 while that is unknown.
@@ -33,6 +36,7 @@ class Instance:
     seen: float = field(default_factory=time.monotonic)
     serving: bool = False
     lost: str = ""
+    draining: bool = False
     in_flight: int = 0
 
     @property
@@ -43,42 +47,73 @@ class Instance:
     @property
     def mode(self) -> Mode:
         if self.plain:
-            return Mode.INDEPENDENT if self.available else Mode.DEAD
+            return Mode.INDEPENDENT if self.alive else Mode.DEAD
         if self.lost or self.status is None:
             return Mode.DEAD
         return self.status.mode
 
     @property
-    def available(self) -> bool:
+    def alive(self) -> bool:
+        """Whether it answers, as far as we know."""
         return self.serving and not self.lost
+
+    @property
+    def available(self) -> bool:
+        """Whether it can take requests."""
+        return self.alive and not self.draining
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has no request, neither from us nor, as far as it says, from others."""
+        load = self.status.load if self.status else None
+        return not self.in_flight and (load is None or not load.running + load.waiting)
 
 
 class Registry:
-    """All instances that ever said hello, and the plain servers that were added, by number."""
+    """The instances that have said hello and the plain servers that were added, by number.
 
-    def __init__(self) -> None:
+    `expected` are those that make the cluster complete: what is started with the router or has
+    come since, and has not left in good order.
+    """
+
+    def __init__(self, launched: int = 0) -> None:
+        """`launched` instances are started with the router, under the first numbers."""
         self.instances: dict[int, Instance] = {}
+        self.expected = set(range(launched))
+        self._left: dict[int, Hello] = {}
         self._next_worker = itertools.count(FIRST_WORKER)
 
-    def hello(self, message: Hello) -> None:
-        """An instance greets; one with a new address is a new process under an old number."""
+    def hello(self, message: Hello) -> bool:
+        """An instance greets; false if this very process has been told to leave.
+
+        One with a new address is a new process under an old number.
+        """
+        if self._left.get(message.instance) == message:
+            return False
         known = self.instances.get(message.instance)
         if known is None or known.hello != message:
+            self.expected.add(message.instance)
             self.instances[message.instance] = Instance(
                 message.instance, message.url, message, message.capacity
             )
         else:
             known.seen = time.monotonic()
+        return True
 
     def add_worker(self, url: str) -> Instance:
         """A plain SGLang server, under a number that no other has had."""
         worker = Instance(next(self._next_worker), url)
         self.instances[worker.number] = worker
+        self.expected.add(worker.number)
         return worker
 
-    def remove_worker(self, number: int) -> None:
-        """No new requests for this plain server; those under way go on."""
-        del self.instances[number]
+    def forget(self, instance: Instance) -> None:
+        """It has left; a new process may come under its number."""
+        self.expected.discard(instance.number)
+        if instance.hello is not None:
+            self._left[instance.number] = instance.hello
+        if self.instances.get(instance.number) is instance:
+            del self.instances[instance.number]
 
     def with_agent(self) -> set[int]:
         """The numbers of KunServe's own instances."""
@@ -89,7 +124,8 @@ class Registry:
         if known is not None:
             known.status = message
             known.seen = time.monotonic()
-            known.lost = ""
+            if known.lost == _SILENT:
+                known.lost = ""
 
     def mark_silent(self) -> None:
         """Instances that have not been heard of for long are lost until they speak again."""
@@ -98,16 +134,17 @@ class Registry:
             if instance.plain or instance.lost:
                 continue
             if now - instance.seen > _SILENT_AFTER_S:
-                instance.lost = f"silent for {_SILENT_AFTER_S:.0f} s"
+                instance.lost = _SILENT
 
     def available(self) -> list[Instance]:
         """Instances that can take requests, by number."""
         return sorted((i for i in self.instances.values() if i.available), key=lambda i: i.number)
 
-    def snapshot(self) -> ClusterState:
+    def snapshot(self, *, draining: bool = False) -> ClusterState:
         """The cluster for the policies: every live instance that has reported.
 
-        Plain servers are none of theirs: they have no parameters to share.
+        Plain servers are none of theirs: they have no parameters to share. Those that are
+        `draining` are about to be gone, and matter only to whoever takes their groups apart.
         """
         return ClusterState(
             instances=tuple(
@@ -121,5 +158,6 @@ class Registry:
                 )
                 for i in sorted(self.instances.values(), key=lambda i: i.number)
                 if i.hello is not None and i.status is not None and not i.lost
+                if draining or not i.draining
             )
         )

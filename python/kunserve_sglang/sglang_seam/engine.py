@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
+from kunserve_sglang.config import LEAVE_SIGNAL
 from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.layout import LayerRange
@@ -140,6 +142,10 @@ class SglangEngine:
 
     def bind_kv(self) -> None:
         self._pool.bind()
+
+    def end(self) -> None:
+        # SGLang's own way to end waits for seconds; nobody is served here any more.
+        os.kill(os.getppid(), LEAVE_SIGNAL)
 
     # -- execution -------------------------------------------------------------------------------
 

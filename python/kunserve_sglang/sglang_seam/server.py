@@ -9,9 +9,9 @@ import logging
 import os
 import signal
 import tempfile
-from typing import Any
+from typing import Any, NoReturn
 
-from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
+from kunserve_sglang.config import INSTANCE_ENVIRONMENT, LEAVE_SIGNAL, InstanceConfig
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.processes import die_with_parent
 from kunserve_sglang.sglang_seam.compatibility import check_server_args, with_defaults
@@ -70,6 +70,7 @@ def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: st
     # shares CPUs among sessions first, and was seen to starve a pinned scheduler for seconds.
     os.setpgid(0, 0)
     _fresh_process(config, folder)
+    signal.signal(LEAVE_SIGNAL, _leave)
     server_args = copy.copy(server_args)
     object.__setattr__(server_args, "host", "127.0.0.1")
     object.__setattr__(server_args, "port", port)
@@ -97,6 +98,14 @@ def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: st
     http_server._setup_and_run_http_server(
         server_args, tokenizer, template, ports, scheduler.scheduler_infos, watchdog
     )
+
+
+def _leave(_number: int, _frame: object) -> NoReturn:
+    """The one way in which an instance ends with status 0."""
+    from sglang.srt.utils import kill_process_tree
+
+    kill_process_tree(os.getpid(), include_parent=False)
+    os._exit(0)
 
 
 def _not_about_cuda_graphs(record: logging.LogRecord) -> bool:

@@ -137,6 +137,10 @@ function showPages(bar, text, pages, kv) {
 
 function loadOf(instance) {
   if (instance.lost) return `Lost: ${instance.lost}`;
+  return instance.draining ? `Draining. ${reportedLoad(instance)}` : reportedLoad(instance);
+}
+
+function reportedLoad(instance) {
   if (instance.plain) {
     const load = instance.in_flight === 1 ? "1 request" : `${count(instance.in_flight)} requests`;
     return `Plain SGLang server${instance.serving ? "" : ", takes no requests yet"}: ${load} under way`;

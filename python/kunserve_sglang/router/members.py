@@ -1,0 +1,88 @@
+"""Who belongs to the cluster: `/workers` as SGLang's gateway has it, with draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from starlette.requests import Request
+from starlette.responses import Response
+from yarl import URL
+
+from kunserve_sglang.router.answers import RequestError, json_answer
+from kunserve_sglang.router.api import Worker, WorkerBody, Workers, WorkerStats
+from kunserve_sglang.router.bodies import read_body, read_timeout, read_wait, read_worker_id
+from kunserve_sglang.router.control_plane import ControlPlane
+from kunserve_sglang.router.draining import Draining
+from kunserve_sglang.router.registry import Instance
+
+logger = logging.getLogger(__name__)
+
+
+class Members:
+    """Endpoints by which instances and plain servers come and go."""
+
+    def __init__(self, control: ControlPlane) -> None:
+        self._registry = control.registry
+        self._draining = Draining(control)
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def workers(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
+        instances = sorted(self._registry.instances.items())
+        workers = [_describe(instance) for _, instance in instances]
+        stats = WorkerStats(total=len(workers), healthy=sum(w.is_healthy for w in workers))
+        return json_answer(Workers(workers=workers, total=len(workers), stats=stats))
+
+    async def add_worker(self, request: Request) -> Response:
+        url = _server_url((await read_body(request, WorkerBody)).url)
+        for known in self._registry.instances.values():
+            if known.url.rstrip("/") == url:
+                message = f"{url} is instance {known.number} already"
+                raise RequestError(409, "worker_exists", message, "url")
+        worker = self._registry.add_worker(url)
+        logger.info("worker %d: plain SGLang at %s", worker.number, url)
+        return json_answer(_describe(worker), 201)
+
+    async def drain(self, request: Request) -> Response:
+        number = read_worker_id(request)
+        timeout_s, wait = read_timeout(request), read_wait(request)
+        instance = self._registry.instances.get(number)
+        if instance is None:
+            raise RequestError(404, "unknown_worker", f"there is no worker {number}", "id")
+        # A task of its own: it is not left half-way because whoever asked has gone.
+        task = asyncio.create_task(self._draining.drain(instance, timeout_s))
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+        if wait:
+            await asyncio.shield(task)
+            return json_answer(_describe(instance))
+        await asyncio.sleep(0)  # let it begin: it may be refused
+        if task.done():
+            task.result()
+            return json_answer(_describe(instance))
+        return json_answer(_describe(instance), 202)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("not drained: %s", error)
+
+
+def _describe(instance: Instance) -> Worker:
+    return Worker(
+        id=instance.number,
+        url=instance.url,
+        plain=instance.plain,
+        is_healthy=instance.available,
+        draining=instance.draining,
+        load=instance.in_flight,
+        mode=instance.mode,
+    )
+
+
+def _server_url(text: str) -> str:
+    """As others have to write it, for it to be the same; raises `RequestError` (422)."""
+    try:
+        return str(URL(text).origin())
+    except ValueError as error:
+        raise RequestError(422, "invalid_field", f"url: {error}", "url") from None
