@@ -63,6 +63,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     tpot_limit_ms: float | None = None
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     exchange: ExchangeMode = ExchangeMode.COORDINATED
+    max_in_flight: int | None = None
+    max_queued: int = 10_000
+    queue_timeout_s: float = 600.0
     admin_api_key: str | None = None
     read_api_key: str | None = None
     vote_timeout_s: float = 10.0
@@ -82,6 +85,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.tpot_limit_ms is not None and self.tpot_limit_ms <= 0:
             raise ConfigurationError("--tpot-limit-ms must be above 0")
+        if self.max_in_flight is not None and self.max_in_flight < 1:
+            raise ConfigurationError("--max-in-flight must be at least 1")
+        if self.max_queued < 0:
+            raise ConfigurationError("--max-queued must not be negative")
+        if not 0 < self.queue_timeout_s <= 86_400:
+            raise ConfigurationError("--queue-timeout-s must be above 0 and at most 86400")
 
 
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):

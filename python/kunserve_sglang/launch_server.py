@@ -101,6 +101,24 @@ def kunserve_parser() -> argparse.ArgumentParser:
         help="move KV and parameters while serving goes on, or while the group stands still",
     )
     group.add_argument(
+        "--max-in-flight",
+        type=int,
+        help="requests under way at an instance before the router holds others back (default: as "
+        "many wait there as run there, and at least 256)",
+    )
+    group.add_argument(
+        "--max-queued",
+        type=int,
+        default=10_000,
+        help="requests that the router holds back before it answers 429",
+    )
+    group.add_argument(
+        "--queue-timeout-s",
+        type=float,
+        default=600.0,
+        help="how long the router holds a request back before it answers 503",
+    )
+    group.add_argument(
         "--admin-api-key", help="key that calls under /kunserve need to change anything"
     )
     group.add_argument(
@@ -126,6 +144,9 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         tpot_limit_ms=flags.tpot_limit_ms,
         micro_batches=MicroBatches(flags.micro_batches),
         exchange=ExchangeMode(flags.exchange),
+        max_in_flight=flags.max_in_flight,
+        max_queued=flags.max_queued,
+        queue_timeout_s=flags.queue_timeout_s,
         admin_api_key=flags.admin_api_key,
         read_api_key=flags.read_api_key,
     )

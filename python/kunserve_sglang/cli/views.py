@@ -134,6 +134,9 @@ def _headline(status: ClusterStatus) -> Text:
     for name, quantiles in (("TTFT", status.latency.ttft_ms), ("TPOT", status.latency.tpot_ms)):
         if quantiles.p50 is not None and quantiles.p99 is not None:
             text.append(f"   {name} p50 {quantiles.p50:,.0f} ms, p99 {quantiles.p99:,.0f} ms")
+    if status.queue.requests:
+        held = f"{status.queue.requests:,} queued, the oldest for {status.queue.oldest_s:,.1f} s"
+        text.append(f"   {held}", "yellow")
     if (running := status.transition) is not None:
         text.append(f"   {running.kind} of instances {_ids(running.instances)} is running", "cyan")
     return text

@@ -19,6 +19,7 @@ _ERROR_TYPES = {
     405: "invalid_request_error",
     409: "conflict_error",
     422: "invalid_request_error",
+    429: "overloaded_error",
     500: "internal_error",
     501: "not_supported_error",
     502: "upstream_error",
@@ -69,6 +70,8 @@ def error_answer(
     return json_answer(ErrorAnswer(error=detail), status, headers)
 
 
-def retry_later(code: str, message: str) -> Response:
-    """503 for a condition that passes; clients are told when to come back."""
-    return error_answer(503, code, message, headers={"Retry-After": str(_RETRY_AFTER_S)})
+def retry_later(
+    code: str, message: str, status: int = 503, after_s: int = _RETRY_AFTER_S
+) -> Response:
+    """For a condition that passes; clients are told when to come back."""
+    return error_answer(status, code, message, headers={"Retry-After": str(after_s)})

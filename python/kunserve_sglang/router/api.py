@@ -143,6 +143,13 @@ class LatencySummary(msgspec.Struct, frozen=True, kw_only=True):
     window_s: float
 
 
+class QueueStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the router holds back: how many requests, and how long the oldest has waited."""
+
+    requests: int
+    oldest_s: float
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster now. `transition` is the one under way, if any."""
 
@@ -150,6 +157,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     transition: Event | None
     latency: LatencySummary
+    queue: QueueStatus
     instances: list[InstanceStatus]
 
 

@@ -79,7 +79,9 @@ def build_app(
     config: RouterConfig, control: ControlPlane, session: aiohttp.ClientSession
 ) -> RouterApp:
     keys = Keys(config)
-    proxy = Proxy(control.registry, session, POLICIES[config.cluster.dispatch], control.latency)
+    proxy = Proxy(
+        control.registry, session, POLICIES[config.cluster.dispatch], control.latency, control.queue
+    )
     docs = Docs(keys)
     routes = [
         *_probe_routes(Probes(control.registry, session)),

@@ -12,17 +12,27 @@ import msgspec
 from msgspec import UNSET
 
 from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
-from kunserve_sglang.messages import PROTOCOL_VERSION, Hello, Leave, TransitionKind, Welcome
+from kunserve_sglang.messages import (
+    PROTOCOL_VERSION,
+    Hello,
+    Leave,
+    Status,
+    TransitionKind,
+    Welcome,
+)
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
+from kunserve_sglang.policy.queueing import with_held
 from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
 from kunserve_sglang.policy.staging import staged
+from kunserve_sglang.policy.state import ClusterState
 from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, Policy
 from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.hub import ControlHub
 from kunserve_sglang.router.latency import Latency
+from kunserve_sglang.router.queueing import RequestQueue
 from kunserve_sglang.router.registry import Instance, Registry
 
 logger = logging.getLogger(__name__)
@@ -43,6 +53,7 @@ class ControlPlane:
         self.registry = Registry(config.num_instances)
         self.events = EventLog()
         self.latency = Latency()
+        self.queue = RequestQueue(self.registry, config)
         self.hub = ControlHub(address)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.monitor = OverloadMonitor(
@@ -54,11 +65,16 @@ class ControlPlane:
     async def run(self) -> None:
         """Serve the control socket and watch the load until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.hub.run(self._on_hello, self.registry.status))
+            tasks.create_task(self.hub.run(self._on_hello, self._on_status))
             tasks.create_task(self._watch())
 
     def close(self) -> None:
         self.hub.close()
+
+    def state(self) -> ClusterState:
+        """The cluster for the policies; what the router holds back counts as waiting."""
+        plain = sum(i.capacity for i in self.registry.available() if i.plain)
+        return with_held(self.registry.snapshot(), len(self.queue), plain)
 
     def plan(
         self,
@@ -70,7 +86,7 @@ class ControlPlane:
         epoch: int | None = None,
     ) -> Plan:
         """What a transition would do now; changes nothing. Raises `NoPlan`."""
-        state = self.registry.snapshot()
+        state = self.state()
         known = max((s.layout.epoch for s in state.instances), default=0)
         epoch = known + 1 if epoch is None else epoch
         if kind is TransitionKind.RESTORE:
@@ -151,7 +167,7 @@ class ControlPlane:
         """Why a restore that has begun should be given up: its slots are needed after all."""
         if not self.auto:
             return ""
-        state = self.registry.snapshot()
+        state = self.state()
         short = [
             s.instance
             for s in state.instances
@@ -177,6 +193,7 @@ class ControlPlane:
             policy=self.policy(),
             transition=self.coordinator.running,
             latency=self.latency.summary(),
+            queue=self.queue.status(),
             instances=[_describe(i) for _, i in sorted(self.registry.instances.items())],
         )
 
@@ -190,12 +207,17 @@ class ControlPlane:
             )
         return Welcome(version=PROTOCOL_VERSION)
 
+    def _on_status(self, status: Status) -> None:
+        self.registry.status(status)
+        self.queue.let_in()  # it may be running more than before, and so take more
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             self.registry.mark_silent()
+            self.queue.let_in()  # an instance may have come, or come back
             now = time.monotonic()
-            need = self.monitor.observe(now, self.registry.snapshot())
+            need = self.monitor.observe(now, self.state())
             if need is None or now < self._retry_after or not self._may_act_on(need):
                 continue
             try:

@@ -69,7 +69,8 @@ class ControlPlaneCollector(Collector):
         yield from self._memory_and_load()
         yield from self._transitions()
         yield from self._requests()
-        yield from self._latencies()
+        yield from self._queue()
+        yield from self._histograms()
 
     def _reports(self) -> list[tuple[str, Status]]:
         instances = sorted(self._control.registry.instances.items())
@@ -139,7 +140,7 @@ class ControlPlaneCollector(Collector):
         yield requests
         yield CounterMetricFamily(
             "kunserve:dispatch_retries",
-            "Requests sent to another instance because the first could not be reached.",
+            "Requests sent to another instance because the first was out of reach or refused them.",
             value=self._stats.retries,
         )
         yield CounterMetricFamily(
@@ -148,9 +149,19 @@ class ControlPlaneCollector(Collector):
             value=self._stats.cut,
         )
 
-    def _latencies(self) -> Iterator[Metric]:
-        latency = self._control.latency
-        for histogram in (latency.ttft_seconds, latency.tpot_seconds):
+    def _queue(self) -> Iterator[Metric]:
+        queue = self._control.queue
+        yield GaugeMetricFamily(
+            "kunserve:queued_requests", "Requests that the router holds back.", value=len(queue)
+        )
+        shed = _counter("shed_requests", "Requests turned away from the queue.", "reason")
+        for reason, count in queue.shed.items():
+            shed.add_metric([reason], count)
+        yield shed
+
+    def _histograms(self) -> Iterator[Metric]:
+        latency, queue = self._control.latency, self._control.queue
+        for histogram in (latency.ttft_seconds, latency.tpot_seconds, queue.wait_seconds):
             for metric in histogram.collect():
                 # The text format has no place for the time of creation but one more metric.
                 metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]

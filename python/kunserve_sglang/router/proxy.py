@@ -17,11 +17,15 @@ from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.answers import error_answer, retry_later
 from kunserve_sglang.router.dispatch import Dispatcher, request_tokens
 from kunserve_sglang.router.latency import Latency, StreamTimer
+from kunserve_sglang.router.queueing import RequestQueue, TurnedAway
 from kunserve_sglang.router.registry import Instance, Registry
 from kunserve_sglang.router.upstream import (
+    BACKPRESSURE,
     REFUSED,
     answer_headers,
+    busy_answer,
     instance_url,
+    is_queue_full,
     is_refusal,
     request_headers,
 )
@@ -48,12 +52,13 @@ class ProxyStats:
 class _Exchange:
     """One request and the state of its answer."""
 
-    __slots__ = ("_receive", "_send", "arrived", "body", "scope", "started", "status")
+    __slots__ = ("_receive", "_send", "arrived", "body", "refusal", "scope", "started", "status")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self.body = b""
         self.arrived = 0.0
+        self.refusal: Response | None = None
         self.started = False
         self.status = 0
         self._receive = receive
@@ -93,7 +98,8 @@ class _Exchange:
 class Proxy:
     """ASGI application without a framework: it runs for every chunk of every stream.
 
-    A request is sent again only if no connection could be made, so no instance has seen it.
+    A request is sent again only if no instance can have run it: no connection could be made, or
+    SGLang had no room for it in its queue.
     """
 
     def __init__(
@@ -102,12 +108,14 @@ class Proxy:
         session: aiohttp.ClientSession,
         policy: Policy,
         latency: Latency,
+        queue: RequestQueue,
     ) -> None:
         self.stats = ProxyStats()
         self._latency = latency
         self._registry = registry
         self._session = session
         self._policy = policy
+        self._queue = queue
         self._dispatcher = Dispatcher(registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,23 +144,39 @@ class Proxy:
             self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
 
     async def _serve(self, exchange: _Exchange) -> None:
+        """Send the request when it is its turn, or say why it is not sent."""
+        try:
+            async with self._queue.admitted(exchange.scope):
+                await self._dispatch(exchange)
+        except TurnedAway as refusal:
+            await exchange.answer(refusal.answer)
+
+    async def _dispatch(self, exchange: _Exchange) -> None:
         """Try instances until one has taken the request."""
         policy = first if exchange.scope["path"] in _SAME_EVERYWHERE else self._policy
         tokens = request_tokens(exchange.body)
         tried: set[int] = set()
-        while (instance := self._dispatcher.pick(policy, tried)) is not None:
+        while (instance := self._next(policy, tried)) is not None:
             self.stats.retries += bool(tried)
             with self._dispatcher.under_way(instance, tokens):
                 if await self._relay(instance, exchange):
                     return
             tried.add(instance.number)
+        if exchange.refusal is not None:
+            await exchange.answer(exchange.refusal)
+            return
         known = len(self._registry.instances)
         await exchange.answer(
             retry_later("no_instance", f"none of {known} instances can take requests now")
         )
 
+    def _next(self, policy: Policy, tried: set[int]) -> Instance | None:
+        """One that has room, or else any: what was let in once is not held back again."""
+        pick = self._dispatcher.pick
+        return pick(policy, tried | self._queue.full()) or pick(policy, tried)
+
     async def _relay(self, instance: Instance, exchange: _Exchange) -> bool:
-        """False if no connection could be made, and another instance may be tried."""
+        """False if the instance cannot have run it, and another may be tried."""
         try:
             response = await self._request(instance, exchange)
         except ValueError as error:
@@ -164,13 +188,16 @@ class Proxy:
             logger.warning("instance %d: %s", instance.number, error)
             return False
         except (aiohttp.ClientError, OSError) as error:
-            message = f"instance {instance.number} broke off: {error!r}"
-            logger.warning("%s", message)
-            await exchange.answer(error_answer(502, "upstream_lost", message))
+            await _lost(instance, error, exchange)
             return True
         try:
+            if response.status in BACKPRESSURE:
+                return await self._refused(response, exchange)
             await self._stream(response, exchange)
         except (aiohttp.ClientError, OSError) as error:
+            if not exchange.started:
+                await _lost(instance, error, exchange)
+                return True
             # Too late for a status: the client sees its connection closed before the end.
             self.stats.cut += 1
             logger.warning("instance %d broke off in mid-answer: %r", instance.number, error)
@@ -188,6 +215,16 @@ class Proxy:
             allow_redirects=False,
         )
 
+    async def _refused(self, response: aiohttp.ClientResponse, exchange: _Exchange) -> bool:
+        """Pass on that the instance is busy, unless another may still have room."""
+        body = await response.read()
+        refusal = busy_answer(response, body, self._queue.retry_after_s())
+        if is_queue_full(body):
+            exchange.refusal = refusal
+            return False
+        await exchange.answer(refusal)
+        return True
+
     async def _stream(self, response: aiohttp.ClientResponse, exchange: _Exchange) -> None:
         await exchange.start(response.status, answer_headers(response.raw_headers))
         read, write = response.content.readany, exchange.write
@@ -203,6 +240,12 @@ class Proxy:
             finally:
                 timer.end()
         await write(b"", more=False)
+
+
+async def _lost(instance: Instance, error: Exception, exchange: _Exchange) -> None:
+    message = f"instance {instance.number} broke off: {error!r}"
+    logger.warning("%s", message)
+    await exchange.answer(error_answer(502, "upstream_lost", message))
 
 
 def _is_stream(response: aiohttp.ClientResponse) -> bool:

@@ -71,6 +71,7 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
                 serving = tasks.create_task(http.serve(sockets=[listener]))
                 logger.info("router at http://%s:%d", *listener.getsockname()[:2])
                 await stop.wait()
+                control.queue.close()
                 http.should_exit = True
                 await serving
                 for task in background:

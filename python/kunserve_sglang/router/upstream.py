@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import aiohttp
 import msgspec
 from starlette.requests import Request
+from starlette.responses import Response
 from yarl import URL
 
 from kunserve_sglang.router.registry import Instance
@@ -20,6 +21,15 @@ _CONNECT_TIMEOUT_S = 5.0
 
 _KEEP_ALIVE_S = 3.0
 """Below the 5 s after which SGLang closes an idle connection: a POST must not run into that."""
+
+BACKPRESSURE = frozenset({429, 503})
+"""With these an instance says that it is busy, and not that it is dead."""
+
+_QUEUE_FULL = (
+    b"The request queue is full.",
+    b"The request is aborted by a higher priority request.",
+)
+"""What SGLang says of a request that it has not run, because of `--max-queued-requests`."""
 
 _HOP_BY_HOP = frozenset(
     {
@@ -87,6 +97,20 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, aiohttp.ClientConnectorError) and (
         error.os_error.errno == errno.ECONNREFUSED
     )
+
+
+def busy_answer(response: aiohttp.ClientResponse, body: bytes, retry_after_s: int) -> Response:
+    """An instance's 429 or 503 as it goes to the client; it always says when to come again."""
+    answer = Response(body, response.status)
+    answer.raw_headers = answer_headers(response.raw_headers)
+    if "Retry-After" not in response.headers:
+        answer.raw_headers.append((b"retry-after", str(retry_after_s).encode()))
+    return answer
+
+
+def is_queue_full(body: bytes) -> bool:
+    """Whether SGLang says with this 503 that the request never left its queue."""
+    return any(message in body for message in _QUEUE_FULL)
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

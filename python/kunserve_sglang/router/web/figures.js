@@ -18,7 +18,7 @@ export function totals(instances) {
   };
 }
 
-export function showFigures({ instances, latency }) {
+export function showFigures({ instances, latency, queue }) {
   const all = totals(instances);
   const share = all.capacity ? percent(all.demand / all.capacity) : "no capacity";
   const figures = [
@@ -30,6 +30,7 @@ export function showFigures({ instances, latency }) {
     },
     { name: "Running", value: count(all.running), note: `hold ${count(all.used)} slots` },
     { name: "Waiting", value: count(all.waiting), note: "for slots", warn: all.waiting > 0 },
+    ...(queue.requests ? [held(queue)] : []),
     {
       name: "Groups",
       value: count(all.groups),
@@ -39,6 +40,16 @@ export function showFigures({ instances, latency }) {
     quantiles("TPOT", latency.tpot_ms),
   ];
   reconcile(byId("figures"), figures, (figure) => figure.name, create, update);
+}
+
+/** What the router holds back; nothing is shown of an empty queue, which is the rule. */
+function held({ requests, oldest_s: oldest }) {
+  return {
+    name: "Queued",
+    value: count(requests),
+    note: `in the router, the oldest for ${duration(1000 * oldest)}`,
+    warn: true,
+  };
 }
 
 function quantiles(name, values) {
