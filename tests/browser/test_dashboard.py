@@ -85,6 +85,20 @@ def test_a_drop_and_a_restore_by_hand(start_router: Start, visit: Open) -> None:
     assert seen.hosts == {f"127.0.0.1:{router.port}"}
 
 
+def test_what_the_router_holds_back_is_shown_while_there_is_any(
+    start_router: Start, visit: Open
+) -> None:
+    router = start_router(1, max_in_flight=1)
+    connections = [router.open("POST", "/generate", {"stream": True}) for _ in range(3)]
+    until(lambda: router.status()["queue"]["requests"] == 2)
+    figures = visit(router).page.locator("#figures")
+    expect(figures).to_contain_text(re.compile(r"Queued2in the router, the oldest for [\d.]+ m?s"))
+    for connection in connections:
+        connection.close()
+    expect(figures).not_to_contain_text("Queued")
+    expect(figures).to_contain_text("Waiting0")
+
+
 def test_the_numbers_are_those_of_the_router(start_router: Start, visit: Open) -> None:
     router = start_router(2)
     busy = router.instances[1]

@@ -129,6 +129,18 @@ def test_status_shows_how_fast_answers_are(start_router: Start, run: Run) -> Non
     connection.close()
 
 
+def test_status_shows_what_is_queued(start_router: Start, run: Run) -> None:
+    router = start_router(1, max_in_flight=1)
+    assert "queued" not in run(router, "status").out
+    connections = [router.open("POST", "/generate", {"stream": True}) for _ in range(3)]
+    until(lambda: router.status()["queue"]["requests"] == 2)
+    assert re.search(r"2 queued, the oldest for [\d.]+ s", run(router, "status").out)
+    for connection in connections:
+        connection.close()
+    until(lambda: router.status()["queue"] == {"requests": 0, "oldest_s": 0})
+    assert "queued" not in run(router, "status").out
+
+
 def test_an_instance_without_a_report_is_shown(start_router: Start, run: Run) -> None:
     router = start_router(0, expect=1)
     router.instances.append(router.add(0, reporting=False))

@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
 
 from kunserve_sglang.config import ClusterConfig
 from kunserve_sglang.router.access import Keys
+from kunserve_sglang.router.answers import ERROR_TYPES, Code
 from kunserve_sglang.router.app import build_app
 from kunserve_sglang.router.calls import CALLS
 from kunserve_sglang.router.control_plane import ControlPlane
@@ -198,6 +199,14 @@ def test_it_is_a_valid_document() -> None:
     assert schemas["DropBody"]["additionalProperties"] is False
     assert "required" not in schemas["DropBody"] or not schemas["DropBody"]["required"]
     assert "error" in schemas["Event"]["required"]
+
+
+def test_every_code_of_an_error_is_explained() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (\d{3}) \|", text, re.MULTILINE)
+    explained = [code for codes, _ in rows for code in re.findall(r"`(\w+)`", codes)]
+    assert sorted(explained) == sorted(get_args(Code))
+    assert {int(status) for _, status in rows} <= ERROR_TYPES.keys()
 
 
 def _values(node: Any, name: str) -> list[Any]:

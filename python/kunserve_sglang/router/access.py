@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
-from kunserve_sglang.router.answers import error_answer
+from kunserve_sglang.router.answers import Code, error_answer
 from kunserve_sglang.router.calls import Access
 from kunserve_sglang.router.settings import RouterConfig
 
@@ -24,6 +24,12 @@ class Holder(StrEnum):
     READ = "read"
     NONE = "none"
     UNKNOWN = "unknown"
+
+
+_MISSING: dict[Holder, Code] = {
+    Holder.ADMIN: "admin_key_required",
+    Holder.READ: "read_key_required",
+}
 
 
 class Keys:
@@ -69,7 +75,7 @@ class Keys:
                 return await endpoint(request)
             return error_answer(
                 401,
-                f"{needed[0]}_key_required",
+                _MISSING[needed[0]],
                 f"this call needs the {' or the '.join(needed)} key: Authorization: Bearer <key>",
                 headers={"WWW-Authenticate": "Bearer"},
             )

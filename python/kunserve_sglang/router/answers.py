@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from kunserve_sglang.errors import KunServeError
 from kunserve_sglang.router.api import ErrorAnswer, ErrorDetail
 
-_ERROR_TYPES = {
+ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
@@ -29,11 +29,43 @@ _ERROR_TYPES = {
 
 _RETRY_AFTER_S = 1
 
+Code = Literal[
+    "admin_key_required",
+    "bad_json",
+    "bad_path",
+    "bad_priority",
+    "instance_failed",
+    "internal_error",
+    "invalid_field",
+    "method_not_allowed",
+    "no_answer",
+    "no_instance",
+    "no_plan",
+    "not_found",
+    "not_ready",
+    "not_removable",
+    "not_supported",
+    "plain_instance",
+    "queue_displaced",
+    "queue_full",
+    "queue_timeout",
+    "read_key_required",
+    "router_stopping",
+    "trace_running",
+    "transition_running",
+    "unhealthy",
+    "unknown_instance",
+    "unknown_worker",
+    "upstream_lost",
+    "worker_exists",
+]
+"""What programs tell errors apart by; docs/features.md says what each means."""
+
 
 class RequestError(KunServeError):
     """The caller must change the request; becomes the answer with this status."""
 
-    def __init__(self, status: int, code: str, message: str, field: str | None = None) -> None:
+    def __init__(self, status: int, code: Code, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
@@ -54,7 +86,7 @@ def json_answer(
 
 def error_answer(
     status: int,
-    code: str,
+    code: Code,
     message: str,
     *,
     field: str | None = None,
@@ -63,7 +95,7 @@ def error_answer(
     """`code` is for programs and never changes, `message` is for people."""
     detail = ErrorDetail(
         message=message,
-        type=_ERROR_TYPES[status],
+        type=ERROR_TYPES[status],
         code=code,
         field=UNSET if field is None else field,
     )
@@ -71,7 +103,7 @@ def error_answer(
 
 
 def retry_later(
-    code: str, message: str, status: int = 503, after_s: int = _RETRY_AFTER_S
+    code: Code, message: str, status: int = 503, after_s: int = _RETRY_AFTER_S
 ) -> Response:
     """For a condition that passes; clients are told when to come back."""
     return error_answer(status, code, message, headers={"Retry-After": str(after_s)})

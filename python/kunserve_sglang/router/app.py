@@ -18,7 +18,7 @@ from kunserve_sglang.policy.dispatch import POLICIES
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.access import Endpoint, Keys
 from kunserve_sglang.router.admin import Admin
-from kunserve_sglang.router.answers import RequestError, error_answer, retry_later
+from kunserve_sglang.router.answers import Code, RequestError, error_answer, retry_later
 from kunserve_sglang.router.audit import Audited
 from kunserve_sglang.router.calls import CALLS, Access
 from kunserve_sglang.router.control_plane import ControlPlane
@@ -178,7 +178,7 @@ async def _no_answer(request: Request, error: Exception) -> Response:  # noqa: A
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    code: Code = "method_not_allowed" if error.status_code == 405 else "not_found"
     message = f"{request.method} {request.url.path}: {error.detail}"
     return error_answer(error.status_code, code, message, headers=error.headers)
 

@@ -23,7 +23,7 @@ from kunserve_sglang.policy.queueing import (
     in_flight_limit,
     retry_after_s,
 )
-from kunserve_sglang.router.answers import error_answer, retry_later
+from kunserve_sglang.router.answers import Code, error_answer, retry_later
 from kunserve_sglang.router.api import QueueStatus
 from kunserve_sglang.router.registry import Instance, Registry
 
@@ -48,7 +48,7 @@ class Shed(StrEnum):
     STOPPING = "stopping"
 
 
-_ANSWERS = {
+_ANSWERS: dict[Shed, tuple[int, Code, str]] = {
     Shed.FULL: (429, "queue_full", "the queue is full"),
     Shed.DISPLACED: (429, "queue_displaced", "the queue is full, and others have priority"),
     Shed.TIMEOUT: (503, "queue_timeout", "no instance had room for the request in time"),
