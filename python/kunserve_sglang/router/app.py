@@ -168,7 +168,7 @@ async def _trace_running(request: Request, error: Exception) -> Response:  # noq
 
 
 async def _not_drained(request: Request, error: Exception) -> Response:  # noqa: ARG001
-    code = "drain_timeout" if isinstance(error, DrainTimeout) else "drain_refused"
+    code: Code = "drain_timeout" if isinstance(error, DrainTimeout) else "drain_refused"
     return error_answer(504 if isinstance(error, DrainTimeout) else 409, code, str(error))
 
 
