@@ -97,7 +97,8 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What one instance must know; travels in `KUNSERVE_INSTANCE` as JSON.
 
     `owners` is the largest group the instance can join; `cpus` the cores of its scheduler (empty:
-    not pinned); `page_bytes` 0 means: choose by budget.
+    not pinned). `memory_budget` 0 means: SGLang's `--mem-fraction-static` of what the device has
+    free when the instance starts; `page_bytes` 0: choose by budget.
     """
 
     instance: int
@@ -136,18 +137,6 @@ def parse_size(text: str) -> int:
     if not match:
         raise ConfigurationError(f"{text!r} is no size; write for example 448MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def page_bytes_for(budget: int) -> int:
-    """Page size on a CPU: small for small budgets, larger as the budget grows.
-
-    A page that does not continue its neighbour costs a kernel mapping, and a process may have
-    65,530 of them by default; small pages waste less at the end of each buffer.
-    """
-    page = 64 << 10
-    while budget // page > 16_384 and page < 2 << 20:
-        page *= 2
-    return page
 
 
 def format_size(nbytes: float) -> str:

@@ -38,3 +38,11 @@ class PeerLost(TransientError):
 
 class InternalError(KunServeError):
     """An invariant was found broken."""
+
+
+class DriverError(InternalError):
+    """The CUDA driver refused a call; `code` is the name of its `CUresult`."""
+
+    def __init__(self, call: str, code: str) -> None:
+        super().__init__(f"{call} failed: {code}")
+        self.code = code

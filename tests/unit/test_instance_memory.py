@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ from kunserve_sglang.errors import ConfigurationError, InternalError, OutOfPages
 from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.parameters import ParameterStore
 from kunserve_sglang.layout import LayerRange
-from kunserve_sglang.memory import MemfdDriver, PhysicalPagePool
+from kunserve_sglang.memory import PhysicalPagePool, open_pool
 
 PAGE = 4096
 SHAPE = KvShape(layers=3, heads=2, key_dim=24, value_dim=16, dtype=torch.float32)
@@ -22,9 +23,13 @@ SHAPE = KvShape(layers=3, heads=2, key_dim=24, value_dim=16, dtype=torch.float32
 
 @pytest.fixture
 def pool() -> Iterator[PhysicalPagePool]:
-    driver = MemfdDriver(400, PAGE)
-    yield PhysicalPagePool(driver, 400)
-    driver.close()
+    pool = _pool(400)
+    yield pool
+    pool.driver.close()
+
+
+def _pool(pages: int) -> PhysicalPagePool:
+    return open_pool(torch.device("cpu"), pages * PAGE, page_bytes=PAGE)
 
 
 def _layers(count: int = 3) -> list[nn.Module]:
@@ -39,6 +44,23 @@ def test_moving_parameters_changes_nothing_but_their_address(pool: PhysicalPageP
     store = ParameterStore(pool, layers)
     assert all(torch.equal(layer(x), e) for layer, e in zip(layers, expected, strict=True))
     assert store.pages == sum(store.layer_pages()) == pool.total - pool.free
+
+
+def test_no_more_than_one_layer_is_there_twice(pool: PhysicalPagePool) -> None:
+    """When a layer has moved, its old memory is gone before the next one takes any."""
+    layers = _layers()
+    old = [[weakref.ref(p.data.untyped_storage()) for p in layer.parameters()] for layer in layers]
+    moved, gone = [], []
+    driver = pool.driver
+    commit, driver.reclaim = driver.commit, lambda: gone.append(_layers_gone(old))
+    driver.commit = lambda pages: (moved.append(len(gone)), commit(pages))[1]
+    ParameterStore(pool, layers)
+    assert moved == [0, 1, 2]
+    assert gone == [1, 2, 3]
+
+
+def _layers_gone(old: list[list[weakref.ref[torch.UntypedStorage]]]) -> int:
+    return sum(all(storage() is None for storage in layer) for layer in old)
 
 
 def test_a_dropped_layer_comes_back_whole(pool: PhysicalPagePool) -> None:
@@ -77,10 +99,10 @@ def test_reading_a_dropped_layer_faults(pool: PhysicalPagePool) -> None:
 
 
 def test_a_budget_below_the_parameters_is_refused() -> None:
-    driver = MemfdDriver(3, PAGE)
+    pool = _pool(3)
     with pytest.raises(OutOfPages):
-        ParameterStore(PhysicalPagePool(driver, 3), _layers())
-    driver.close()
+        ParameterStore(pool, _layers())
+    pool.driver.close()
 
 
 def test_shared_parameters_are_refused(pool: PhysicalPagePool) -> None:

@@ -16,7 +16,7 @@ from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.parameters import ParameterStore
 from kunserve_sglang.instance.transfer import Transfer
 from kunserve_sglang.layout import LayerRange, Move, ParameterLoad
-from kunserve_sglang.memory import MemfdDriver, PhysicalPagePool
+from kunserve_sglang.memory import open_pool
 from kunserve_sglang.transport import Packet
 from kunserve_sglang.transport.local import LocalDataPlane
 
@@ -66,7 +66,7 @@ def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
     """Owner 0 and a stage; the stage has room for the owner's upper layers, and other weights."""
     made = []
     for number in range(2):
-        pool = PhysicalPagePool(MemfdDriver(2000, PAGE, f"transfer-{number}"), 2000)
+        pool = open_pool(torch.device("cpu"), 2000 * PAGE, page_bytes=PAGE)
         layers = [nn.Linear(700, 700) for _ in range(SHAPE.layers)]
         parameters = ParameterStore(pool, layers)
         stride = aligned_stride(SLOTS, SHAPE, PAGE)

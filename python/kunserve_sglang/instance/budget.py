@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from kunserve_sglang.config import InstanceConfig, format_size, page_bytes_for
+from kunserve_sglang.config import InstanceConfig, format_size
 from kunserve_sglang.errors import ConfigurationError, OutOfPages
 from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.parameters import ParameterStore, layer_bytes
 from kunserve_sglang.layout import LayerRange, MemoryProfile
-from kunserve_sglang.memory import MemfdDriver, PhysicalPagePool
+from kunserve_sglang.memory import PhysicalPagePool, free_memory, open_pool
 
 _LEAST_CAPACITY = 64
 """Fewer token slots than this cannot serve anything."""
@@ -27,26 +28,46 @@ class Memory:
     resident_bytes: int
 
 
-def adopt_model(config: InstanceConfig, model: nn.Module, layers: Sequence[nn.Module]) -> Memory:
-    """Build the pool for a loaded model and move its decoder layers in.
+def memory_budget(config: InstanceConfig, device: torch.device, fraction: float) -> int:
+    """Bytes for parameters and KV; to be asked for before the model takes its part of them.
 
-    Embedding, final norm and head stay where they are but count against the budget.
-    Raises `ConfigurationError` if the parameters alone exceed it.
+    Without a budget of its own an instance takes `fraction` of what is free, as SGLang does.
+    """
+    return config.memory_budget or int(fraction * free_memory(device))
+
+
+def adopt_model(
+    config: InstanceConfig,
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    device: torch.device,
+    budget: int,
+) -> Memory:
+    """Build the pool for a loaded model on `device` and move its decoder layers in.
+
+    Embedding, final norm and head stay where they are but count against the budget. At no time is
+    more than one layer there twice. Raises `ConfigurationError` if the parameters alone exceed
+    the budget, or if the device has less memory than that.
     """
     droppable = {id(p) for layer in layers for p in layer.parameters()}
     resident = sum(p.nbytes for p in model.parameters() if id(p) not in droppable)
     resident += sum(b.nbytes for b in model.buffers())
-    page = config.page_bytes or page_bytes_for(config.memory_budget)
-    pages = max(0, config.memory_budget - resident) // page
-    pool = PhysicalPagePool(MemfdDriver(pages, page, f"kunserve-{config.instance}"), pages)
+    pool = open_pool(
+        device,
+        budget - resident,
+        page_bytes=config.page_bytes,
+        name=f"kunserve-{config.instance}",
+    )
     try:
-        return Memory(pool, ParameterStore(pool, layers), resident)
+        parameters = ParameterStore(pool, layers)
     except OutOfPages:
         needed = resident + sum(layer_bytes(layer) for layer in layers)
         raise ConfigurationError(
-            f"--memory-budget {format_size(config.memory_budget)} is too small: the parameters "
+            f"--memory-budget {format_size(budget)} is too small: the parameters "
             f"alone take {format_size(needed)}"
         ) from None
+    pool.commit()
+    return Memory(pool, parameters, resident)
 
 
 def profile_of(memory: Memory, shape: KvShape, owners: int) -> MemoryProfile:

@@ -38,6 +38,8 @@ class ParameterStore:
     def __init__(self, pool: PhysicalPagePool, layers: Sequence[nn.Module]) -> None:
         """Move the parameters of `layers` into `pool`, one layer at a time.
 
+        They may come from any device. Their old memory is free before the next layer takes any.
+
         Raises `OutOfPages` if the budget is too small, `ConfigurationError` for a parameter
         whose memory cannot be moved (overlapping strides, or shared between layers).
         """
@@ -52,6 +54,7 @@ class ParameterStore:
                 raise ConfigurationError(f"layer {index} shares parameters with another layer")
             seen |= {id(p) for p in parameters}
             self._adopt(pool, parameters)
+            pool.driver.reclaim()
 
     def __len__(self) -> int:
         return len(self._buffers)
@@ -113,7 +116,7 @@ class ParameterStore:
         slots, offset = [], 0
         for parameter in parameters:
             view = _like(parameter.data, flat[offset : offset + _nbytes(parameter)])
-            view.copy_(parameter.data)
+            view.copy_(parameter.data, non_blocking=True)
             parameter.data = view
             slots.append(_Slot(parameter, view))
             offset += _padded(parameter)

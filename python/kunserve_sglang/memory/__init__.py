@@ -1,7 +1,7 @@
 """Physical pages and the virtual buffers they are mapped into (DESIGN section 3)."""
 
 from kunserve_sglang.memory.buffer import VirtualBuffer
-from kunserve_sglang.memory.memfd import MemfdDriver
+from kunserve_sglang.memory.devices import free_memory, open_pool
 from kunserve_sglang.memory.pool import PageDriver, PhysicalPagePool
 
-__all__ = ["MemfdDriver", "PageDriver", "PhysicalPagePool", "VirtualBuffer"]
+__all__ = ["PageDriver", "PhysicalPagePool", "VirtualBuffer", "free_memory", "open_pool"]

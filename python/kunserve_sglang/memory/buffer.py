@@ -24,6 +24,7 @@ class VirtualBuffer:
         self._table = np.full(pool.pages_for(nbytes), _UNMAPPED, dtype=np.int64)
         self.nbytes = len(self._table) * self._page
         self.address = pool.driver.reserve(self.nbytes)
+        self._flat = pool.driver.tensor(self.address, self.nbytes)
         self.mapped_pages = 0
 
     @property
@@ -71,7 +72,7 @@ class VirtualBuffer:
         nbytes = int(np.prod(shape)) * dtype.itemsize
         if nbytes > self.nbytes:
             raise InternalError(f"a tensor of {nbytes} bytes in a buffer of {self.nbytes}")
-        return self._pool.driver.tensor(self.address, nbytes).view(dtype).view(shape)
+        return self._flat[:nbytes].view(dtype).view(shape)
 
     def close(self) -> None:
         """Unmap everything and give the range back; no tensor on it may be used any more."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.errors import ConfigurationError, InternalError
 from kunserve_sglang.memory.pool import contiguous_runs
 
 _PROT_NONE = 0
@@ -39,14 +39,28 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 class MemfdDriver:
     """`PageDriver` over a memory file; page `i` is the file's bytes `[i, i + 1) * page_bytes`."""
 
-    def __init__(self, pages: int, page_bytes: int, name: str = "kunserve") -> None:
+    def __init__(self, page_bytes: int, name: str = "kunserve") -> None:
         if page_bytes % mmap.PAGESIZE:
             raise InternalError(f"page size {page_bytes} is no multiple of {mmap.PAGESIZE}")
         self.page_bytes = page_bytes
         self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        if pages:
-            # Physical memory now: what is short must show at start, not as a SIGBUS in a burst.
-            os.posix_fallocate(self._fd, 0, pages * page_bytes)
+        self._committed = 0
+
+    def commit(self, pages: int) -> None:
+        # Not on first touch, as the kernel would: what is short must not show as a SIGBUS later.
+        start, end = self._committed * self.page_bytes, pages * self.page_bytes
+        if end > start:
+            try:
+                os.posix_fallocate(self._fd, start, end - start)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"no memory for a budget with {pages} pages of {self.page_bytes} bytes: "
+                    f"{error.strerror}; give a smaller --memory-budget"
+                ) from error
+            self._committed = pages
+
+    def reclaim(self) -> None:
+        """Nothing to do: large blocks go back to the kernel as soon as they are freed."""
 
     def reserve(self, nbytes: int) -> int:
         return _mmap(None, nbytes, _PROT_NONE, _RESERVED, -1, 0)

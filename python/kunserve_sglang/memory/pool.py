@@ -19,6 +19,17 @@ class PageDriver(Protocol):
 
     page_bytes: int
 
+    def commit(self, pages: int) -> None:
+        """Have physical memory for the pages `[0, pages)`; never gives any back.
+
+        Raises `ConfigurationError` if the device has not that much.
+        """
+        ...
+
+    def reclaim(self) -> None:
+        """Return to the device what an allocator keeps of memory that was freed on it."""
+        ...
+
     def reserve(self, nbytes: int) -> int:
         """Reserve a virtual range; touching it before a page is mapped is a fault."""
         ...
@@ -32,11 +43,14 @@ class PageDriver(Protocol):
         ...
 
     def unmap(self, address: int, count: int) -> None:
-        """Make `count` pages from `address` on inaccessible again."""
+        """Make `count` pages from `address` on inaccessible again; holes among them do not matter.
+
+        Waits for whatever the device is still doing with them.
+        """
         ...
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
-        """The whole range as one flat uint8 tensor that does not own its memory."""
+        """The range as one flat uint8 tensor that does not own its memory; nothing is touched."""
         ...
 
     def close(self) -> None:
@@ -57,7 +71,9 @@ class PhysicalPagePool:
     """Hands out pages of one size from a budget that never changes.
 
     Free pages are kept sorted lazily, so that an allocation gets long contiguous runs: each run is
-    one mapping in the kernel, and the number of mappings of a process is limited.
+    one mapping in the kernel, and the number of mappings of a process is limited. Physical memory
+    is taken from the device with the first use of a page, until `commit` takes the rest: what is
+    loaded first and then moved into the pool never needs room twice.
     """
 
     def __init__(self, driver: PageDriver, pages: int) -> None:
@@ -65,6 +81,7 @@ class PhysicalPagePool:
         self.total = pages
         self._free: list[int] = list(range(pages - 1, -1, -1))
         self._sorted = True
+        self._committed = 0
 
     @property
     def page_bytes(self) -> int:
@@ -75,7 +92,10 @@ class PhysicalPagePool:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """`count` page ids, lowest first. Raises `OutOfPages` and takes nothing if too few."""
+        """`count` page ids, lowest first. Raises `OutOfPages` and takes nothing if too few.
+
+        Raises `ConfigurationError` if the device has less memory than the pool was promised.
+        """
         if count > len(self._free):
             raise OutOfPages(f"{count} pages asked for, {len(self._free)} of {self.total} free")
         if not self._sorted:
@@ -84,6 +104,7 @@ class PhysicalPagePool:
         if count == 0:
             return []
         taken = self._free[-count:]
+        self._commit(taken[0] + 1)
         del self._free[-count:]
         return taken[::-1]
 
@@ -94,5 +115,14 @@ class PhysicalPagePool:
         self._free.extend(pages)
         self._sorted = False
 
+    def commit(self) -> None:
+        """Have physical memory for all pages: what is short shows now, not in a burst."""
+        self._commit(self.total)
+
     def pages_for(self, nbytes: int) -> int:
         return -(-nbytes // self.page_bytes)
+
+    def _commit(self, pages: int) -> None:
+        if pages > self._committed:
+            self.driver.commit(pages)
+            self._committed = pages

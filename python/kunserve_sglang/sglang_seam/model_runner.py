@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 
 from kunserve_sglang.config import InstanceConfig, OverloadPolicy
-from kunserve_sglang.instance.budget import Memory, adopt_model
+from kunserve_sglang.instance.budget import Memory, adopt_model, memory_budget
 from kunserve_sglang.sglang_seam.kv_pool import ElasticConfigurator
 from kunserve_sglang.sglang_seam.model import decoder_layers
 
@@ -27,8 +28,11 @@ class KunServeModelRunner(ModelRunner):
         super().__init__(*args, **kwargs)
 
     def load_model(self) -> None:
+        device = torch.device(self.device, self.gpu_id)
+        budget = memory_budget(self.instance, device, self.mem_fraction_static)
         super().load_model()
-        self.memory = adopt_model(self.instance, self.model, decoder_layers(self.model))
+        layers = decoder_layers(self.model)
+        self.memory = adopt_model(self.instance, self.model, layers, device, budget)
 
     def init_kv_cache_configurator(self) -> None:
         super().init_kv_cache_configurator()

@@ -1,0 +1,56 @@
+"""The one place that knows which devices there are."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.memory.cuda import CudaPages
+from kunserve_sglang.memory.cuda_driver import CudaDevice
+from kunserve_sglang.memory.memfd import MemfdDriver
+from kunserve_sglang.memory.pool import PageDriver, PhysicalPagePool
+
+_MOST_PAGES = 16_384
+_SMALLEST_ON_CPU = 64 << 10
+_LARGEST_ON_CPU = 2 << 20
+_LARGEST_ON_CUDA = 32 << 20
+
+
+def open_pool(
+    device: torch.device, budget: int, *, page_bytes: int = 0, name: str = "kunserve"
+) -> PhysicalPagePool:
+    """A pool of `budget` bytes in whole pages, memory to be committed as it is used.
+
+    `page_bytes` 0 chooses by budget. Raises `ConfigurationError` if there is no such device.
+    """
+    driver: PageDriver
+    if device.type == "cpu":
+        page = page_bytes or page_bytes_for(budget, _SMALLEST_ON_CPU, _LARGEST_ON_CPU)
+        driver = MemfdDriver(page, name)
+    elif device.type == "cuda":
+        gpu = CudaDevice(device.index or 0)
+        page = page_bytes or page_bytes_for(budget, gpu.granularity, _LARGEST_ON_CUDA)
+        driver = CudaPages(gpu, page)
+    else:
+        raise ConfigurationError(f"--device {device.type}: KunServe has no pages there")
+    return PhysicalPagePool(driver, max(0, budget) // page)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses on the device at this moment."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def page_bytes_for(budget: int, smallest: int, largest: int) -> int:
+    """Small for small budgets, since a buffer wastes half a page at its end; then larger.
+
+    Every page that is mapped costs a call to a driver, or a kernel mapping, of which a Linux
+    process may have 65,530 by default.
+    """
+    page = smallest
+    while budget // page > _MOST_PAGES and page < largest:
+        page *= 2
+    return page
