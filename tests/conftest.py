@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import hardware
+
 if TYPE_CHECKING:
     from tests.router_harness import RouterCluster
 
 
 # Programs under test must hear Ctrl-C even if the tests run in the background of a shell.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    hardware.assign(items, Path(__file__).parent)
+    hardware.skip_without_gpus(items)
 
 
 @pytest.fixture(scope="session")
