@@ -217,16 +217,6 @@ def test_who_is_to_leave_has_to_be_known(idle_router: RouterCluster) -> None:
     assert idle_router.get("/workers").json["stats"] == {"total": 2, "healthy": 2}
 
 
-def test_changing_workers_needs_the_admin_key(start_router: Start, plain: MockWorker) -> None:
-    router = start_router(0, admin_api_key="admin", read_api_key="read")
-    for key in ({}, {"Authorization": "Bearer read"}):
-        for method, path in (("POST", "/workers"), ("DELETE", "/workers/1000")):
-            answer = router.call(method, path, {"url": plain.url}, key)
-            assert (answer.status, answer.error["code"]) == (401, "admin_key_required")
-    number = add(router, plain, **ADMIN)
-    assert router.call("DELETE", f"/workers/{number}", headers=ADMIN).status == 200
-
-
 def test_a_router_alone_is_launched_without_sglang(plain: MockWorker) -> None:
     port = free_port()
     words = ("--num-instances", "0", "--port", str(port), "--api-key", "k")
