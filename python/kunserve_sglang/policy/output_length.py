@@ -69,8 +69,9 @@ class OutputLengths:
         return min(left, lengths[shorter + int(self._quantile * (longer - 1))] - produced)
 
     def _lengths(self, route: str, limit: int) -> list[int]:
-        for kind in ((route, limit.bit_length()), ("", limit.bit_length())):
-            history = self._histories.get(kind)
+        power = limit.bit_length()
+        for known in (route, ""):
+            history = self._histories.get((known, power))
             if history is not None and len(history.ascending) >= self._least:
                 return history.ascending
         return []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kunserve_sglang.sglang_seam.lengths import most_output
+
 
 def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """Around `PrefillAdder.add_chunked_req`: never schedule more tokens than the pool can hold.
@@ -18,7 +20,7 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     there can be only one prompt in chunks.
     """
     room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
-    room -= _most_to_come(adder.running_batch)
+    room -= max(map(most_output, adder.running_batch.reqs), default=0)
     if room <= 0:
         adder.rem_chunk_tokens = 0
         return req
@@ -30,10 +32,3 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     else:
         adder.rem_chunk_tokens = 0
     return unfinished
-
-
-def _most_to_come(running: Any) -> int:
-    """Tokens that one of the running requests may still produce."""
-    return max(
-        (r.sampling_params.max_new_tokens - len(r.output_ids) for r in running.reqs), default=0
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load, Slots
 from kunserve_sglang.policy.output_length import OutputLengths
+from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 
 if TYPE_CHECKING:
@@ -59,15 +61,15 @@ class SglangEngine:
         cached = scheduler.tree_cache.evictable_size()
         used = self._allocator.size - self._allocator.available_size() - cached
         expected = sum(self._expected_output(r) for r in (*running, *waiting))
-        prompts = sum(_length(r) for r in waiting)
+        prompts = sum(r.seqlen for r in waiting)
         # SGLang admits nobody for whom not even the longest possible answer would fit.
-        first = max((_in_the_end(r) for r in waiting), default=0)
+        first = max(map(in_the_end, waiting), default=0)
         return Load(
             slots=Slots(used=used, cached=cached, capacity=self._allocator.size),
             running=len(running),
             waiting=len(waiting),
             demand=used + max(prompts + expected, first),
-            largest=self.largest_request(),
+            largest=self._largest_of(running),
         )
 
     def _expected_output(self, request: Any) -> int:
@@ -100,13 +102,16 @@ class SglangEngine:
         return taken
 
     def largest_request(self) -> int:
-        requests = self._scheduler.requests_with_slots()
+        return self._largest_of(self._scheduler.requests_with_slots())
+
+    def _largest_of(self, requests: Sequence[Any]) -> int:
         chunked = self._scheduler.chunked_req
-        largest = max((_in_the_end(r) for r in requests if r is not chunked), default=0)
+        largest = max((in_the_end(r) for r in requests if r is not chunked), default=0)
         if chunked is None:
             return largest
         # Until its prompt is in the pool it cannot be retracted, so both have to fit.
-        return max(_in_the_end(chunked), _length(chunked) + 1 + largest)
+        beside: int = chunked.seqlen + 1 + largest
+        return max(in_the_end(chunked), beside)
 
     def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # As long as the stride, since rows keep stale slots of larger capacities behind their end.
@@ -246,19 +251,3 @@ class SglangEngine:
             )
             self._backends[owner] = TorchNativeAttnBackend(view)
         return self._backends[owner]
-
-
-def _length(request: Any) -> int:
-    """Tokens whose KV it needs before its next one."""
-    return len(request.origin_input_ids) + len(request.output_ids)
-
-
-def _most_output(request: Any) -> int:
-    """Tokens it may still produce."""
-    left: int = request.sampling_params.max_new_tokens - len(request.output_ids)
-    return max(0, left)
-
-
-def _in_the_end(request: Any) -> int:
-    """Slots it may need at most, with the one that SGLang wants free beside them."""
-    return _length(request) + _most_output(request) + 1

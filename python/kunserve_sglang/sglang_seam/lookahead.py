@@ -38,7 +38,7 @@ def prompts_ahead(scheduler: KunServeScheduler, chunks: int) -> list[Chunk]:
     chunked = scheduler.chunked_req
     if chunked is not None:
         done = chunked.extend_range.end
-        left = min(len(chunked.origin_input_ids) + len(chunked.output_ids) - done, limit)
+        left = min(chunked.seqlen - done, limit)
         if left > 0:
             found.append(Chunk(done, left))
             room -= left
@@ -47,7 +47,7 @@ def prompts_ahead(scheduler: KunServeScheduler, chunks: int) -> list[Chunk]:
     for request in scheduler.waiting_queue:
         if room <= 0:
             break
-        tokens = min(len(request.origin_input_ids) + len(request.output_ids), limit)
+        tokens = min(request.seqlen, limit)
         found.append(Chunk(0, tokens))
         room -= tokens
     return found
