@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from kunserve_sglang.layout import largest
+
 _LEARNING_RATE = 0.05
 _SLOWEST_FACTOR, _FASTEST_FACTOR = 0.25, 4.0
 """A single run says no more than that about the machine."""
@@ -78,14 +80,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
 
     def chunk_tokens(self, prefix: int, target_ms: float, most: int) -> int:
         """Tokens of a chunk that takes about `target_ms` per layer: at least 1, at most `most`."""
-        low, high = 1, max(1, most)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.predict(Work(chunks=(Chunk(prefix, middle),))) <= target_ms:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+
+        def in_time(tokens: int) -> bool:
+            return self.predict(Work(chunks=(Chunk(prefix, tokens),))) <= target_ms
+
+        return max(1, largest(most, in_time))
 
     @property
     def decode_fixed_ms(self) -> float:

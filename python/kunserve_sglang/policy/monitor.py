@@ -149,15 +149,14 @@ class OverloadMonitor:
 
     def short(self, state: InstanceState) -> bool:
         """Requests wait there, for slots it does not have."""
-        load = state.load
-        return load.waiting > 0 and load.demand > self.thresholds.drop * load.slots.capacity
+        return state.short(self.thresholds.drop)
 
     def _excess(self, state: InstanceState) -> int:
         """Slots by which demand is going to exceed capacity; 0 if nobody will notice."""
         load, lead_s = state.load, self.thresholds.lead_s
         outlook = self._outlooks[state.instance]
         limit = int(self.thresholds.drop * load.slots.capacity)
-        if load.waiting > 0 and load.demand > limit:
+        if self.short(state):
             return outlook.demand.peak(lead_s) - limit
         if outlook.used.peak(lead_s) > limit:
             return max(0, outlook.demand.peak(lead_s) - limit)

@@ -14,7 +14,7 @@ from kunserve_sglang.layout import Layout, largest
 from kunserve_sglang.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
-from kunserve_sglang.policy.state import ClusterState, InstanceState
+from kunserve_sglang.policy.state import ClusterState
 
 _WORTH_IT = 1.1
 """A transition costs a step or two; an owner in need must gain at least this factor."""
@@ -61,7 +61,7 @@ def skewed(state: ClusterState, threshold: float) -> SkewedGroup | None:
             continue
         for number, share in zip(group.ids, shares(state, group), strict=True):
             owner = state.instance(number)
-            if _short(owner, threshold) and share >= _WORTH_IT * owner.load.slots.capacity:
+            if owner.short(threshold) and share >= _WORTH_IT * owner.load.slots.capacity:
                 return SkewedGroup(
                     instances=group.ids,
                     reason=f"{owner.load.waiting} requests wait on instance {number}, which has "
@@ -92,10 +92,12 @@ def plan_rebalance(
             after.append(_resized(group, epoch, capacities))
     if not after:
         raise NoPlan("the slots are divided by demand already")
+    transition = Transition(
+        epoch=epoch, kind=TransitionKind.REBALANCE, before=tuple(before), after=tuple(after)
+    )
     return Plan(
-        transition=Transition(
-            epoch=epoch, kind=TransitionKind.REBALANCE, before=tuple(before), after=tuple(after)
-        ),
+        transition=transition,
+        steps=(transition,),
         reason=reason,
         freed_bytes=0,
         capacity_before=_capacity(before),
@@ -132,11 +134,6 @@ def _resized(group: Layout, epoch: int, capacities: Sequence[int]) -> Layout:
             for m, c in zip(group.members, capacities, strict=True)
         ),
     )
-
-
-def _short(owner: InstanceState, threshold: float) -> bool:
-    load = owner.load
-    return load.waiting > 0 and load.demand > threshold * load.slots.capacity
 
 
 def _capacity(layouts: Sequence[Layout]) -> int:

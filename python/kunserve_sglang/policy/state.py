@@ -37,6 +37,11 @@ class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
         """Slots it has when it holds all layers and serves itself only."""
         return self.memory.capacity(LayerRange(0, self.layer_count), 1)
 
+    def short(self, threshold: float) -> bool:
+        """Requests wait there and demand is above this fraction of its slots."""
+        load = self.load
+        return load.waiting > 0 and load.demand > threshold * load.slots.capacity
+
 
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Looking anything up costs the same in a cluster of any size."""
