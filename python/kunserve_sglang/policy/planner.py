@@ -24,11 +24,12 @@ __all__ = ["NoPlan", "Plan", "merge", "plan_drop", "plan_restore"]
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """A transition and its effect. Capacities are token slots of all instances taking part.
 
-    `steps` carry it out; `undo` takes the first of them back if a later one cannot be done.
+    `steps` carry it out, until `staging` knows better the transition itself; `undo` takes the first
+    of them back if a later one cannot be done.
     """
 
     transition: Transition
-    steps: tuple[Transition, ...] = ()
+    steps: tuple[Transition, ...]
     undo: Transition | None = None
     reason: str
     freed_bytes: int
@@ -162,8 +163,10 @@ def _plan(
     kind: TransitionKind, epoch: int, reason: str, change: Change, decision: Decision
 ) -> Plan:
     before, after = tuple(change.before), tuple(change.after)
+    transition = Transition(epoch=epoch, kind=kind, before=before, after=after)
     return Plan(
-        transition=Transition(epoch=epoch, kind=kind, before=before, after=after),
+        transition=transition,
+        steps=(transition,),
         reason=reason,
         freed_bytes=change.freed_bytes,
         capacity_before=slots(before),

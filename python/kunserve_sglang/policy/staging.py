@@ -25,14 +25,10 @@ STEPS = 3
 def staged(plan: Plan, state: ClusterState) -> Plan:
     """The plan with its steps, whose epochs follow on that of the plan."""
     if plan.transition.kind is TransitionKind.DROP:
-        return _live_drop(plan, state) or _at_once(plan)
+        return _live_drop(plan, state) or plan
     if plan.transition.kind is TransitionKind.RESTORE:
-        return _restore_ahead(plan, state) or _at_once(plan)
-    return _at_once(plan)
-
-
-def _at_once(plan: Plan) -> Plan:
-    return msgspec.structs.replace(plan, steps=(plan.transition,))
+        return _restore_ahead(plan, state) or plan
+    return plan
 
 
 def _live_drop(plan: Plan, state: ClusterState) -> Plan | None:

@@ -80,7 +80,7 @@ class Coordinator:
         return event
 
     async def _run(self, plan: Plan, event: Event, unwanted: Callable[[Plan], str]) -> Event:
-        for step in plan.steps or (plan.transition,):
+        for step in plan.steps:
             before = event
             event = await self._step(step, event, lambda: unwanted(plan))
             if event.status is Outcome.COMMITTED:

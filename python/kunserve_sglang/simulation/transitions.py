@@ -76,7 +76,7 @@ class Running:
 
     def __init__(self, plan: Plan, now: float) -> None:
         self.plan = plan
-        self.steps = plan.steps or (plan.transition,)
+        self.steps = plan.steps
         self.number = 0
         self.began = now
         self.phase = Phase.STOPPING
