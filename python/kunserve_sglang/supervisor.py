@@ -53,14 +53,17 @@ class Supervisor:
 
         Raises `ConfigurationError` before anything was started.
         """
-        if not self._config.num_instances:
-            _api_key_only(self._argv)
+        alone = not self._config.num_instances
+        api_key = _api_key_only(self._argv) if alone else None
         _check_port_free(self._config.host, self._config.port)
         self._folder = tempfile.mkdtemp(prefix="kunserve-")
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         try:
-            self._start()
+            if alone:
+                self._start_router(api_key)
+            else:
+                self._start_all()
             if not self._wait_until_ready():
                 return 0 if self._stopping else 1
             return self._watch()
@@ -69,17 +72,17 @@ class Supervisor:
 
     # -- start -----------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        control = f"ipc://{self._folder}/control"
-        if not self._config.num_instances:
-            self._start_router(control, _api_key_only(self._argv))
-            return
+    @property
+    def _control_address(self) -> str:
+        return f"ipc://{self._folder}/control"
+
+    def _start_all(self) -> None:
         with self._console.step("importing SGLang"):
             from kunserve_sglang.sglang_seam import server
 
             server.preload()
             server_args = server.parse_server_args(self._argv)
-        self._start_router(control, server_args.api_key)
+        self._start_router(server_args.api_key)
         # Children share these pages for as long as nobody writes to them.
         gc.collect()
         gc.freeze()
@@ -90,7 +93,7 @@ class Supervisor:
             instance = InstanceConfig(
                 instance=number,
                 url=f"http://127.0.0.1:{port}",
-                control_address=control,
+                control_address=self._control_address,
                 data_socket=f"{self._folder}/data-{number}",
                 memory_budget=self._config.memory_budget,
                 owners=min(self._config.num_instances, self._config.max_group_size),
@@ -107,10 +110,10 @@ class Supervisor:
             process.start()
             self._instances.append(process)
 
-    def _start_router(self, control: str, api_key: str | None) -> None:
+    def _start_router(self, api_key: str | None) -> None:
         config = RouterConfig(
             cluster=self._config,
-            control_address=control,
+            control_address=self._control_address,
             api_key=api_key,
             launcher=os.getpid(),
             runtime_folder=self._folder,
