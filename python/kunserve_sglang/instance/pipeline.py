@@ -47,10 +47,13 @@ class PipelineCounters:
 
 @dataclass(slots=True)
 class _OwnBatch:
+    """`reads`: slots that its requests hold, noted while KV is on its way."""
+
     header: wire.MicroBatch
     batch: StageBatch
     delta: TableDelta
     segment: Segment
+    reads: torch.Tensor | None
     result: Hidden | None = None
 
 
@@ -93,7 +96,7 @@ class Pipeline:
         self._idle_since: float | None = None
         self._next_piece = next_piece
         self._timeout = peer_timeout_s
-        self._table = table = engine.request_table()
+        table = engine.request_table()
         rows, context = table.shape
         self._sent = SentRows(table)
         self._peers = {
@@ -133,8 +136,10 @@ class Pipeline:
         Runs the own layers at once if they come first. `work` is for the other owners to know.
         """
         self._round_ms = work.round_ms
+        reads = None
         if self.transfer is not None:
-            self.transfer.take_along(_slots_of(self._table, batch))
+            reads = self._sent.slots(batch.rows, batch.seq_lens)
+            self.transfer.take_along(reads)
         delta = self._sent.difference(batch.rows, batch.seq_lens)
         self._progress = time.monotonic()
         self._end_idle(self._progress)
@@ -150,7 +155,7 @@ class Pipeline:
             cost_ms=work.batch_ms,
             round_ms=work.round_ms,
         )
-        own = _OwnBatch(header, batch, delta, segment)
+        own = _OwnBatch(header, batch, delta, segment, reads)
         self._sequence += 1
         self._counters.own += 1
         self._own.append(own)
@@ -191,7 +196,9 @@ class Pipeline:
         batch, delta, hidden = wire.unpack_batch(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
-        self._settle_rows(batch, peer.mirror.table, peer.mirror.base)
+        if self.transfer is not None:
+            reads = peer.mirror.slots(batch.rows, batch.seq_lens)
+            self.transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
         with self._measured("peer's layers", header, batch):
             hidden = self._engine.run_stage(
                 batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
@@ -223,7 +230,9 @@ class Pipeline:
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""
         if position == self._position:
-            self._settle_rows(own.batch, self._table, 0)
+            if self.transfer is not None and own.reads is not None:
+                writes = own.batch.out_slots
+                self.transfer.before_run(self._me, own.reads, writes, self._next_piece)
             with self._measured("own layers", own.header, own.batch):
                 hidden = own.segment(self._layers, hidden)
             position += 1
@@ -231,12 +240,6 @@ class Pipeline:
             own.result = hidden
         else:
             self._send(own.header, position, own.batch, own.delta, hidden)
-
-    def _settle_rows(self, batch: StageBatch, table: torch.Tensor, base: int) -> None:
-        """Wait for rows of this micro-batch that are on their way here; note what it changes."""
-        if self.transfer is not None:
-            reads = _slots_of(table, batch) - base
-            self.transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
 
     @contextlib.contextmanager
     def _measured(self, name: str, header: wire.MicroBatch, batch: StageBatch) -> Iterator[None]:
@@ -266,9 +269,3 @@ class Pipeline:
             header, sender=self._me, position=position, has_residual=hidden[1] is not None
         )
         self._plane.send(target, wire.encode(header), wire.pack_batch(batch, delta, hidden))
-
-
-def _slots_of(table: torch.Tensor, batch: StageBatch) -> torch.Tensor:
-    """All that the requests of a micro-batch hold, as rows of `table`, int64."""
-    spans = zip(batch.rows.tolist(), batch.seq_lens.tolist(), strict=True)
-    return torch.cat([table[row, :length] for row, length in spans]).long()

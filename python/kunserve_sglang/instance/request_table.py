@@ -33,6 +33,10 @@ class SentRows:
         self._sent = torch.empty_like(table)
         self._length = [0] * table.shape[0]
 
+    def slots(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """All that the requests in these rows hold, int64."""
+        return _spans(self._table, rows, seq_lens)
+
     def difference(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> TableDelta:
         """What the group does not know yet of the first `seq_lens[i]` slots of `rows[i]`."""
         starts, lengths, pieces = [], [], []
@@ -66,3 +70,12 @@ class MirroredRows:
         ):
             self.table[row, start : start + length] = slots[position : position + length]
             position += length
+
+    def slots(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """As `SentRows.slots`: in the owner's numbers."""
+        return _spans(self.table, rows, seq_lens) - self.base
+
+
+def _spans(table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    spans = zip(rows.tolist(), lengths.tolist(), strict=True)
+    return torch.cat([table[row, :length] for row, length in spans]).long()
