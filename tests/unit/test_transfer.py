@@ -186,7 +186,7 @@ def test_parameters_are_fetched_ahead_and_can_be_given_up(sides: tuple[Side, Sid
     load = ParameterLoad(2, source=0, target=1)
     out = source.transfer(0, UPPER, (load,))
     into = target.transfer(1, LOWER, (load,))
-    into.reserve()
+    into.reserve(lambda _: SLOTS)
     while out.pump(0.0):
         deliver(target, into)
     assert out.complete
@@ -202,7 +202,7 @@ def test_fetched_parameters_are_attached_at_the_switch(sides: tuple[Side, Side])
     target.parameters.drop(2)
     load = ParameterLoad(2, source=0, target=1)
     out, into = source.transfer(0, UPPER, (load,)), target.transfer(1, LOWER, (load,))
-    into.reserve()
+    into.reserve(lambda _: SLOTS)
     while out.pump(0.0):
         deliver(target, into)
     assert 2 not in target.parameters.held()

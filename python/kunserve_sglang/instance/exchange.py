@@ -101,12 +101,13 @@ class Exchange:
         started = time.perf_counter()
         self._barrier(first_packets, deadline)
         self._compact()
-        transfer = self._fetched or self._transfer(self._transition.after)
-        live = self._transition.live
+        transition = self._transition
+        transfer = self._fetched or self._transfer(transition.before, transition.after)
+        live = transition.live
         sent_before = transfer.sent_kv_bytes
         if not live:
             taken = {owner: change.target for owner, change in self._changes.items()}
-            transfer.send_rest(self._transition.epoch, taken)
+            transfer.send_rest(transition.epoch, taken)
         remap_started = time.perf_counter()
         freed = self._release(transfer, keep_leaving=live)
         self._make_room(transfer)
@@ -114,7 +115,7 @@ class Exchange:
         if not live:
             transfer.receive_rest(self._next_packet, deadline)
         remap_started = time.perf_counter()
-        self._settle()
+        map_capacities(self._body, self.after)
         remap_s += time.perf_counter() - remap_started
         for packet in self._early:
             self._defer(packet)
@@ -176,14 +177,12 @@ class Exchange:
 
     # -- steps 3 to 6 ----------------------------------------------------------------------------
 
-    def _transfer(self, goal: tuple[Layout, ...]) -> Transfer:
-        """All that the layouts of `goal` need elsewhere than where it is."""
-        body, transition = self._body, self._transition
-        ahead = goal == transition.ahead
-        start = transition.after if ahead else transition.before
+    def _transfer(self, start: tuple[Layout, ...], goal: tuple[Layout, ...]) -> Transfer:
+        """All that is placed as in `start` and that `goal` needs elsewhere."""
+        body = self._body
         return Transfer(
             self._me,
-            transition.epoch,
+            self._transition.epoch,
             moves=kv_moves(start, goal),
             loads=parameter_loads(start, goal),
             taken={owner: change.target for owner, change in self._changes.items()},
@@ -220,25 +219,15 @@ class Exchange:
             return
         for owner in self.after.ids:
             self._body.kv.admit(owner)
-        transfer.reserve()
-        for move in transfer.arriving:
-            for layer in move.layers:
-                self._body.kv.resize(layer, move.owner, self._changes[move.owner].highest)
-
-    def _settle(self) -> None:
-        for member in self.after.members:
-            for layer in self._new_layers:
-                self._body.kv.resize(layer, member.instance, member.capacity)
+        transfer.reserve(lambda owner: self._changes[owner].highest)
 
     def _fetch_ahead(self) -> Transfer | None:
         """Begin to fetch what the layouts to come will need here."""
-        if not self._transition.ahead:
+        transition = self._transition
+        if not transition.ahead:
             return None
-        transfer = self._transfer(self._transition.ahead)
-        transfer.reserve()
-        for move in transfer.arriving:
-            for layer in move.layers:
-                self._body.kv.resize(layer, move.owner, self.after.member(move.owner).capacity)
+        transfer = self._transfer(transition.after, transition.ahead)
+        transfer.reserve(lambda owner: self.after.member(owner).capacity)
         return transfer
 
     # -- receiving -------------------------------------------------------------------------------
@@ -260,6 +249,13 @@ class Exchange:
 
     def _receive(self, deadline: float) -> Packet | None:
         return self._body.plane.receive(max(0.0, deadline - time.monotonic()))
+
+
+def map_capacities(body: Body, layout: Layout) -> None:
+    """Give every owner of `layout` memory for its capacity in the layers that are held here."""
+    for member in layout.members:
+        for layer in layout.member(body.instance).layers:
+            body.kv.resize(layer, member.instance, member.capacity)
 
 
 def layout_of(layouts: tuple[Layout, ...], instance: int) -> Layout:

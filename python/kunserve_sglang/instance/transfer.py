@@ -132,9 +132,12 @@ class Transfer:
         """There is something to send."""
         return bool(self._pieces) or any(bool(o.pending.any()) for o in self._outgoing)
 
-    def reserve(self) -> None:
-        """Map memory for the parameters that arrive. Raises `OutOfPages`."""
+    def reserve(self, slots: Callable[[int], int]) -> None:
+        """Map memory for what arrives: of an owner's KV, so many slots. Raises `OutOfPages`."""
         self._due = {layer: self._parameters.reserve(layer) for layer in self.layers}
+        for move in self.arriving:
+            for layer in move.layers:
+                self._kv.resize(layer, move.owner, slots(move.owner))
 
     def release_left(self) -> None:
         """Give back the memory of rows that have left for good."""

@@ -10,7 +10,7 @@ import msgspec
 from kunserve_sglang.errors import TransitionTimeout
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
-from kunserve_sglang.instance.exchange import Exchange, layout_of
+from kunserve_sglang.instance.exchange import Exchange, layout_of, map_capacities
 from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.instance.transfer import Transfer
 from kunserve_sglang.layout import Layout, arriving_pages, leaving_pages
@@ -100,7 +100,7 @@ class Participant:
         """Take back what was prepared, or stop what is fetched ahead."""
         if self._growth is not None and self._growth.epoch == message.epoch:
             self._growth = None
-            self._map(self._host.layout)
+            map_capacities(self._body, self._host.layout)
         elif self._ahead and message.epoch == self._host.layout.epoch:
             self._abandon(message.reason)
         self.reply(message)
@@ -131,14 +131,9 @@ class Participant:
         transition = message.transition
         reason = self._objection(transition)
         if not reason:
-            self._map(layout_of(transition.after, self._me))
+            map_capacities(self._body, layout_of(transition.after, self._me))
             self._growth = transition
         self._vote(message, reason)
-
-    def _map(self, layout: Layout) -> None:
-        for member in layout.members:
-            for layer in layout.member(self._me).layers:
-                self._body.kv.resize(layer, member.instance, member.capacity)
 
     # -- everybody stands still ------------------------------------------------------------------
 
