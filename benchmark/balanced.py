@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from benchmark.bench import Bench
 from benchmark.checks import Section, at_least, at_most
-from benchmark.control import control
-from benchmark.noise import Noise
+from benchmark.control import Control
 from benchmark.rounds import Round, fresh, median, requests
 from benchmark.steady import COUNT, SHAPE
 
@@ -16,27 +13,23 @@ _MOST_TPOT = 1.12
 
 
 def measure(bench: Bench) -> Section:
-    with bench.kunserve("balanced") as cluster:
-        return asyncio.run(_measure(bench, cluster.url))
+    return bench.by_hand("balanced", _measure)
 
 
-async def _measure(bench: Bench, url: str) -> Section:
-    noise = Noise()
+async def _measure(bench: Bench, cluster: Control) -> Section:
     alone: list[Round] = []
     together: list[Round] = []
-    async with control(url) as cluster:
-        await cluster.automatic(False)
 
-        async def one() -> Round:
-            return await fresh(cluster, requests(bench.prompts, COUNT, SHAPE))
+    async def one() -> Round:
+        return await fresh(cluster, requests(bench.prompts, COUNT, SHAPE))
 
-        await one()  # warm up
-        for turn in range(bench.repeat):
-            bench.say(f"balanced: round {turn + 1} of {bench.repeat}")
-            alone.append(await one())
-            await cluster.drop()
-            together.append(await one())
-            await cluster.restore()
+    await one()  # warm up
+    for turn in range(bench.repeat):
+        bench.say(f"balanced: round {turn + 1} of {bench.repeat}")
+        alone.append(await one())
+        await cluster.drop()
+        together.append(await one())
+        await cluster.restore()
     throughput = median([a.throughput / b.throughput for a, b in zip(together, alone, strict=True)])
     tpot = median(
         [a.median_tpot_ms / b.median_tpot_ms for a, b in zip(together, alone, strict=True)]
@@ -49,7 +42,7 @@ async def _measure(bench: Bench, url: str) -> Section:
         for name, rounds in (("independent", alone), ("cooperative", together))
     }
     return Section(
-        {**figures, "noise": noise.share()},
+        figures,
         (
             at_least(2, "throughput cooperating / independent", throughput, _LEAST_THROUGHPUT),
             at_most(2, "median TPOT cooperating / independent", tpot, _MOST_TPOT),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 
+from benchmark.checks import Section
 from benchmark.cluster import Cluster, ClusterOptions
+from benchmark.control import Control, control
+from benchmark.noise import Noise
 from benchmark.program import SGLANG_FLAGS
 from benchmark.prompts import PromptSource
 from benchmark.upstream import UpstreamCluster
@@ -64,31 +66,36 @@ class Bench:
             on_wait=on_wait,
         )
 
+    def by_hand(
+        self,
+        name: str,
+        measure: Callable[[Bench, Control], Awaitable[Section]],
+        *,
+        budget: str | None = None,
+    ) -> Section:
+        """What `measure` finds on a cluster that drops and restores only when it is told to."""
+
+        async def on(url: str) -> Section:
+            noise = Noise()
+            async with control(url) as cluster:
+                await cluster.automatic(False)
+                section = await measure(self, cluster)
+            return replace(section, figures={**section.figures, "noise": noise.share()})
+
+        with self.kunserve(name, budget=budget) as cluster:
+            return asyncio.run(on(cluster.url))
+
     def say(self, text: str) -> None:
         self.console.print(text, style="dim")
 
 
-class Together:
-    """Context manager: several clusters start at the same time and end together."""
-
-    def __init__(self, *clusters: Cluster) -> None:
-        self._clusters = clusters
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        with self._stack as stack:
-            for cluster in self._clusters:
-                stack.callback(cluster.stop)
-                cluster.start()
-            for cluster in self._clusters:
-                stack.enter_context(cluster)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+@contextmanager
+def together(*clusters: Cluster) -> Iterator[None]:
+    """Several clusters start at the same time and end together."""
+    with ExitStack() as stack:
+        for cluster in clusters:
+            stack.callback(cluster.stop)
+            cluster.start()
+        for cluster in clusters:
+            stack.enter_context(cluster)
+        yield

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +22,7 @@ from rich.table import Table
 from benchmark.cost_picture import draw
 from benchmark.local_scheduler import local_scheduler
 from benchmark.noise import Noise
-from benchmark.program import ROOT, small_model
+from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.report import describe_machine, dumps
 from kunserve_sglang.config import parse_size
 from kunserve_sglang.policy.cost_model import Chunk, CostModel, Sample, Work, errors, fit
@@ -218,10 +217,8 @@ def measured(flags: argparse.Namespace, model: Path, console: Console) -> dict[s
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
-        prog="python -m benchmark.cost_model",
-        description="Predicted against measured time of micro-batches, on this machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    flags = flags_of(
+        "cost_model", "Predicted against measured time of micro-batches, on this machine."
     )
     flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
     flags.add_argument("--memory-budget", default="1GiB", help="parameters + KV")
@@ -232,10 +229,13 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Exit status 0 if the check holds."""
     flags = parser().parse_args()
-    console = Console()
+    run_program("cost_model", lambda console: run(flags, console))
+
+
+def run(flags: argparse.Namespace, console: Console) -> int:
     model = flags.model_path or small_model()
     figures = measured(flags, model, console)
     flags.output.mkdir(parents=True, exist_ok=True)
@@ -248,4 +248,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

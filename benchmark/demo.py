@@ -20,7 +20,7 @@ from benchmark.display import RunDisplay
 from benchmark.experiment import Run, RunError, run_workload, warm_up_requests
 from benchmark.metrics import Slo, slo_from
 from benchmark.picture import draw
-from benchmark.program import ROOT, SGLANG_FLAGS, run_program, small_model
+from benchmark.program import ROOT, SGLANG_FLAGS, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import Comparison, dumps, raw, table, to_json
 from benchmark.workload import Shape, Workload, steady_and_burst
@@ -30,11 +30,7 @@ _RESTORE_TIMEOUT_S = 60.0
 
 def parser() -> argparse.ArgumentParser:
     """The defaults are a burst that overflows the two KV pools, and fits them after a drop."""
-    flags = argparse.ArgumentParser(
-        prog="python -m benchmark.demo",
-        description="The same burst without and with KunServe, on this machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    flags = flags_of("demo", "The same burst without and with KunServe, on this machine.")
     flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
     flags.add_argument("--memory-budget", default="288MiB", help="parameters + KV an instance")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -31,13 +30,8 @@ class RunDisplay:
         self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.update(self._task, state="stopped" if error else "done")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bars.update(self._task, state="stopped" if kind else "done")
         self._bars.stop()
 
     def starting(self, waited_s: float) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from benchmark.bench import Bench
 from benchmark.checks import Section, at_least
-from benchmark.control import Control, control
-from benchmark.noise import Noise
+from benchmark.control import Control
 from benchmark.rounds import fresh, requests, send
 from benchmark.workload import Shape
 
@@ -21,22 +20,18 @@ _POLL_S = 0.1
 
 
 def measure(bench: Bench) -> Section:
-    with bench.kunserve("elastic") as cluster:
-        return asyncio.run(_measure(bench, cluster.url))
+    return bench.by_hand("elastic", _measure)
 
 
-async def _measure(bench: Bench, url: str) -> Section:
-    noise = Noise()
-    async with control(url) as cluster:
-        await cluster.automatic(False)
-        await cluster.drop()
-        await fresh(cluster, requests(bench.prompts, 4, _LOAD))  # warm up
-        shares = []
-        for owner in (0, 1):
-            bench.say(f"elastic: all load on owner {owner}")
-            shares.append(await _largest_share(bench, cluster, owner))
+async def _measure(bench: Bench, cluster: Control) -> Section:
+    await cluster.drop()
+    await fresh(cluster, requests(bench.prompts, 4, _LOAD))  # warm up
+    shares = []
+    for owner in (0, 1):
+        bench.say(f"elastic: all load on owner {owner}")
+        shares.append(await _largest_share(bench, cluster, owner))
     return Section(
-        {"largest_share": shares, "noise": noise.share()},
+        {"largest_share": shares},
         (
             at_least(9, "one busy owner: its share of the group's slots", shares[0], _LEAST_SHARE),
             at_least(

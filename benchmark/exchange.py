@@ -14,10 +14,9 @@ from typing import Any
 
 from benchmark.bench import Bench
 from benchmark.checks import Section, at_least, at_most
-from benchmark.control import Control, control
+from benchmark.control import Control
 from benchmark.experiment import RunError
 from benchmark.gaps import Stall, stall
-from benchmark.noise import Noise
 from benchmark.rounds import median, requests, send, span_of
 from benchmark.workload import Shape
 
@@ -45,23 +44,19 @@ class _Outcome:
 
 
 def measure(bench: Bench) -> Section:
-    with bench.kunserve("exchange", budget=_BUDGET) as cluster:
-        return asyncio.run(_measure(bench, cluster.url))
+    return bench.by_hand("exchange", _measure, budget=_BUDGET)
 
 
-async def _measure(bench: Bench, url: str) -> Section:
-    noise = Noise()
+async def _measure(bench: Bench, cluster: Control) -> Section:
     rounds = -(-bench.repeat // 2)
     calm: list[_Outcome] = []
     dropped: list[_Outcome] = []
-    async with control(url) as cluster:
-        await cluster.automatic(False)
-        await _round(bench, cluster, drop=False)  # warm up
-        for turn in range(rounds):
-            bench.say(f"exchange: round {turn + 1} of {rounds}")
-            calm.append(await _round(bench, cluster, drop=False))
-            dropped.append(await _round(bench, cluster, drop=True))
-            await cluster.restore()
+    await _round(bench, cluster, drop=False)  # warm up
+    for turn in range(rounds):
+        bench.say(f"exchange: round {turn + 1} of {rounds}")
+        calm.append(await _round(bench, cluster, drop=False))
+        dropped.append(await _round(bench, cluster, drop=True))
+        await cluster.restore()
     events = [o.event for o in dropped if o.event is not None]
     ttft = {
         name: [o.probe_ttft_ms for o in outcomes]
@@ -82,7 +77,6 @@ async def _measure(bench: Bench, url: str) -> Section:
             },
             "probe_ttft_ms": ttft,
             "probe_ttft_ratio": median(ttft["with"]) / median(ttft["without"]),
-            "noise": noise.share(),
         },
         (
             at_least(6, "KV moved by one drop under load (MB)", moved / 1e6, _LEAST_BYTES / 1e6),

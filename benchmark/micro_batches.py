@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from benchmark.bench import Bench, Together
+from benchmark.bench import Bench, together
 from benchmark.checks import Section, at_least, at_most
 from benchmark.control import Control, control
 from benchmark.noise import Noise
@@ -29,7 +29,7 @@ _LEAST_SPEEDUP = 1.6
 def measure(bench: Bench) -> Section:
     look = bench.kunserve("micro-batches-lookahead")
     one = bench.kunserve("micro-batches-one", "--micro-batches", "one")
-    with Together(look, one):
+    with together(look, one):
         return asyncio.run(_measure(bench, look.url, one.url))
 
 

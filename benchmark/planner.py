@@ -14,16 +14,18 @@ import math
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
+
 from benchmark.exhaustive import every_outcome, stages_of
 from benchmark.growth import draw_growth
 from benchmark.made_up import carried_out, instance, memory, with_demand
+from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.policy.cuts import best_cut
@@ -31,18 +33,13 @@ from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Threshol
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.state import ClusterState
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = (100, 1_000, 10_000, 100_000)
 LARGEST = 8
 Row = dict[str, Any]
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
-        prog="python -m benchmark.planner",
-        description="Time and quality of drop plans.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    flags = flags_of("planner", "Time and quality of drop plans.")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
     flags.add_argument("--repeats", type=int, default=7, help="of each measurement; median counts")
     flags.add_argument("--seed", type=int, default=1)
@@ -52,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> NoReturn:
     """Exit status 0 if every check holds."""
     flags = parser().parse_args()
+    run_program("planner", lambda console: run(flags, console))
+
+
+def run(flags: argparse.Namespace, console: Console) -> int:
     chance = random.Random(flags.seed)
     load_before = os.getloadavg()
     rows = growth(flags.repeats, chance)
@@ -70,8 +71,9 @@ def main() -> NoReturn:
     (flags.output / "planner.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_growth(rows, flags.output / "planner.png")
     for check in checks:
-        print(f"{'ok ' if check['ok'] else 'NOT'} {check['what']}: {check['value']} {check['bar']}")
-    sys.exit(0 if all(check["ok"] for check in checks) else 1)
+        verdict = "ok " if check["ok"] else "NOT"
+        console.print(f"{verdict} {check['what']}: {check['value']} {check['bar']}", markup=False)
+    return 0 if all(check["ok"] for check in checks) else 1
 
 
 # --- how long -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -17,6 +18,15 @@ from benchmark.experiment import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 SGLANG_FLAGS = ("--chunked-prefill-size", "256")
+
+
+def flags_of(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults, for `python -m benchmark.<name>`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmark.{name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
 
 def run_program(name: str, work: Callable[[Console], int]) -> NoReturn:

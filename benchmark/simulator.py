@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -24,7 +23,7 @@ from benchmark.client import RequestResult
 from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, run_workload, warm_up_requests
-from benchmark.program import ROOT, small_model
+from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine, dumps
 from benchmark.simulator_picture import draw
@@ -194,11 +193,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
-        prog="python -m benchmark.simulator",
-        description="The simulator against real runs, and its speed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    flags = flags_of("simulator", "The simulator against real runs, and its speed.")
     traces = ROOT.parent / "shared" / "traces"
     profiles = ROOT / "examples" / "profiles"
     flags.add_argument("--trace", type=Path, default=traces / "azure_llm_2023_conv.csv")
@@ -218,10 +213,14 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Exit status 0 if every check holds."""
     flags = parser().parse_args()
-    flags.console = Console()
+    run_program("simulator", lambda console: run(flags, console))
+
+
+def run(flags: argparse.Namespace, console: Console) -> int:
+    flags.console = console
     rows, runs = accuracy(flags)
     hour = None if flags.skip_large else large(flags)
     found = checks(rows, hour)
@@ -251,4 +250,4 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,9 +7,8 @@ one core, takes the profile that an instance takes, and what a step costs beside
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from rich.console import Console
@@ -17,7 +16,7 @@ from rich.console import Console
 from benchmark.cost_model import best_of
 from benchmark.local_scheduler import local_scheduler
 from benchmark.noise import Noise
-from benchmark.program import ROOT, small_model
+from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.report import describe_machine
 from benchmark.step_cost import fit_step_cost, play
 from kunserve_sglang.config import parse_size
@@ -104,12 +103,8 @@ def _toml(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def main() -> int:
-    flags = argparse.ArgumentParser(
-        prog="python -m benchmark.simulator_profile",
-        description="Measure this machine for the simulator.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def parser() -> argparse.ArgumentParser:
+    flags = flags_of("simulator_profile", "Measure this machine for the simulator.")
     flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
     flags.add_argument("--memory-budget", default="288MiB", help="of the simulated instances")
     flags.add_argument("--chunked-prefill-size", type=int, default=256)
@@ -130,19 +125,27 @@ def main() -> int:
     flags.add_argument(
         "--output", type=Path, default=ROOT / "examples" / "profiles" / "smollm2-135m-cpu.toml"
     )
-    chosen = flags.parse_args()
-    profile, noise = measure_profile(chosen, chosen.model_path or small_model())
+    return flags
+
+
+def main() -> NoReturn:
+    flags = parser().parse_args()
+    run_program("simulator_profile", lambda console: run(flags, console))
+
+
+def run(flags: argparse.Namespace, console: Console) -> int:
+    profile, noise = measure_profile(flags, flags.model_path or small_model())
     comment = (
         "One instance on one core: cost, sizes and step are measured. links, frontend_ms and\n"
         "step.stage_ms are what real clusters on such cores showed (benchmark/results/demo.json).\n"
         f"Other programs took {noise:.0%} of the cores meanwhile."
     )
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(to_toml(profile, comment))
-    load_profile(chosen.output)
-    Console().print(f"Written: {chosen.output}")
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    flags.output.write_text(to_toml(profile, comment))
+    load_profile(flags.output)
+    console.print(f"Written: {flags.output}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,10 +21,9 @@ import numpy as np
 
 from benchmark.bench import Bench
 from benchmark.checks import Section, at_most
-from benchmark.control import Control, control
+from benchmark.control import Control
 from benchmark.experiment import RunError
 from benchmark.gaps import percentile_ms, tpots_ms, within
-from benchmark.noise import Noise
 from benchmark.rounds import Round, fresh, median, requests, send, span_of
 from benchmark.timeline import Sample
 from benchmark.workload import Shape
@@ -62,31 +61,26 @@ class _Admission:
 
 
 def measure(bench: Bench) -> Section:
-    with bench.kunserve("transitions") as cluster:
-        return asyncio.run(_measure(bench, cluster.url))
+    return bench.by_hand("transitions", _measure)
 
 
-async def _measure(bench: Bench, url: str) -> Section:
-    noise = Noise()
+async def _measure(bench: Bench, cluster: Control) -> Section:
     admitted: list[_Admission] = []
     usual: list[float] = []
     restores: list[RestoreCost] = []
     rounds = -(-bench.repeat // 2)
-    async with control(url) as cluster:
-        await cluster.automatic(False)
-        await fresh(cluster, requests(bench.prompts, 4, _CALM))  # warm up
-        for turn in range(rounds):
-            bench.say(f"transitions: round {turn + 1} of {rounds}")
-            admitted.append(await _first_admitted(bench, cluster))
-            usual.append(await _first_of_new_ms(bench, cluster))
-            restores.append(await _restore_cost(bench, cluster))
+    await fresh(cluster, requests(bench.prompts, 4, _CALM))  # warm up
+    for turn in range(rounds):
+        bench.say(f"transitions: round {turn + 1} of {rounds}")
+        admitted.append(await _first_admitted(bench, cluster))
+        usual.append(await _first_of_new_ms(bench, cluster))
+        restores.append(await _restore_cost(bench, cluster))
     return Section(
         {
             "decision_to_admission_ms": [a.added_ms for a in admitted],
             "decision_to_first_token_ms": [a.first_token_ms for a in admitted],
             "first_token_with_room_ms": usual,
             "restore": [asdict(r) for r in restores],
-            "noise": noise.share(),
         },
         (
             at_most(
