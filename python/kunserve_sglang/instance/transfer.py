@@ -13,8 +13,7 @@ A transfer can be carried out at a stroke, while everybody stands still (`send_r
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from kunserve_sglang.errors import PeerLost
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.kv_store import KvStore
+from kunserve_sglang.instance.parameter_pieces import ParameterPieces
 from kunserve_sglang.instance.parameters import ParameterStore
 from kunserve_sglang.layout import LayerRange, Move, ParameterLoad
 from kunserve_sglang.transport import DataPlane, Packet
@@ -53,13 +53,6 @@ class _Incoming:
     ended: bool = False
 
 
-@dataclass(slots=True)
-class _Piece:
-    load: ParameterLoad
-    offset: int
-    data: torch.Tensor
-
-
 class Transfer:
     """One member's side of what changes hands."""
 
@@ -84,7 +77,6 @@ class Transfer:
         self._epoch = epoch
         self._serving = serving
         self._kv = kv
-        self._parameters = parameters
         self._plane = plane
         self._timeout = timeout_s
         moves = list(moves)
@@ -94,11 +86,9 @@ class Transfer:
             for m in moves
             if m.target == me
         }
-        loads = list(loads)
-        self._pieces = deque(self._cut(load for load in loads if load.source == me))
-        self.layers = [load.layer for load in loads if load.target == me]
-        self._due: dict[int, torch.Tensor] = {}
-        self._arrived: Counter[int] = Counter()
+        self._pieces = ParameterPieces(
+            me, list(loads), store=parameters, plane=plane, piece_bytes=_PIECE_BYTES
+        )
         self.sent_kv_bytes = 0
 
     # -- what it is about ------------------------------------------------------------------------
@@ -114,11 +104,16 @@ class Transfer:
         return [o.move for o in self._outgoing]
 
     @property
+    def layers(self) -> list[int]:
+        """Layers whose parameters come to this member."""
+        return self._pieces.layers
+
+    @property
     def complete(self) -> bool:
         """Nothing is left to send, and everything asked for is here."""
         return not (
             self.unfinished
-            or self._due
+            or self._pieces.due
             or any(bool(i.awaited.any()) for i in self._incoming.values())
         )
 
@@ -130,11 +125,11 @@ class Transfer:
     @property
     def unfinished(self) -> bool:
         """There is something to send."""
-        return bool(self._pieces) or any(bool(o.pending.any()) for o in self._outgoing)
+        return self._pieces.unsent > 0 or any(bool(o.pending.any()) for o in self._outgoing)
 
     def reserve(self, slots: Callable[[int], int]) -> None:
         """Map memory for what arrives: of an owner's KV, so many slots. Raises `OutOfPages`."""
-        self._due = {layer: self._parameters.reserve(layer) for layer in self.layers}
+        self._pieces.reserve()
         for move in self.arriving:
             for layer in move.layers:
                 self._kv.resize(layer, move.owner, slots(move.owner))
@@ -148,8 +143,7 @@ class Transfer:
 
     def cancel(self) -> None:
         """Forget what has been fetched ahead: its memory is needed otherwise."""
-        for layer in self.layers:
-            self._parameters.cancel(layer)
+        self._pieces.cancel()
         for move in self.arriving:
             for layer in move.layers:
                 self._kv.release(layer, move.owner)
@@ -214,12 +208,8 @@ class Transfer:
 
     def store(self, packet: Packet, header: wire.Header) -> None:
         """Keep what has arrived; packets that are not about this transfer are ignored."""
-        if isinstance(header, wire.LayerParameters) and header.layer in self._due:
-            data, memory = packet.tensors[0], self._due[header.layer]
-            memory[header.offset : header.offset + len(data)] = data
-            self._arrived[header.layer] += len(data)
-            if self._arrived[header.layer] == len(memory):
-                del self._due[header.layer]
+        if isinstance(header, wire.LayerParameters):
+            self._pieces.receive(header, packet.tensors[0])
         elif isinstance(header, wire.KvRows):
             self._store_rows(header, packet.tensors)
 
@@ -239,19 +229,19 @@ class Transfer:
         seconds. Raises `PeerLost` at `deadline`.
         """
         patience = time.monotonic() + _PATIENCE_S
-        while self._pieces or self._due or not all(i.ended for i in self._incoming.values()):
+        pieces = self._pieces
+        while pieces.unsent or pieces.due or not all(i.ended for i in self._incoming.values()):
             # A peer may hold on to what it has received: then some goes without room.
             sent = self._send_piece(_PIECE_BYTES if time.monotonic() < patience else 0)
             if sent:
                 patience = time.monotonic() + _PATIENCE_S
             wait = time.monotonic() + (0.0 if sent else _WAIT_S)
-            packet = next_packet(wait if self._pieces else deadline)
+            packet = next_packet(wait if pieces.unsent else deadline)
             if packet is not None:
                 self.store(packet, wire.decode(packet.header))
             elif time.monotonic() > deadline:
                 raise PeerLost(f"waited for {self._missing()}")
-        for layer in self.layers:
-            self._parameters.attach(layer)
+        pieces.attach()
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -264,14 +254,7 @@ class Transfer:
                     count = max(1, _PIECE_BYTES // self._row_bytes(out.move))
                     self._send_rows(out, slots[:count])
                     return True
-        if self._pieces and self._plane.room(self._pieces[0].load.target) >= room:
-            piece = self._pieces.popleft()
-            header = wire.LayerParameters(
-                sender=self._me, epoch=self._epoch, layer=piece.load.layer, offset=piece.offset
-            )
-            self._plane.send(piece.load.target, wire.encode(header), [piece.data])
-            return True
-        return False
+        return self._pieces.send(self._epoch, room)
 
     def _send_rows(self, out: _Outgoing, slots: torch.Tensor, *, last: bool = False) -> None:
         if not len(slots) and not last:
@@ -309,12 +292,6 @@ class Transfer:
         mask[slots] = True
         return mask
 
-    def _cut(self, loads: Iterable[ParameterLoad]) -> Iterator[_Piece]:
-        for load in loads:
-            data = self._parameters.bytes_of(load.layer)
-            for offset in range(0, len(data), _PIECE_BYTES):
-                yield _Piece(load, offset, data[offset : offset + _PIECE_BYTES])
-
     def _missing(self) -> str:
         rows = [i.move for i in self._incoming.values() if not i.ended]
-        return f"layers {sorted(self._due)}, KV {rows}; {len(self._pieces)} pieces not taken"
+        return f"layers {self._pieces.due}, KV {rows}; {self._pieces.unsent} pieces not taken"
