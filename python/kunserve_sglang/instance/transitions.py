@@ -11,9 +11,10 @@ from kunserve_sglang.errors import TransitionTimeout
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.exchange import Exchange, layout_of, map_capacities
+from kunserve_sglang.instance.objections import objection
 from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.instance.transfer import Transfer
-from kunserve_sglang.layout import Layout, arriving_pages, leaving_pages
+from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import (
     Abort,
     Commit,
@@ -243,41 +244,9 @@ class Participant:
         return None
 
     def _objection(self, transition: Transition) -> str:
-        """Why this member cannot take part; empty if it can."""
-        before = next((x for x in transition.before if self._me in x.ids), None)
-        after = next((x for x in transition.after if self._me in x.ids), None)
-        if before is None or after is None:
-            return "the plan has no part for this instance"
-        profile = self._body.profile
         if self._host.transfer is not None and not self._ahead:
             return "an exchange is still under way"
-        if transition.epoch <= self._host.layout.epoch:
-            return f"epoch {transition.epoch} is not after {self._host.layout.epoch}"
-        if before != self._host.layout:
-            return f"the plan starts from another layout than epoch {self._host.layout.epoch}"
-        if not after.covers(self._body.engine.layer_count):
-            return "the plan does not hold every layer exactly once"
-        member = after.member(self._me)
-        owners = len(after.members)
-        if owners > profile.owners:
-            return f"a group of {owners} is larger than {profile.owners}"
-        shares = [m.capacity for m in after.members]
-        beside = 0
-        if transition.live:
-            beside = leaving_pages(profile, self._me, before, after)
-        if transition.ahead:
-            then = layout_of(transition.ahead, self._me)
-            beside = arriving_pages(profile, self._me, after, then)
-        if not profile.fits(member.layers, shares, beside=beside):
-            return f"{shares} slots for {owners} owners do not fit the memory budget"
-        self._body.engine.evict_cached(member.capacity)
-        taken = len(self._body.engine.taken_slots())
-        if taken > member.capacity:
-            return f"requests hold {taken} slots, {member.capacity} would be left"
-        largest = self._body.engine.largest_request()
-        if largest > member.capacity:
-            return f"a request may need {largest} slots, {member.capacity} would be left"
-        return ""
+        return objection(self._body, self._host.layout, transition)
 
     def _vote(self, message: Prepare, reason: str = "") -> None:
         epoch = message.transition.epoch
