@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from kunserve_sglang.policy.cost_model import Chunk, CostEstimate, Work
-from kunserve_sglang.simulation.owner import Piece
+from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.profile import Profile
 
 

@@ -1,6 +1,6 @@
-"""An instance as owner: its queue, its slots, and SGLang's rules of admission and retraction.
+"""An instance as owner: its queue, its slots, and SGLang's rules of retraction.
 
-After `PrefillAdder`, `get_next_batch_to_run` and `retract_decode` of SGLang 0.5.16, page size 1.
+After `get_next_batch_to_run` and `retract_decode` of SGLang 0.5.16, page size 1.
 Every request is computed as a whole: prefixes that requests share are not simulated.
 """
 
@@ -13,6 +13,7 @@ from itertools import islice
 
 from kunserve_sglang.messages import Load, Slots
 from kunserve_sglang.policy.output_length import OutputLengths
+from kunserve_sglang.simulation.admission import Piece, PrefillAdder
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.profile import Profile
 
@@ -21,13 +22,9 @@ _LEAST_RATIO = 0.14 * INITIAL_RATIO
 _RATIO_DECAY = (INITIAL_RATIO - _LEAST_RATIO) / 600
 """SGLang's estimate of how much of its limit a request will produce, and how it is lowered."""
 
-_CLIP_NEW_TOKENS = 4096
 _RETRACT_STEPS = 20
 _LONGEST_OF = 4
 """With more requests waiting, what all of them are expected to need is more than one may need."""
-
-Piece = tuple[Job, int, int]
-"""A chunk of a prompt: the request, the tokens before it, and its own tokens."""
 
 
 class Owner:
@@ -156,66 +153,48 @@ class Owner:
         """The next prefill batch, whose slots are taken at once; empty if nothing may run."""
         if not self.may_admit:
             return []
-        free = self.capacity - self.used
-        total = free - self.ratio * self.remaining  # SGLang's rem_total_tokens
-        current, chunk, tokens = free, chunk_limit, self.limits.max_prefill_tokens
-        pieces: list[Piece] = []
+        adder = PrefillAdder(
+            free=self.capacity - self.used,
+            promised=self.ratio * self.remaining,
+            chunk=chunk_limit,
+            tokens=self.limits.max_prefill_tokens,
+        )
         job = self.chunked
         if job is not None:
-            take = self._next_chunk(job, chunk, int(total), free)
+            take = adder.next_chunk(job)
             if not take:
                 return []
-            pieces.append((job, job.computed, take))
-            job.computed += take
+            adder.add(job, take)
             if job.computed == job.known:
                 self.chunked = None
-                total -= min(job.output, _CLIP_NEW_TOKENS)
-            total -= take + 1
-            current -= take + 1
-            chunk -= take
-            tokens -= take
+        self._admit_waiting(adder)
+        self.used += sum(piece[2] for piece in adder.pieces)
+        return adder.pieces
+
+    def _admit_waiting(self, adder: PrefillAdder) -> None:
         seats = self.limits.max_running_requests - self.count
         while self.waiting:
-            if len(pieces) >= seats:
+            if len(adder.pieces) >= seats:
                 self.full = True
             if self.full:
                 break
             job = self.waiting[0]
-            need = job.known
-            if need + min(job.remaining, _CLIP_NEW_TOKENS) + 1 >= total:
+            if not adder.admits(job):
                 self.full = True
                 break
-            if self.chunked is not None or chunk <= 0:
+            if self.chunked is not None or adder.no_chunk:
                 break
-            take = min(need, chunk)
             self.waiting.popleft()
             self.waiting_demand -= job.prompt + job.expected
-            pieces.append((job, 0, take))
-            job.computed = take
+            adder.begin(job)
             self._admissions += 1
             heapq.heappush(self._largest, (-job.in_the_end, self._admissions, job))
-            if take < need:
+            if job.computed < job.known:
                 self.chunked = job
-            else:
-                total -= min(job.output, _CLIP_NEW_TOKENS)
-            total -= take + 1
-            current -= take + 1
-            chunk -= take
-            tokens -= take
-            if total <= 0 or current <= 0:
+            if adder.no_slots:
                 self.full = True
-            if chunk <= 0 or tokens <= 0:
+            if adder.no_tokens:
                 break
-        self.used += sum(piece[2] for piece in pieces)
-        return pieces
-
-    @staticmethod
-    def _next_chunk(job: Job, chunk: int, total: int, free: int) -> int:
-        """Tokens of the next chunk; 0 if it has to wait for slots (`sglang_seam.admission`)."""
-        left = job.known - job.computed
-        if total > 0:
-            return min(left, chunk, total)
-        return min(left, chunk, max(0, free))
 
     def prefilled(self, pieces: Iterable[Piece], now: float) -> list[Job]:
         """A prefill batch is through: who begins to decode. Finished requests give back slots."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 
+from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.owner import Owner, Piece
+from kunserve_sglang.simulation.owner import Owner
 
 IDLE = math.inf
 

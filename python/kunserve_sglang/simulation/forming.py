@@ -1,0 +1,175 @@
+"""What owners of a group send round next, by `policy.formation` as in the real thing."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+from kunserve_sglang.policy.cost_model import Chunk, Work
+from kunserve_sglang.policy.formation import Outlook, PeerWork, look_ahead
+from kunserve_sglang.simulation.admission import Piece
+from kunserve_sglang.simulation.costs import Costs, work_of
+from kunserve_sglang.simulation.job import Job
+from kunserve_sglang.simulation.owner import Owner
+
+_SILENT_ROUNDS = 3
+"""As in `instance.pipeline`: an owner that has sent nothing for so many rounds has no work."""
+
+_SAME_CONTEXT = 0.01
+"""Predictions are no better than that."""
+
+
+class MicroBatch:
+    """`seconds` is its time in one decoder layer; `jobs` decode, or `pieces` are prompts."""
+
+    __slots__ = ("jobs", "owner", "pieces", "position", "seconds", "tokens", "work")
+
+    def __init__(
+        self, owner: Member, pieces: list[Piece], jobs: list[Job], work: Work, seconds: float
+    ) -> None:
+        self.owner = owner
+        self.pieces = pieces
+        self.jobs = jobs
+        self.work = work
+        self.seconds = seconds
+        self.tokens = work.decodes + sum(c.tokens for c in work.chunks)
+        self.position = 0
+
+
+class Member:
+    """One instance of the group: an owner, and a stage with `layers` layers at `position`."""
+
+    __slots__ = (
+        "announced",
+        "batch",
+        "busy",
+        "doing",
+        "flights",
+        "inbox",
+        "launched_at",
+        "layers",
+        "outlook",
+        "outlook_context",
+        "outlook_for",
+        "owner",
+        "position",
+        "returned",
+    )
+
+    def __init__(self, owner: Owner, position: int, layers: int) -> None:
+        self.owner = owner
+        self.position = position
+        self.layers = layers
+        self.inbox: deque[MicroBatch] = deque()
+        self.returned: deque[MicroBatch] = deque()
+        self.flights = 0
+        self.busy = False
+        self.doing = ""
+        self.batch: MicroBatch | None = None
+        self.announced: PeerWork | None = None
+        self.launched_at = -math.inf
+        self.outlook: Outlook | None = None
+        self.outlook_for: tuple[object, ...] = ()
+        self.outlook_context = 0
+
+
+class Formation:
+    """Forms the micro-batches of all members of a group."""
+
+    def __init__(self, members: Sequence[Member], costs: Costs, *, split: bool) -> None:
+        self._members = members
+        self._costs = costs
+        self._split = split
+
+    def next(self, member: Member, now: float) -> MicroBatch | None:
+        """The owner's next micro-batch; None if nothing may start."""
+        owner = member.owner
+        if not (owner.ready or owner.may_admit):
+            return None
+        outlook = self._outlook(member, now)
+        if member.flights >= outlook.count:
+            return None
+        limit = min(owner.limits.chunked_prefill_size, max(1, outlook.chunk_tokens))
+        pieces = owner.admit(limit)
+        jobs = [] if pieces else self._decodes(member, outlook.count)
+        if pieces:
+            work = work_of(pieces)
+        elif jobs:
+            work = Work(decodes=len(jobs), context=sum(job.prompt + job.produced for job in jobs))
+        else:
+            return None
+        member.announced = outlook.work_of(work)
+        member.launched_at = now
+        seconds = member.announced.batch_ms / outlook.layers / 1e3
+        return MicroBatch(member, pieces, jobs, work, seconds)
+
+    def _decodes(self, member: Member, count: int) -> list[Job]:
+        owner = member.owner
+        if not owner.ready:
+            return []
+        share = -(-owner.count // count)
+        batch = owner.take_ready(share)
+        if not batch and not member.flights:
+            owner.retract()
+            batch = owner.take_ready(share)
+        return batch
+
+    def _outlook(self, member: Member, now: float) -> Outlook:
+        """Made anew when the own work has changed; what peers do since then can wait so long.
+
+        Decoding requests grow by a token a step, which changes little: a few of them do not count.
+        """
+        owner = member.owner
+        chunked = owner.chunked.computed if owner.chunked is not None else 0
+        situation = (owner.count, chunked, len(owner.waiting), owner.full)
+        grown = abs(owner.context - member.outlook_context) > _SAME_CONTEXT * owner.context
+        if member.outlook is None or grown or member.outlook_for != situation:
+            member.outlook = self._look_ahead(member, now)
+            member.outlook_for = situation
+            member.outlook_context = owner.context
+        return member.outlook
+
+    def _look_ahead(self, member: Member, now: float) -> Outlook:
+        peers = [
+            p.announced
+            for p in self._members
+            if p is not member and p.announced is not None and not self._silent(p, now)
+        ]
+        owner = member.owner
+        prompts = _prompts_ahead(owner, len(self._members))
+        return look_ahead(
+            self._costs.estimate,
+            Work(decodes=owner.count, context=owner.context),
+            prompts,
+            peers,
+            layers=self._costs.layers,
+            stages=len(self._members),
+            split=self._split,
+        )
+
+    def _silent(self, member: Member, now: float) -> bool:
+        rounds = sum(p.announced.round_ms for p in self._members if p.announced is not None)
+        return now - member.launched_at >= _SILENT_ROUNDS * rounds / 1e3
+
+
+def _prompts_ahead(owner: Owner, chunks: int) -> list[Chunk]:
+    """As `sglang_seam.lookahead.prompts_ahead`."""
+    limit = owner.limits.chunked_prefill_size
+    found: list[Chunk] = []
+    room = chunks * limit
+    job = owner.chunked
+    if job is not None:
+        left = min(job.known - job.computed, limit)
+        if left > 0:
+            found.append(Chunk(job.computed, left))
+            room -= left
+    if owner.full:
+        return found
+    for job in owner.waiting:
+        if room <= 0:
+            break
+        tokens = min(job.known, limit)
+        found.append(Chunk(0, tokens))
+        room -= tokens
+    return found
