@@ -5,19 +5,22 @@ from __future__ import annotations
 import http.client
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kunserve_sglang.config import ClusterConfig
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.router.upstream import QUEUE_FULL
 from tests.mock_worker import CAPACITY, Canned
 from tests.router_harness import Answer, RouterCluster, until
 from tests.unit.test_router_metrics import scrape, value
 
 Start = Callable[..., RouterCluster]
 
-QUEUE_FULL = {"message": "The request queue is full."}
+REFUSAL = {"message": "The request queue is full."}
 
 
 def queued(router: RouterCluster) -> int:
@@ -222,10 +225,16 @@ def test_what_is_held_counts_as_demand(start_router: Start) -> None:
         assert "10 requests wait" in router.event()["reason"]
 
 
-@pytest.mark.parametrize(
-    "message",
-    ["The request queue is full.", "The request is aborted by a higher priority request."],
-)
+def test_sglang_still_says_so_when_its_queue_is_full() -> None:
+    found = find_spec("sglang")
+    assert found is not None
+    assert found.origin is not None
+    scheduler = Path(found.origin).parent / "srt" / "managers" / "scheduler.py"
+    said = scheduler.read_bytes()
+    assert all(b'message = "' + message + b'"' in said for message in QUEUE_FULL)
+
+
+@pytest.mark.parametrize("message", [message.decode() for message in QUEUE_FULL])
 def test_what_sglang_has_not_run_goes_to_the_other_instance(
     router: RouterCluster, message: str
 ) -> None:
@@ -241,9 +250,9 @@ def test_what_sglang_has_not_run_goes_to_the_other_instance(
 
 def test_when_all_refuse_the_refusal_is_passed_on(router: RouterCluster) -> None:
     for instance in router.instances:
-        instance.worker.answers["/v1/completions"] = Canned(QUEUE_FULL, 503, {"X-Answer": "7"})
+        instance.worker.answers["/v1/completions"] = Canned(REFUSAL, 503, {"X-Answer": "7"})
     answer = router.post("/v1/completions", {"prompt": "x"})
-    assert (answer.status, answer.json) == (503, QUEUE_FULL)
+    assert (answer.status, answer.json) == (503, REFUSAL)
     assert answer.headers["x-answer"] == "7"
     assert 1 <= int(answer.headers["retry-after"]) <= 60
     assert [len(i.worker.requests("/v1/completions")) for i in router.instances] == [1, 1]

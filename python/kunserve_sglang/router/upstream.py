@@ -25,7 +25,7 @@ _KEEP_ALIVE_S = 3.0
 BACKPRESSURE = frozenset({429, 503})
 """With these an instance says that it is busy, and not that it is dead."""
 
-_QUEUE_FULL = (
+QUEUE_FULL = (
     b"The request queue is full.",
     b"The request is aborted by a higher priority request.",
 )
@@ -110,7 +110,7 @@ def busy_answer(response: aiohttp.ClientResponse, body: bytes, retry_after_s: in
 
 def is_queue_full(body: bytes) -> bool:
     """Whether SGLang says with this 503 that the request never left its queue."""
-    return any(message in body for message in _QUEUE_FULL)
+    return any(message in body for message in QUEUE_FULL)
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
