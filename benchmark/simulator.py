@@ -1,9 +1,9 @@
 """How well the simulator predicts real runs, and how fast it is.
 
-`python -m benchmark.simulator --trace ../shared/traces/azure_llm_2023_conv.csv` serves a part of
-the trace on real clusters, simulates the same requests with a profile of this machine, and compares
-the percentiles of TTFT; then it simulates a thousand instances for an hour. Instances need a core
-each, or they slow one another down in ways that the profile does not know.
+`python -m benchmark.simulator --trace azure_llm_2023_conv.csv` serves a part of the trace on real
+clusters, simulates the same requests with a profile of this machine, and compares percentiles of
+TTFT; then it simulates a thousand instances for an hour. Instances need a core each, or they slow
+one another down in ways that the profile does not know.
 """
 
 from __future__ import annotations

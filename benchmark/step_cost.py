@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _BATCHES = (1, 2, 4, 8, 16)
 _PROMPT, _OUTPUT = 48, 12
-_LEAST_MS = 1e-6
 
 
 class Step(msgspec.Struct, frozen=True):
