@@ -48,7 +48,7 @@ class PrefillAdder:
     def next_chunk(self, job: Job) -> int:
         """Tokens of a prompt's next chunk; 0 if it has to wait for slots.
 
-        As `sglang_seam.admission` has it.
+        As in `sglang_seam.admission`, but nothing is left to a running request so that it can end.
         """
         left = min(job.known - job.computed, self._chunk)
         total = int(self._total)

@@ -23,17 +23,16 @@ _SAME_CONTEXT = 0.01
 class MicroBatch:
     """`seconds` is its time in one decoder layer; `jobs` decode, or `pieces` are prompts."""
 
-    __slots__ = ("jobs", "owner", "pieces", "position", "seconds", "tokens", "work")
+    __slots__ = ("jobs", "owner", "pieces", "position", "seconds", "tokens")
 
     def __init__(
-        self, owner: Member, pieces: list[Piece], jobs: list[Job], work: Work, seconds: float
+        self, owner: Member, pieces: list[Piece], jobs: list[Job], tokens: int, seconds: float
     ) -> None:
         self.owner = owner
         self.pieces = pieces
         self.jobs = jobs
-        self.work = work
         self.seconds = seconds
-        self.tokens = work.decodes + sum(c.tokens for c in work.chunks)
+        self.tokens = tokens
         self.position = 0
 
 
@@ -95,14 +94,16 @@ class Formation:
         jobs = [] if pieces else self._decodes(member, outlook.count)
         if pieces:
             work = work_of(pieces)
+            tokens = sum(take for _, _, take in pieces)
         elif jobs:
+            tokens = len(jobs)
             work = Work(decodes=len(jobs), context=sum(job.prompt + job.produced for job in jobs))
         else:
             return None
         member.announced = outlook.work_of(work)
         member.launched_at = now
         seconds = member.announced.batch_ms / outlook.layers / 1e3
-        return MicroBatch(member, pieces, jobs, work, seconds)
+        return MicroBatch(member, pieces, jobs, tokens, seconds)
 
     def _decodes(self, member: Member, count: int) -> list[Job]:
         owner = member.owner
