@@ -6,14 +6,16 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import zmq
 from aiohttp import web
 
+from kunserve_sglang.instance.cache_log import CacheLog
 from kunserve_sglang.instance.control import ControlLink
 from kunserve_sglang.layout import LayerRange, Layout, Member, MemoryProfile
 from kunserve_sglang.messages import (
@@ -35,6 +37,7 @@ from kunserve_sglang.messages import (
     Traced,
     TransitionStats,
     Vote,
+    Welcome,
 )
 from kunserve_sglang.policy.cost_model import CostModel
 
@@ -205,11 +208,15 @@ class MockInstance:
         )
         self.reporting = reporting
         self.obeyed: Counter[str] = Counter()
+        self.cached: set[int] = set()
+        self._cache_log = CacheLog(number)
         whole = Member(
             instance=number, layers=LayerRange(0, LAYERS), capacity=CAPACITY, address=f"d{number}"
         )
         self.layout = Layout(epoch=0, members=(whole,))
         self._address = control_address
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._follows = False
         self._offered: Layout | None = None
         self._preparing = False
         self._stopping = threading.Event()
@@ -240,6 +247,10 @@ class MockInstance:
         finally:
             go_on.set()
             self.on_prepare = vote_yes
+
+    def cache(self, blocks: Sequence[int]) -> None:
+        """From now on these blocks are cached, and no others."""
+        self._calls.put(lambda: self._cache(set(blocks)))
 
     def stop(self) -> None:
         self._stopping.set()
@@ -296,13 +307,26 @@ class MockInstance:
                 if answer is not None:
                     link.send(answer)
                 next_status = 0.0
+            while not self._calls.empty():
+                self._calls.get()()
+            if self._follows and (report := self._cache_log.report()) is not None:
+                link.send(report)
             if self.reporting and time.monotonic() >= next_status:
                 next_status = time.monotonic() + 0.05
                 link.send(self._status())
         link.close()
         context.term()
 
+    def _cache(self, blocks: set[int]) -> None:
+        self._cache_log.store(blocks - self.cached)
+        self._cache_log.remove(self.cached - blocks)
+        self.cached = blocks
+
     def _obey(self, message: Any) -> ToRouter | None:
+        if isinstance(message, Welcome):
+            self._follows = True
+            self._cache_log.begin(self.cached)
+            return None
         if isinstance(message, Prepare):
             after = message.transition.after
             self._offered = next(g for g in after if self.number in g.ids)

@@ -45,6 +45,16 @@ class ExchangeMode(StrEnum):
     STOP = "stop"
 
 
+class PromptFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """How instances make tokens of prompts: the tokenizer's folder, and SGLang's `--chat-template`.
+
+    Without the latter, the template is the one in the folder.
+    """
+
+    folder: str
+    chat_template: str | None = None
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity.
 

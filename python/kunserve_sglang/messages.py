@@ -141,6 +141,20 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     counters: dict[str, int] = msgspec.field(default_factory=dict)
 
 
+class CacheReport(msgspec.Struct, frozen=True, kw_only=True, tag="cache"):
+    """What entered and left an instance's prefix cache, as block hashes (`policy.blocks`).
+
+    A `full` report says what is there, whatever was said before. Numbers go up by one; after a gap
+    the router has to ask for a full report.
+    """
+
+    instance: int
+    number: int
+    full: bool = False
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+
+
 class Vote(msgspec.Struct, frozen=True, kw_only=True, tag="vote"):
     """Answer to `Prepare`; `reason` says why not when `ok` is false."""
 
@@ -181,9 +195,14 @@ class Traced(msgspec.Struct, frozen=True, kw_only=True, tag="traced"):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
-    """The router knows the instance; status records may follow."""
+    """The router knows the instance; status records may follow.
+
+    With `report_cache` it has no use for changes of the prefix cache alone: the next report has to
+    be a full one.
+    """
 
     version: int
+    report_cache: bool = False
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
@@ -222,7 +241,7 @@ class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
     reason: str
 
 
-ToRouter = Hello | Status | Vote | Done | Traced
+ToRouter = Hello | Status | CacheReport | Vote | Done | Traced
 ToInstance = Welcome | Prepare | Commit | Abort | Trace | Leave
 
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)

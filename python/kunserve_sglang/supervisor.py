@@ -25,9 +25,10 @@ from typing import Any
 
 import psutil
 
-from kunserve_sglang.config import ClusterConfig, InstanceConfig
+from kunserve_sglang.config import ClusterConfig, InstanceConfig, PromptFormat
 from kunserve_sglang.console import Console
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.processes import divide_cpus, free_port
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 
@@ -82,7 +83,10 @@ class Supervisor:
 
             server.preload()
             server_args = server.parse_server_args(self._argv)
-        self._start_router(server_args.api_key)
+        prompts = None
+        if self._config.dispatch is DispatchPolicy.LMETRIC:
+            prompts = server.prompt_format(server_args)
+        self._start_router(server_args.api_key, prompts)
         # Children share these pages for as long as nobody writes to them.
         gc.collect()
         gc.freeze()
@@ -110,11 +114,12 @@ class Supervisor:
             process.start()
             self._instances.append(process)
 
-    def _start_router(self, api_key: str | None) -> None:
+    def _start_router(self, api_key: str | None, prompts: PromptFormat | None = None) -> None:
         config = RouterConfig(
             cluster=self._config,
             control_address=self._control_address,
             api_key=api_key,
+            prompts=prompts,
             launcher=os.getpid(),
             runtime_folder=self._folder,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 from kunserve_sglang.config import ClusterConfig, ExchangeMode, InstanceConfig
 from kunserve_sglang.messages import TransitionKind, to_json_types
+from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.router.control_plane import ControlPlane
@@ -77,9 +78,15 @@ class ScriptedCluster:
         page_bytes: int,
         vote_timeout_s: float = 20.0,
         exchange: ExchangeMode = ExchangeMode.COORDINATED,
+        dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD,
         **server: Any,
     ) -> None:
-        config = ClusterConfig(num_instances=size, vote_timeout_s=vote_timeout_s, exchange=exchange)
+        config = ClusterConfig(
+            num_instances=size,
+            vote_timeout_s=vote_timeout_s,
+            exchange=exchange,
+            dispatch=dispatch,
+        )
         self.control = ControlThread(config, f"ipc://{folder}/control")
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.member"])
@@ -229,6 +236,12 @@ class ScriptedCluster:
         self._links[member].send(("numbers", None))
         numbers: tuple[int, int] = self._expect(self._links[member], "numbers")
         return numbers
+
+    def cached(self, member: int) -> set[int]:
+        """The blocks of all sequences in its radix tree."""
+        self._links[member].send(("cached", None))
+        cached: set[int] = self._expect(self._links[member], "cached")
+        return cached
 
     def _expect(self, link: Connection, verb: str) -> Any:
         if not link.poll(READY_S):

@@ -35,6 +35,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.instance.agent import Agent
+from kunserve_sglang.policy.blocks import block_hashes
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
@@ -145,6 +146,19 @@ class Member:
         """Let nothing move between members but what micro-batches take along."""
         agent = self.scheduler.agent
         agent.move_pieces = (lambda _: False) if hold else partial(Agent.move_pieces, agent)
+
+    def cached(self) -> set[int]:
+        """The blocks of all sequences in the radix tree, each hashed from its beginning."""
+        found: set[int] = set()
+        paths = [
+            (node, array("q")) for node in self.scheduler.tree_cache.root_node.children.values()
+        ]
+        while paths:
+            node, before = paths.pop()
+            sequence = before + node.key.raw_token_ids()
+            found.update(block_hashes(sequence, node.key.extra_key))
+            paths += [(child, sequence) for child in node.children.values()]
+        return found
 
     def idle(self) -> None:
         """One turn of the loop without work: serve peers and commands."""
@@ -282,6 +296,8 @@ def serve(link: Connection, config: InstanceConfig, server: dict[str, Any]) -> N
             link.send(("played", member.play(argument, link)))
         elif verb == "numbers":
             link.send(("numbers", (member.largest_slot, member.retracted)))
+        elif verb == "cached":
+            link.send(("cached", member.cached()))
         elif verb == "hold":
             member.hold_pieces(argument)
             link.send(("held", None))

@@ -13,6 +13,7 @@ from typing import Any
 from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
+from kunserve_sglang.instance.cache_log import CacheLog
 from kunserve_sglang.instance.pipeline import Pipeline, PipelineCounters
 from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.instance.transfer import Transfer
@@ -30,6 +31,7 @@ from kunserve_sglang.messages import (
     ToInstance,
     Trace,
     Traced,
+    Welcome,
 )
 from kunserve_sglang.transport import Packet
 
@@ -61,6 +63,7 @@ class Agent:
         self._stale_packets = 0
         self._next_status = 0.0
         self._last_status: Status | None = None
+        self._cache_log = CacheLog(self._me)
         self._participant = Participant(body, self, peer_timeout_s=peer_timeout_s)
         self.check_pages()
 
@@ -123,13 +126,15 @@ class Agent:
     def before_sleep(self) -> None:
         """Nothing will happen for a while: leave the router with the latest figures."""
         status = self.status()
-        if status != self._last_status:
+        if status != self._last_status or self._cache_log.pending:
             self._send_status(status)
 
     def _send_status(self, status: Status) -> None:
         self._next_status = time.monotonic() + _STATUS_INTERVAL_S
         self._last_status = status
         self._body.control.send(status)
+        if (report := self._cache_log.report()) is not None:
+            self._body.control.send(report)
 
     def status(self) -> Status:
         return Status(
@@ -204,6 +209,8 @@ class Agent:
             self._trace(message)
         elif isinstance(message, Leave):
             self._body.engine.end()
+        elif isinstance(message, Welcome):
+            self._body.engine.watch_cache(self._cache_log)
 
     def _trace(self, message: Trace) -> None:
         spans: list[Span] = []

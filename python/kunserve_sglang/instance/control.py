@@ -52,7 +52,8 @@ class ControlLink:
                 continue
             if isinstance(message, Welcome):
                 self._welcome = True
-                continue
+                if not message.report_cache:
+                    continue
             return message
         return None
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from kunserve_sglang.instance.cache_log import CacheLog
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load
 from kunserve_sglang.policy.cost_model import Chunk, Work
@@ -67,6 +68,13 @@ class Engine(Protocol):
 
     def taken_slots(self) -> torch.Tensor:
         """All slots that requests or cached prefixes hold, ascending, int64."""
+        ...
+
+    def watch_cache(self, log: CacheLog) -> None:
+        """Write down all that the prefix cache holds, and from then on what enters and leaves it.
+
+        Always the same log; where there is no such cache, nothing is written.
+        """
         ...
 
     def largest_request(self) -> int:

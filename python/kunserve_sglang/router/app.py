@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import aiohttp
 from starlette.applications import Starlette
@@ -24,6 +25,7 @@ from kunserve_sglang.router.calls import CALLS, Access
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.dashboard import dashboard_routes
+from kunserve_sglang.router.dispatch import Dispatcher
 from kunserve_sglang.router.docs import Docs
 from kunserve_sglang.router.draining import DrainTimeout, NotDrained
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
@@ -34,6 +36,9 @@ from kunserve_sglang.router.metrics import Metrics
 from kunserve_sglang.router.proxy import Proxy
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.tracing import TraceRunning, Tracing
+
+if TYPE_CHECKING:
+    from kunserve_sglang.router.prompts import PromptReader
 
 _OURS = ("/kunserve/", "/workers/")
 
@@ -79,9 +84,9 @@ def build_app(
     config: RouterConfig, control: ControlPlane, session: aiohttp.ClientSession
 ) -> RouterApp:
     keys = Keys(config)
-    proxy = Proxy(
-        control.registry, session, POLICIES[config.cluster.dispatch], control.latency, control.queue
-    )
+    dispatcher = Dispatcher(control.registry, control.prefixes, _prompt_reader(config, control))
+    policy = POLICIES[config.cluster.dispatch]
+    proxy = Proxy(control.registry, session, policy, control.latency, control.queue, dispatcher)
     docs = Docs(keys)
     routes = [
         *_probe_routes(Probes(control.registry, session)),
@@ -92,6 +97,15 @@ def build_app(
         *dashboard_routes(),
     ]
     return RouterApp(routes, proxy)
+
+
+def _prompt_reader(config: RouterConfig, control: ControlPlane) -> PromptReader | None:
+    """For a router that keeps an index of prefixes; no other loads a tokenizer."""
+    if control.prefixes is None:
+        return None
+    from kunserve_sglang.router.prompts import PromptReader
+
+    return PromptReader(config.prompts)
 
 
 def _probe_routes(probes: Probes) -> list[Route]:

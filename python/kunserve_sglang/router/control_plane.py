@@ -14,6 +14,7 @@ from msgspec import UNSET
 from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
 from kunserve_sglang.messages import (
     PROTOCOL_VERSION,
+    CacheReport,
     Hello,
     Leave,
     Status,
@@ -21,6 +22,7 @@ from kunserve_sglang.messages import (
     Welcome,
 )
 from kunserve_sglang.policy.decision import Decision
+from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.queueing import with_held
@@ -32,6 +34,7 @@ from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.hub import ControlHub
 from kunserve_sglang.router.latency import Latency
+from kunserve_sglang.router.prefix_index import PrefixIndex
 from kunserve_sglang.router.queueing import RequestQueue
 from kunserve_sglang.router.registry import Instance, Registry
 
@@ -54,6 +57,8 @@ class ControlPlane:
         self.events = EventLog()
         self.latency = Latency()
         self.queue = RequestQueue(self.registry, config)
+        # Instances report their caches only to a router that asks for it.
+        self.prefixes = PrefixIndex() if config.dispatch is DispatchPolicy.LMETRIC else None
         self.hub = ControlHub(address)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.monitor = OverloadMonitor(
@@ -65,7 +70,7 @@ class ControlPlane:
     async def run(self) -> None:
         """Serve the control socket and watch the load until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.hub.run(self._on_hello, self._on_status))
+            tasks.create_task(self.hub.run(self._on_hello, self._on_status, self._on_cache))
             tasks.create_task(self._watch())
 
     def close(self) -> None:
@@ -205,17 +210,26 @@ class ControlPlane:
             logger.info(
                 "instance %d at %s: %d token slots", hello.instance, hello.url, hello.capacity
             )
-        return Welcome(version=PROTOCOL_VERSION)
+        instance = self.registry.instances[hello.instance]
+        lost_track = self.prefixes is not None and not self.prefixes.in_step(instance)
+        return Welcome(version=PROTOCOL_VERSION, report_cache=lost_track)
 
     def _on_status(self, status: Status) -> None:
         self.registry.status(status)
         self.queue.let_in()  # it may be running more than before, and so take more
+
+    def _on_cache(self, report: CacheReport) -> None:
+        instance = self.registry.instances.get(report.instance)
+        if self.prefixes is not None and instance is not None:
+            self.prefixes.report(instance, report)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             self.registry.mark_silent()
             self.queue.let_in()  # an instance may have come, or come back
+            if self.prefixes is not None:
+                self.prefixes.keep(self.registry.instances)
             now = time.monotonic()
             need = self.monitor.observe(now, self.state())
             if need is None or now < self._retry_after or not self._may_act_on(need):

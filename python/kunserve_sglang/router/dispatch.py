@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from kunserve_sglang.policy.dispatch import Candidate, Policy
+from kunserve_sglang.router.prefix_index import PrefixIndex, Prompt
 from kunserve_sglang.router.registry import Instance, Registry
+
+if TYPE_CHECKING:
+    # Its libraries are loaded only by a router that reads prompts.
+    from kunserve_sglang.router.prompts import PromptReader
 
 _BYTES_PER_TOKEN = 4
 _DEFAULT_OUTPUT_TOKENS = 128
@@ -60,37 +66,61 @@ def _output_limit(limits: _Limits) -> int:
     )
 
 
-class Dispatcher:
-    """Chooses instances, and remembers what is under way to each of them."""
+class Weight(msgspec.Struct, frozen=True):
+    """What a request means to an instance: token slots in the end, and a prompt to prefill."""
 
-    def __init__(self, registry: Registry) -> None:
+    tokens: int
+    prompt: Prompt
+
+
+class Dispatcher:
+    """Chooses instances, and remembers what is under way to each of them.
+
+    With an index of prefixes, `prompts` reads requests to look them up there.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        prefixes: PrefixIndex | None = None,
+        prompts: PromptReader | None = None,
+    ) -> None:
         self._registry = registry
+        self._prefixes = prefixes
+        self._prompts = prompts
         self._turn = 0
         self._tickets = itertools.count()
         self._sent: dict[int, dict[int, int]] = {}
 
-    def pick(self, policy: Policy, tried: Collection[int] = ()) -> Instance | None:
+    async def weigh(self, path: str, body: bytes) -> Weight:
+        """What a request with this body will ask of an instance, about."""
+        prompt = Prompt(0) if self._prompts is None else await self._prompts.read(path, body)
+        return Weight(request_tokens(body), prompt)
+
+    def pick(self, policy: Policy, weight: Weight, tried: Collection[int] = ()) -> Instance | None:
         """An available instance that is not among the `tried`, if there is one."""
         available = [i for i in self._registry.available() if i.number not in tried]
         if not available:
             return None
         turn, self._turn = self._turn, self._turn + 1
-        return available[policy([self._candidate(i) for i in available], turn)]
+        return available[policy([self._candidate(i, weight.prompt) for i in available], turn)]
 
     @contextmanager
-    def under_way(self, instance: Instance, tokens: int) -> Iterator[None]:
-        """Counts a request of about `tokens` slots as sent to `instance` inside the block."""
+    def under_way(self, instance: Instance, weight: Weight) -> Iterator[None]:
+        """Counts a request as sent to `instance` inside the block."""
         ticket = next(self._tickets)
         sent = self._sent.setdefault(instance.number, {})
-        sent[ticket] = tokens
+        sent[ticket] = weight.tokens
         instance.in_flight += 1
+        prefixes = self._prefixes
         try:
-            yield
+            with prefixes.on_its_way(instance, weight.prompt) if prefixes else nullcontext():
+                yield
         finally:
             instance.in_flight -= 1
             del sent[ticket]
 
-    def _candidate(self, instance: Instance) -> Candidate:
+    def _candidate(self, instance: Instance, prompt: Prompt) -> Candidate:
         """Of a plain server we know what we have sent there ourselves, and nothing else."""
         group = None
         if instance.status is None:
@@ -101,11 +131,13 @@ class Dispatcher:
             capacity = load.slots.capacity
             group = layout.ids[0] if layout.cooperative else None
         recent = self._unreported(instance, known)
+        cached = self._prefixes.cached_tokens(instance, prompt) if self._prefixes else 0
         return Candidate(
             in_flight=instance.in_flight,
             demand=reported + sum(recent),
             capacity=capacity,
             batch=known + len(recent),
+            new_tokens=prompt.tokens - cached,
             group=group,
         )
 

@@ -87,6 +87,8 @@ class Fanout:
         )
         if not replies:
             return _nobody()
+        if request.url.path == "/flush_cache" and self._control.prefixes is not None:
+            self._control.prefixes.flushed()
         for reply in replies:
             if not reply.ok:
                 return error_answer(502, "instance_failed", reply.failure)

@@ -14,6 +14,7 @@ import zmq.asyncio
 from kunserve_sglang.errors import TransientError
 from kunserve_sglang.messages import (
     Abort,
+    CacheReport,
     Commit,
     Done,
     Hello,
@@ -57,9 +58,12 @@ class ControlHub:
         return next(self._calls)
 
     async def run(
-        self, on_hello: Callable[[Hello], Welcome | Leave], on_status: Callable[[Status], None]
+        self,
+        on_hello: Callable[[Hello], Welcome | Leave],
+        on_status: Callable[[Status], None],
+        on_cache: Callable[[CacheReport], None],
     ) -> None:
-        """Serve for good; both callbacks run on the event loop and must not block.
+        """Serve for good; the callbacks run on the event loop and must not block.
 
         What `on_hello` returns is the answer to it.
         """
@@ -74,6 +78,8 @@ class ControlHub:
                 await self._socket.send_multipart([identity, encode(on_hello(message))])
             elif isinstance(message, Status):
                 on_status(message)
+            elif isinstance(message, CacheReport):
+                on_cache(message)
             else:
                 waiting = self._pending.get(message.call)
                 if waiting is not None and not waiting.done():

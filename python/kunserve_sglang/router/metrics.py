@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kunserve_sglang.messages import Mode, Status, TransitionKind
+from kunserve_sglang.policy.blocks import BLOCK_TOKENS
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.exposition import merge_expositions
@@ -70,6 +71,7 @@ class ControlPlaneCollector(Collector):
         yield from self._transitions()
         yield from self._requests()
         yield from self._queue()
+        yield from self._prefixes()
         yield from self._histograms()
 
     def _reports(self) -> list[tuple[str, Status]]:
@@ -147,6 +149,23 @@ class ControlPlaneCollector(Collector):
             "kunserve:answers_cut",
             "Answers that an instance broke off in the middle.",
             value=self._stats.cut,
+        )
+
+    def _prefixes(self) -> Iterator[Metric]:
+        prefixes = self._control.prefixes
+        if prefixes is None:
+            return
+        size = _gauge("prefix_index_tokens", "Tokens known to be cached, in blocks.", "instance")
+        for number, blocks in prefixes.sizes().items():
+            size.add_metric([str(number)], blocks * BLOCK_TOKENS)
+        yield size
+        yield CounterMetricFamily(
+            "kunserve:prompt_tokens", "Tokens of prompts sent.", value=prefixes.prompt_tokens
+        )
+        yield CounterMetricFamily(
+            "kunserve:predicted_hit_tokens",
+            "Of these, expected to be cached where they were sent.",
+            value=prefixes.hit_tokens,
         )
 
     def _queue(self) -> Iterator[Metric]:

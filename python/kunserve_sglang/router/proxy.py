@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.answers import error_answer, retry_later
-from kunserve_sglang.router.dispatch import Dispatcher, request_tokens
+from kunserve_sglang.router.dispatch import Dispatcher, Weight
 from kunserve_sglang.router.latency import Latency, StreamTimer
 from kunserve_sglang.router.queueing import RequestQueue, TurnedAway
 from kunserve_sglang.router.registry import Instance, Registry
@@ -109,6 +109,7 @@ class Proxy:
         policy: Policy,
         latency: Latency,
         queue: RequestQueue,
+        dispatcher: Dispatcher,
     ) -> None:
         self.stats = ProxyStats()
         self._latency = latency
@@ -116,7 +117,7 @@ class Proxy:
         self._session = session
         self._policy = policy
         self._queue = queue
-        self._dispatcher = Dispatcher(registry)
+        self._dispatcher = dispatcher
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = _Exchange(scope, receive, send)
@@ -145,20 +146,21 @@ class Proxy:
 
     async def _serve(self, exchange: _Exchange) -> None:
         """Send the request when it is its turn, or say why it is not sent."""
+        # Whoever is let in has to go at once, so what takes time comes before.
+        weight = await self._dispatcher.weigh(exchange.scope["path"], exchange.body)
         try:
             async with self._queue.admitted(exchange.scope):
-                await self._dispatch(exchange)
+                await self._dispatch(exchange, weight)
         except TurnedAway as refusal:
             await exchange.answer(refusal.answer)
 
-    async def _dispatch(self, exchange: _Exchange) -> None:
+    async def _dispatch(self, exchange: _Exchange, weight: Weight) -> None:
         """Try instances until one has taken the request."""
         policy = first if exchange.scope["path"] in _SAME_EVERYWHERE else self._policy
-        tokens = request_tokens(exchange.body)
         tried: set[int] = set()
-        while (instance := self._next(policy, tried)) is not None:
+        while (instance := self._next(policy, weight, tried)) is not None:
             self.stats.retries += bool(tried)
-            with self._dispatcher.under_way(instance, tokens):
+            with self._dispatcher.under_way(instance, weight):
                 if await self._relay(instance, exchange):
                     return
             tried.add(instance.number)
@@ -170,10 +172,10 @@ class Proxy:
             retry_later("no_instance", f"none of {known} instances can take requests now")
         )
 
-    def _next(self, policy: Policy, tried: set[int]) -> Instance | None:
+    def _next(self, policy: Policy, weight: Weight, tried: set[int]) -> Instance | None:
         """One that has room, or else any: what was let in once is not held back again."""
         pick = self._dispatcher.pick
-        return pick(policy, tried | self._queue.full()) or pick(policy, tried)
+        return pick(policy, weight, tried | self._queue.full()) or pick(policy, weight, tried)
 
     async def _relay(self, instance: Instance, exchange: _Exchange) -> bool:
         """False if the instance cannot have run it, and another may be tried."""

@@ -6,7 +6,7 @@ import os
 
 import msgspec
 
-from kunserve_sglang.config import ClusterConfig
+from kunserve_sglang.config import ClusterConfig, PromptFormat
 from kunserve_sglang.errors import ConfigurationError
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
@@ -18,6 +18,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `api_key` is what the instances ask of their clients (SGLang's `--api-key`): requests keep the
     credentials that they came with, and the router's own questions and actions carry this key.
+    `prompts` is there where a dispatch policy looks into them and there is a tokenizer.
     `launcher` is the process that started the router: when it is killed, the router ends too and
     removes `runtime_folder` in its place.
     """
@@ -25,6 +26,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     cluster: ClusterConfig
     control_address: str
     api_key: str | None = None
+    prompts: PromptFormat | None = None
     launcher: int = 0
     runtime_folder: str = ""
 

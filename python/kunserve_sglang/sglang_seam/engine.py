@@ -13,17 +13,20 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.managers.overlap_utils import resolve_forward_inputs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from kunserve_sglang.config import LEAVE_SIGNAL
 from kunserve_sglang.errors import InternalError
+from kunserve_sglang.instance.cache_log import CacheLog
 from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load, Slots
 from kunserve_sglang.policy.output_length import OutputLengths
 from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
+from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
 
 if TYPE_CHECKING:
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
@@ -49,6 +52,7 @@ class SglangEngine:
         self._backends: dict[int, AttentionBackend] = {}
         self._arrived: Hidden | None = None
         self._lengths = OutputLengths()
+        self._prefixes: PrefixWatch | None = None
         self.cooperating = False
         self.layer_count = self._decoder.layer_count
 
@@ -100,6 +104,13 @@ class SglangEngine:
     def taken_slots(self) -> torch.Tensor:
         taken: torch.Tensor = self._allocator.taken()
         return taken
+
+    def watch_cache(self, log: CacheLog) -> None:
+        tree = self._scheduler.tree_cache
+        if self._prefixes is None and isinstance(tree, RadixCache):
+            self._prefixes = PrefixWatch(tree, log)
+        if self._prefixes is not None:
+            self._prefixes.begin()
 
     def largest_request(self) -> int:
         return self._largest_of(self._scheduler.requests_with_slots())

@@ -9,9 +9,15 @@ import logging
 import os
 import signal
 import tempfile
+from pathlib import Path
 from typing import Any, NoReturn
 
-from kunserve_sglang.config import INSTANCE_ENVIRONMENT, LEAVE_SIGNAL, InstanceConfig
+from kunserve_sglang.config import (
+    INSTANCE_ENVIRONMENT,
+    LEAVE_SIGNAL,
+    InstanceConfig,
+    PromptFormat,
+)
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.processes import die_with_parent
 from kunserve_sglang.sglang_seam.compatibility import check_server_args, with_defaults
@@ -51,6 +57,27 @@ def parse_server_args(argv: list[str]) -> Any:
         raise ConfigurationError(str(error)) from error
     check_server_args(server_args)
     return server_args
+
+
+def prompt_format(server_args: Any) -> PromptFormat | None:
+    """How the instances will read prompts; a tokenizer that is not here is fetched.
+
+    None if there is none to be had; SGLang will have more to say about that.
+    """
+    path = server_args.tokenizer_path or server_args.model_path
+    if not Path(path).is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = snapshot_download(
+                path,
+                revision=server_args.revision,
+                allow_patterns=["tokenizer*.json", "chat_template*"],
+            )
+        except Exception as error:  # noqa: BLE001 (of several HTTP libraries)
+            logging.getLogger(__name__).warning("no tokenizer for the router: %s", error)
+            return None
+    return PromptFormat(folder=path, chat_template=server_args.chat_template)
 
 
 def add_sglang_flags(parser: argparse.ArgumentParser) -> None:
