@@ -8,6 +8,7 @@ refuses what the driver's documentation forbids, with the driver's codes, and ke
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import mmap
 import os
@@ -75,6 +76,8 @@ class FakeCuda:
         self._current = False
         self._busy = False
         self._next_handle = 1000
+        self._used = 0
+        self._places: list[int] = []  # of mappings, in order
         self.handles: dict[int, Allocation] = {}
         self.ranges: dict[int, int] = {}
         self.mappings: dict[int, Allocation] = {}
@@ -94,8 +97,7 @@ class FakeCuda:
     @property
     def used(self) -> int:
         """Bytes of physical memory that are not free."""
-        alive = {id(a): a for a in (*self.handles.values(), *self.mappings.values())}
-        return sum(a.nbytes for a in alive.values() if not a.imported)
+        return self._used
 
     # -- the driver's calls ----------------------------------------------------------------------
 
@@ -158,6 +160,7 @@ class FakeCuda:
             return Result.CUDA_ERROR_INVALID_VALUE, None
         if self.used + size > self.memory:
             return Result.CUDA_ERROR_OUT_OF_MEMORY, None
+        self._used += size
         file = os.memfd_create("fake-cuda", os.MFD_CLOEXEC)
         os.ftruncate(file, size)
         shareable = prop.requestedHandleTypes == _FD
@@ -169,7 +172,7 @@ class FakeCuda:
         if allocation is None:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         allocation.held = False
-        _free_if_unused(allocation)
+        self._free_if_unused(allocation)
         return (Result.CUDA_SUCCESS,)
 
     def cuMemAddressReserve(
@@ -211,6 +214,7 @@ class FakeCuda:
         _mmap(address, size, _PROT_NONE, mmap.MAP_SHARED | _FIXED, allocation.fd)
         allocation.mappings += 1
         self.mappings[address] = allocation
+        bisect.insort(self._places, address)
         return (Result.CUDA_SUCCESS,)
 
     def cuMemUnmap(self, address: int, size: int) -> tuple[Any]:
@@ -220,10 +224,11 @@ class FakeCuda:
         for place in self._within(address, size):
             self.unmapped_while_busy += self._busy
             allocation = self.mappings.pop(place)
+            self._places.remove(place)
             self.accessible.discard(place)
             _mmap(place, allocation.nbytes, _PROT_NONE, _RESERVED | _FIXED, -1)
             allocation.mappings -= 1
-            _free_if_unused(allocation)
+            self._free_if_unused(allocation)
         return (Result.CUDA_SUCCESS,)
 
     def cuMemSetAccess(self, address: int, size: int, access: Any, count: int) -> tuple[Any]:
@@ -265,11 +270,18 @@ class FakeCuda:
 
     def _within(self, address: int, size: int) -> list[int]:
         """Mappings that a range touches, lowest first."""
-        return sorted(
-            place
-            for place, allocation in self.mappings.items()
-            if place < address + size and address < place + allocation.nbytes
-        )
+        first = bisect.bisect_right(self._places, address)
+        if first and address < self._places[first - 1] + self._nbytes_at(first - 1):
+            first -= 1
+        return self._places[first : bisect.bisect_left(self._places, address + size)]
+
+    def _nbytes_at(self, index: int) -> int:
+        return self.mappings[self._places[index]].nbytes
+
+    def _free_if_unused(self, allocation: Allocation) -> None:
+        if not allocation.held and not allocation.mappings:
+            os.close(allocation.fd)
+            self._used -= 0 if allocation.imported else allocation.nbytes
 
     def _is_whole_mappings(self, address: int, size: int) -> bool:
         """Whether a range is mapped in full and cuts no mapping."""
@@ -287,11 +299,6 @@ def _check_properties(prop: Any) -> None:
     assert isinstance(prop, driver.CUmemAllocationProp)
     assert prop.type == driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     assert prop.location.type == driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-
-
-def _free_if_unused(allocation: Allocation) -> None:
-    if not allocation.held and not allocation.mappings:
-        os.close(allocation.fd)
 
 
 def _mmap(address: int | None, size: int, protection: int, flags: int, file: int) -> int:

@@ -9,23 +9,33 @@ import pytest
 GPUS_NEEDED = {"cpu": 0, "gpu": 1, "multi_gpu": 2}
 """Marker -> CUDA devices that its tests need."""
 
-_CPU_FOLDERS = ("unit", "integration", "browser")
-"""Folders of `tests` whose tests need no GPU unless they say so; elsewhere every test says."""
+_FOLDERS = {
+    "unit": {"cpu"},
+    "integration": {"cpu"},
+    "browser": {"cpu"},
+    "gpu": {"gpu", "multi_gpu"},
+}
+"""Folder of `tests` -> markers that its tests may have; where there is a choice they say which."""
 
 
 def assign(items: list[pytest.Item], tests: Path) -> None:
-    """Mark what is in CPU folders; raises `UsageError` for a test with no marker, or with two."""
+    """Mark what its folder says; raises `UsageError` unless a test then has exactly one marker.
+
+    Nor may it be one that belongs into another folder.
+    """
     wrong = []
     for item in items:
-        own = sorted(GPUS_NEEDED.keys() & {mark.name for mark in item.iter_markers()})
+        own = {mark.name for mark in _markers(item)}
         folder = item.path.relative_to(tests).parts[0] if item.path.is_relative_to(tests) else ""
-        if not own and folder in _CPU_FOLDERS:
-            item.add_marker(pytest.mark.cpu)
-        elif len(own) != 1:
-            wrong.append(f"{item.nodeid}: {' and '.join(own) or 'none'}")
+        possible = _FOLDERS.get(folder, set())
+        if not own and len(possible) == 1:
+            item.add_marker(*possible)
+        elif len(own) != 1 or not own <= possible:
+            wrong.append(f"{item.nodeid} has {' and '.join(sorted(own)) or 'none'}")
     if wrong:
         raise pytest.UsageError(
-            f"every test needs exactly one marker of {', '.join(GPUS_NEEDED)}: {'; '.join(wrong)}"
+            f"every test needs exactly one marker of {', '.join(GPUS_NEEDED)}, and the one of its "
+            f"folder: {'; '.join(wrong)}"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 
 from kunserve_sglang.memory import PhysicalPagePool, open_pool
@@ -16,7 +15,6 @@ from tests.support.fake_cuda import FakeCuda
 HOST_PAGE = 64 << 10
 ON_HOST = ("memfd", "fake-cuda")
 """Pools whose memory a CPU can touch."""
-EVERYWHERE = (*ON_HOST, pytest.param("cuda", marks=pytest.mark.gpu))
 
 OpenPool = Callable[[int], PhysicalPagePool]
 """Makes a pool of so many pages."""

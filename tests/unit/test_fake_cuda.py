@@ -60,7 +60,7 @@ def _mapped(gpu: CudaDevice) -> int:
         pytest.param(lambda gpu, _: gpu.create(UNIT + 4096), id="a size between units"),
         pytest.param(lambda gpu, _: gpu.create(0), id="no size"),
         pytest.param(lambda gpu, _: gpu.reserve(1000), id="reserve part of a page"),
-        pytest.param(lambda gpu, _: gpu.adopt(10_000), id="adopt what is no descriptor"),
+        pytest.param(lambda gpu, _: gpu.adopt(-1), id="adopt what is no descriptor"),
     ],
 )
 def test_it_refuses(

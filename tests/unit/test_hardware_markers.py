@@ -39,10 +39,14 @@ def test_folders_for_cpus_say_it_for_their_tests(
     assert _names(item) == ["cpu"]
 
 
-def test_a_test_that_needs_a_gpu_is_no_cpu_test(request: pytest.FixtureRequest) -> None:
-    (item,) = _items("unit", "@pytest.mark.gpu\ndef test_a(): pass", request)
+@pytest.mark.parametrize("marker", ["gpu", "multi_gpu"])
+def test_tests_for_gpus_say_how_many(marker: str, request: pytest.FixtureRequest) -> None:
+    source = f"@pytest.mark.{marker}\ndef test_a(): pass"
+    (item,) = _items("gpu", source, request)
     hardware.assign([item], TESTS)
-    assert _names(item) == ["gpu"]
+    assert _names(item) == [marker]
+    with pytest.raises(pytest.UsageError, match=f"test_a has {marker}"):
+        hardware.assign(_items("unit", source, request), TESTS)
 
 
 @pytest.mark.parametrize("folder", ["gpu", "a_new_folder"])
@@ -50,13 +54,13 @@ def test_elsewhere_a_test_without_a_marker_is_refused(
     folder: str, request: pytest.FixtureRequest
 ) -> None:
     items = _items(folder, "def test_a(): pass", request)
-    with pytest.raises(pytest.UsageError, match="test_a: none"):
+    with pytest.raises(pytest.UsageError, match="test_a has none"):
         hardware.assign(items, TESTS)
 
 
 def test_two_markers_are_refused(request: pytest.FixtureRequest) -> None:
     source = "@pytest.mark.gpu\n@pytest.mark.cpu\ndef test_a(): pass"
-    with pytest.raises(pytest.UsageError, match="test_a: cpu and gpu"):
+    with pytest.raises(pytest.UsageError, match="test_a has cpu and gpu"):
         hardware.assign(_items("unit", source, request), TESTS)
 
 

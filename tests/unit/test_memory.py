@@ -1,7 +1,7 @@
 """The page pool and its buffers: the same tests on every kind of device.
 
-On a CPU against the real operating system; with CUDA on a fake driver everywhere, and on the real
-one where there is a GPU.
+On a CPU against the real operating system, with CUDA on a fake driver; `tests/gpu` runs them on a
+GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer
 from kunserve_sglang.memory.devices import page_bytes_for
 from kunserve_sglang.memory.memfd import MemfdDriver
 from kunserve_sglang.memory.pool import contiguous_runs
-from tests.support.pages import EVERYWHERE, HOST_PAGE, ON_HOST, Pools
+from tests.support.pages import HOST_PAGE, ON_HOST, Pools
 
 
-@pytest.fixture(params=EVERYWHERE)
+@pytest.fixture(params=ON_HOST)
 def pools(request: pytest.FixtureRequest) -> Iterator[Pools]:
     pools = Pools(request.param)
     yield pools
@@ -75,7 +75,6 @@ def test_returning_a_page_twice_is_a_bug(pool: PhysicalPagePool) -> None:
         pool.give(pages)
 
 
-@pytest.mark.parametrize("pools", ON_HOST, indirect=True)
 def test_reading_an_unmapped_page_faults(pool: PhysicalPagePool) -> None:
     page = pool.page_bytes
     buffer = VirtualBuffer(pool, 2 * page)

@@ -136,7 +136,7 @@ class KvStore:
         self, layers: LayerRange, owner: int, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the K and V rows of `slots`, each `(len(layers), len(slots), heads, dim)`."""
-        rows = slots.long() + self.base(owner)
+        rows = self._rows(owner, slots)
         keys, values = zip(*(self._tensors[layer] for layer in layers), strict=True)
         return (
             torch.stack([k.index_select(0, rows) for k in keys]),
@@ -146,8 +146,9 @@ class KvStore:
     def scatter(
         self, layers: LayerRange, owner: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        """Write rows gathered elsewhere to `slots` of `owner`."""
-        rows = slots.long() + self.base(owner)
+        """Write rows gathered elsewhere, perhaps on another device, to `slots` of `owner`."""
+        rows = self._rows(owner, slots)
+        k, v = (rows_of.to(rows.device, non_blocking=True) for rows_of in (k, v))
         for index, layer in enumerate(layers):
             keys, values = self._tensors[layer]
             keys.index_copy_(0, rows, k[index])
@@ -155,9 +156,14 @@ class KvStore:
 
     def move(self, layer: int, owner: int, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy the rows of slots `source` to slots `target`."""
-        base = self.base(owner)
+        read, written = self._rows(owner, source), self._rows(owner, target)
         for tensor in self._tensors[layer]:
-            tensor[target + base] = tensor[source + base]
+            tensor[written] = tensor[read]
+
+    def _rows(self, owner: int, slots: torch.Tensor) -> torch.Tensor:
+        """Rows of the buffers, on their device, for slots that are counted anywhere."""
+        device = self._tensors[0][0].device
+        return slots.to(device, torch.int64, non_blocking=True) + self.base(owner)
 
     @property
     def _row_bytes(self) -> tuple[int, int]:

@@ -38,6 +38,11 @@ _FIXED = {
     "cpu_offload_gb": 0,
 }
 
+WHY_NOT_ON_CUDA = (
+    "instances run on CPUs so far; of the GPU's side there is the page pool, and neither stages "
+    "nor transport"
+)
+
 
 def check_server_args(server_args: Any) -> None:
     """Raises `ConfigurationError` for the first combination that cannot work."""
@@ -51,9 +56,8 @@ def check_server_args(server_args: Any) -> None:
                 f"{_flag(name)} {actual}: KunServe supports only {value} so far"
             )
     if server_args.device != "cpu":
-        raise ConfigurationError(
-            f"--device {server_args.device}: this version runs on CPUs; use --device cpu"
-        )
+        why = WHY_NOT_ON_CUDA if server_args.device == "cuda" else "KunServe has no pages there"
+        raise ConfigurationError(f"--device {server_args.device}: {why}; use --device cpu")
     if server_args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
         raise ConfigurationError("--kv-cache-dtype: KunServe does not support quantized KV yet")
 

@@ -126,9 +126,9 @@ class SglangEngine:
 
     def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # As long as the stride, since rows keep stale slots of larger capacities behind their end.
-        moved = torch.arange(self._pool.store.stride, dtype=torch.int64)
-        moved[source] = target
         table = self._scheduler.req_to_token_pool.req_to_token
+        moved = torch.arange(self._pool.store.stride, dtype=torch.int64, device=table.device)
+        moved[source.to(table.device)] = target.to(table.device)
         for request in self._scheduler.requests_with_slots():
             row = table[request.req_pool_idx]
             row.copy_(moved[row.long()])
@@ -247,7 +247,8 @@ class SglangEngine:
 
     def blank_hidden(self, tokens: int) -> Hidden:
         size = self._runner.model_config.hidden_size
-        return torch.zeros((tokens, size), dtype=self._runner.dtype), None
+        blank = torch.zeros((tokens, size), dtype=self._runner.dtype, device=self._runner.device)
+        return blank, None
 
     def forget_owners(self) -> None:
         self._backends.clear()

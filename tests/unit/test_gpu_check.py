@@ -1,0 +1,160 @@
+"""The checks for a GPU: what they check is tried out on the fake driver, how they are run here."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmark.gpu import __main__ as program
+from benchmark.gpu import memory, runner
+from benchmark.gpu.check import Bench, Figures, Outcome, Status
+from benchmark.gpu.checks import CHECKS, TOTAL_S
+from kunserve_sglang.memory.cuda import CudaPages
+from kunserve_sglang.memory.cuda_driver import CudaDevice
+from kunserve_sglang.sglang_seam.compatibility import WHY_NOT_ON_CUDA
+from tests.support.fake_cuda import FakeCuda
+
+ROOT = Path(__file__).resolve().parents[2]
+UNIT = 4096
+CPU = torch.device("cpu")
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """Every page of the fake driver is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
+    fake = FakeCuda(granularity=UNIT)
+    yield Bench(partial(CudaDevice, 0, fake), CPU, 256 * UNIT)
+    for allocation in fake.handles.values():
+        os.close(allocation.fd)
+
+
+def _own_fake() -> CudaDevice:
+    """For processes that share nothing but what they send each other."""
+    return CudaDevice(0, FakeCuda(granularity=UNIT))
+
+
+@pytest.mark.parametrize(
+    ("check", "figures"),
+    [(memory.remap, 18), (memory.conservation, 2), (memory.leak, 2), (memory.parameters, 2)],
+)
+def test_checks_of_the_memory_pass(
+    bench: Bench, check: Callable[[Bench], Figures], figures: int
+) -> None:
+    found = check(bench)
+    assert len(found) == figures
+    assert all(value >= 0 for value in found.values())
+
+
+def test_pages_are_shared_with_another_process() -> None:
+    found = memory.sharing(Bench(_own_fake, CPU, 256 * UNIT))
+    assert found.keys() == {"adopt 1 GiB, ms", "copy, GB/s"}
+
+
+@pytest.mark.parametrize(
+    ("check", "call", "complaint"),
+    [
+        (memory.leak, "close", "bytes are gone after 50 cycles"),
+        (memory.conservation, "unmap", "a page has another's content"),
+    ],
+)
+def test_checks_find_what_they_look_for(
+    bench: Bench,
+    check: Callable[[Bench], Figures],
+    call: str,
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pool that forgets a page when it is closed; one that wipes another's when it unmaps."""
+    close, unmap = CudaPages.close, CudaPages.unmap
+
+    def forget(pages: CudaPages) -> None:
+        pages._handles.pop()
+        close(pages)
+
+    def wipe(pages: CudaPages, address: int, count: int) -> None:
+        unmap(pages, address, count)
+        held = sorted(pages._at)
+        if held:
+            pages.tensor(held[0], UNIT).zero_()
+
+    monkeypatch.setattr(CudaPages, call, {"close": forget, "unmap": wipe}[call])
+    with pytest.raises(AssertionError, match=complaint):
+        check(bench)
+
+
+def test_all_checks_fit_into_the_time() -> None:
+    assert sum(check.limit_s for check in CHECKS) <= TOTAL_S
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def _check(name: str) -> runner.Check:
+    (check,) = (c for c in CHECKS if c.name == name)
+    return check
+
+
+def test_what_cannot_be_checked_says_why() -> None:
+    outcome = runner.run_one(_check("burst"), 100)
+    assert (outcome.status, outcome.reason) == (Status.NOT_POSSIBLE, WHY_NOT_ON_CUDA)
+
+
+def test_a_check_ends_with_its_time() -> None:
+    outcome = runner.run_one(_check("burst"), 0.01)
+    assert (outcome.status, outcome.reason) == (Status.OVER_TIME, "ended after 0 s")
+    (late,) = runner.run_all([_check("burst")], 0, lambda _: None)
+    assert late.status is Status.NOT_POSSIBLE
+
+
+@WITHOUT_GPU
+def test_a_check_that_breaks_is_shown() -> None:
+    outcome = runner.run_one(_check("leak"), 100)
+    assert outcome.status is Status.FAILED
+    assert "exit status 1" in outcome.reason
+    assert "no CUDA device 0 here" in outcome.reason
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "gpu_check.py")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("gpu_check: no CUDA device here")
+    assert done.stderr.count("\n") == 1
+
+
+def test_outcomes_are_kept_and_shown(tmp_path: Path) -> None:
+    outcomes = [
+        Outcome("leak", Status.OK, 1.23, {"cycles": 50}),
+        Outcome("burst", Status.NOT_POSSIBLE, reason="no instances"),
+    ]
+    now = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    file = program.write(tmp_path, {"gpu": "NVIDIA H200 (x)"}, outcomes, now)
+    assert file.name == "gpu-nvidia-h200-x-2026-01-02.json"
+    record = json.loads(file.read_text())
+    assert [c["status"] for c in record["checks"]] == ["ok", "not possible"]
+    assert record["checks"][0]["figures"] == {"cycles": 50}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(runner.as_table(outcomes, CHECKS))
+    shown = console.export_text()
+    assert "cycles: 50" in shown
+    assert "no instances" in shown
