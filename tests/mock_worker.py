@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import zmq
 from aiohttp import web
 
+from kunserve_sglang.identity import ModelIdentity
 from kunserve_sglang.instance.cache_log import CacheLog
 from kunserve_sglang.instance.control import ControlLink
+from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.layout import LayerRange, Layout, Member, MemoryProfile
 from kunserve_sglang.messages import (
     PROTOCOL_VERSION,
@@ -53,6 +55,17 @@ PROFILE = MemoryProfile(
 )
 COSTS = CostModel(prefill=(0.0,) * 6, decode=(1.0, 1.0, 0.0))
 CAPACITY = PROFILE.capacity(LayerRange(0, LAYERS), 1)
+MODEL = ModelIdentity(
+    name="tiny",
+    architecture="LlamaForCausalLM",
+    layers=LAYERS,
+    dtype="float32",
+    context=2048,
+    requests=0,
+    config="c",
+    weights="w",
+    versions={"sglang": "1", "kunserve-sglang": "2"},
+)
 
 _PATIENCE_S = 10.0
 """What a test holds back it lets go again within this time."""
@@ -199,6 +212,7 @@ class MockInstance:
         background: Background,
         *,
         reporting: bool = True,
+        keys: MemberKeys | None = None,
     ) -> None:
         self.number = number
         self.worker = MockWorker(background)
@@ -217,6 +231,7 @@ class MockInstance:
         self._address = control_address
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._follows = False
+        self._keys = keys
         self._offered: Layout | None = None
         self._preparing = False
         self._stopping = threading.Event()
@@ -294,7 +309,7 @@ class MockInstance:
 
     def _serve(self) -> None:
         context = zmq.Context()
-        link = ControlLink(context, self._address, self._hello())
+        link = ControlLink(context, self._address, self._hello(), self._keys)
         next_status = 0.0
         while not self._stopping.is_set():
             if self._greet.is_set():

@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 
 from kunserve_sglang.config import ClusterConfig, OverloadPolicy
+from kunserve_sglang.identity import ModelIdentity
+from kunserve_sglang.keys import MemberKeys, new_keys
 from kunserve_sglang.router.server import listen, serve
 from kunserve_sglang.router.settings import RouterConfig
 from tests.mock_worker import Background, MockInstance
@@ -100,6 +102,7 @@ class RouterCluster(Client):
         count: int = 2,
         *,
         api_key: str | None = None,
+        model: ModelIdentity | None = None,
         expect: int | None = None,
         vote_timeout_s: float = 0.3,
         **config: Any,
@@ -119,6 +122,8 @@ class RouterCluster(Client):
             ),
             control_address=self.control_address,
             api_key=api_key,
+            model=model,
+            keys=new_keys() if config.get("control_address") else None,
         )
         key = self.config.cluster.read_api_key
         self.reader = {"Authorization": f"Bearer {key}"} if key else {}
@@ -128,8 +133,22 @@ class RouterCluster(Client):
         self.instances = [self.add(i) for i in range(count)]
         self.ready(count)
 
-    def add(self, number: int, *, reporting: bool = True) -> MockInstance:
-        return MockInstance(number, self.control_address, self._background, reporting=reporting)
+    def add(
+        self,
+        number: int,
+        *,
+        reporting: bool = True,
+        address: str = "",
+        keys: MemberKeys | None = None,
+    ) -> MockInstance:
+        """An instance on this host, unless there is an `address` with `keys` for others."""
+        return MockInstance(
+            number,
+            address or self.control_address,
+            self._background,
+            reporting=reporting,
+            keys=keys,
+        )
 
     def ready(self, count: int) -> None:
         """Wait until so many instances take requests and have reported."""

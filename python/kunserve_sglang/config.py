@@ -10,6 +10,7 @@ from enum import StrEnum
 import msgspec
 
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
@@ -58,7 +59,9 @@ class PromptFormat(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity.
 
-    Without instances there is just a router, for plain SGLang servers that are added to it.
+    Without instances there is just a router, for plain SGLang servers that are added to it and for
+    instances that join; `join_room` of these may be in a group with those started here. Other hosts
+    find the router's control socket at `control_address`, if there is one.
     """
 
     num_instances: int = 2
@@ -70,6 +73,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     drop_threshold: float = 0.95
     restore_threshold: float = 0.5
     max_group_size: int = 8
+    join_room: int = 0
     tpot_limit_ms: float | None = None
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     exchange: ExchangeMode = ExchangeMode.COORDINATED
@@ -78,6 +82,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout_s: float = 600.0
     admin_api_key: str | None = None
     read_api_key: str | None = None
+    control_address: str | None = None
     vote_timeout_s: float = 10.0
     exchange_timeout_s: float = 60.0
     transfer_timeout_s: float = 600.0
@@ -101,6 +106,22 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError("--max-queued must not be negative")
         if not 0 < self.queue_timeout_s <= 86_400:
             raise ConfigurationError("--queue-timeout-s must be above 0 and at most 86400")
+        if self.join_room < 0:
+            raise ConfigurationError("--join-room must not be negative")
+        if self.control_address is not None:
+            _check_control_address(self.control_address)
+
+    @property
+    def largest_group(self) -> int:
+        """The largest group that an instance of this cluster has room for."""
+        if not self.num_instances:
+            return self.max_group_size
+        return min(self.num_instances + self.join_room, self.max_group_size)
+
+    @property
+    def data_host(self) -> str:
+        """The address at which instances of this host listen for others; empty: not at all."""
+        return (self.control_address or "").removeprefix("tcp://").rpartition(":")[0]
 
 
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +129,9 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `owners` is the largest group the instance can join; `cpus` the cores of its scheduler (empty:
     not pinned). `memory_budget` 0 means: SGLang's `--mem-fraction-static` of what the device has
-    free when the instance starts; `page_bytes` 0: choose by budget.
+    free when the instance starts; `page_bytes` 0: choose by budget. `data_address` is where members
+    on other hosts send their packets, with `keys`; `host` stands for this host if it is not the
+    kernel's.
     """
 
     instance: int
@@ -122,9 +145,24 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     peer_timeout_s: float = 60.0
+    data_address: str = ""
+    keys: MemberKeys | None = None
+    host: str = ""
 
     def to_environment(self) -> str:
         return msgspec.json.encode(self).decode()
+
+
+def _check_control_address(address: str) -> None:
+    match = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5}|\*)", address)
+    if not match or (match[2] != "*" and not 0 < int(match[2]) < 65536):
+        raise ConfigurationError(
+            f"--control-address {address}: expected tcp://HOST:PORT, or * for any port"
+        )
+    if match[1] in ("*", "0.0.0.0", "[::]"):
+        raise ConfigurationError(
+            f"--control-address {address}: give an address of this host that others can reach"
+        )
 
 
 def instance_from_environment() -> InstanceConfig | None:

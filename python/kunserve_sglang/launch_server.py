@@ -46,7 +46,7 @@ def kunserve_parser() -> argparse.ArgumentParser:
         type=int,
         default=2,
         help="full model copies to start; 0: only the router, for SGLang servers that are added "
-        "with POST /workers",
+        "with POST /workers and instances that join (launch_instance)",
     )
     group.add_argument(
         "--dispatch",
@@ -81,6 +81,18 @@ def kunserve_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--max-group-size", type=int, default=8, help="most instances that may cooperate"
+    )
+    group.add_argument(
+        "--join-room",
+        type=int,
+        default=0,
+        help="so many instances that join later may be in a group beside all started here",
+    )
+    group.add_argument(
+        "--control-address",
+        metavar="tcp://HOST:PORT",
+        help="where instances on other hosts find the router, encrypted and with keys that they "
+        "get from it; needs --admin-api-key (default: this host only)",
     )
     group.add_argument(
         "--tpot-limit-ms",
@@ -141,6 +153,8 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         drop_threshold=flags.drop_threshold,
         restore_threshold=flags.restore_threshold,
         max_group_size=flags.max_group_size,
+        join_room=flags.join_room,
+        control_address=flags.control_address,
         tpot_limit_ms=flags.tpot_limit_ms,
         micro_batches=MicroBatches(flags.micro_batches),
         exchange=ExchangeMode(flags.exchange),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 from itertools import pairwise
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -28,9 +30,46 @@ def divide_cpus(parts: int) -> list[tuple[int, ...]]:
     return [tuple(cpus[lo:hi]) for lo, hi in pairwise(edges)]
 
 
-def free_port() -> int:
-    """A TCP port on the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def this_host() -> str:
+    """The same for all processes of one running kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def within_reach(host: str, here: str, path: str) -> bool:
+    """Whether a socket at `path` on `host` can be used from `here`."""
+    return host == here and Path(path).exists()
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address of this host that packets to `host` carry. Raises `OSError`."""
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def clean_up_after(folder: str) -> None:
+    """Fork a process that removes `folder` when this one and all that it forks have ended.
+
+    However they end: it waits for the end of a pipe that nobody else reads. To be called before
+    there are threads.
+    """
+    waits, held = os.pipe()
+    if os.fork():
+        os.close(waits)
+        os.set_inheritable(held, False)
+        return
+    os.close(held)
+    os.setpgid(0, 0)  # out of reach of Ctrl-C
+    os.read(waits, 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port on an address of this host that nobody listens on now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -1,17 +1,10 @@
-"""The launcher's life: start router and instances, watch them, end everything.
-
-Instances are forked from this process after SGLang has been imported once, which starts any
-number of them in the time of one. Every child dies with its parent, by request to the kernel, so
-that even `kill -9` of the launcher leaves nothing behind.
-"""
+"""The launcher's life: start router and instances, watch them, end everything."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import http.client
 import json
-import multiprocessing as mp
 import os
 import shutil
 import signal
@@ -20,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing.process import BaseProcess
 from typing import Any
-
-import psutil
 
 from kunserve_sglang.config import ClusterConfig, InstanceConfig, PromptFormat
 from kunserve_sglang.console import Console
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.fleet import Fleet, kill_descendants
+from kunserve_sglang.identity import ModelIdentity
+from kunserve_sglang.keys import new_keys
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.processes import divide_cpus, free_port
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
@@ -45,9 +38,10 @@ class Supervisor:
         self._argv = sglang_argv
         self._folder = ""
         self._router: subprocess.Popen[bytes] | None = None
-        self._instances: list[BaseProcess] = []
         self._stopping = 0
         self._console = Console()
+        self._fleet = Fleet("", self._console)
+        self._keys = new_keys() if config.control_address else None
 
     def run(self) -> int:
         """Serve until a signal or until nothing is left to serve; returns the exit status.
@@ -58,6 +52,7 @@ class Supervisor:
         api_key = _api_key_only(self._argv) if alone else None
         _check_port_free(self._config.host, self._config.port)
         self._folder = tempfile.mkdtemp(prefix="kunserve-")
+        self._fleet = Fleet(self._folder, self._console)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         try:
@@ -80,41 +75,41 @@ class Supervisor:
     def _start_all(self) -> None:
         with self._console.step("importing SGLang"):
             from kunserve_sglang.sglang_seam import server
+            from kunserve_sglang.sglang_seam.identity import identity_of
 
             server.preload()
             server_args = server.parse_server_args(self._argv)
         prompts = None
         if self._config.dispatch is DispatchPolicy.LMETRIC:
             prompts = server.prompt_format(server_args)
-        self._start_router(server_args.api_key, prompts)
-        # Children share these pages for as long as nobody writes to them.
-        gc.collect()
-        gc.freeze()
-        context = mp.get_context("fork")
+        self._start_router(server_args.api_key, prompts, identity_of(server_args))
         cpus = divide_cpus(self._config.num_instances)
         for number in range(self._config.num_instances):
-            port = free_port()
-            instance = InstanceConfig(
-                instance=number,
-                url=f"http://127.0.0.1:{port}",
-                control_address=self._control_address,
-                data_socket=f"{self._folder}/data-{number}",
-                memory_budget=self._config.memory_budget,
-                owners=min(self._config.num_instances, self._config.max_group_size),
-                cpus=cpus[number],
-                overload_policy=self._config.overload_policy,
-                micro_batches=self._config.micro_batches,
-                peer_timeout_s=self._config.peer_timeout_s,
-            )
-            process = context.Process(
-                target=server.run_instance,
-                args=(server_args, instance, port, self._folder),
-                name=f"kunserve-instance-{number}",
-            )
-            process.start()
-            self._instances.append(process)
+            self._fleet.start(server_args, self._instance(number, cpus[number]))
 
-    def _start_router(self, api_key: str | None, prompts: PromptFormat | None = None) -> None:
+    def _instance(self, number: int, cpus: tuple[int, ...]) -> InstanceConfig:
+        config, keys = self._config, self._keys
+        return InstanceConfig(
+            instance=number,
+            url=f"http://127.0.0.1:{free_port()}",
+            control_address=self._control_address,
+            data_socket=f"{self._folder}/data-{number}",
+            memory_budget=config.memory_budget,
+            owners=config.largest_group,
+            cpus=cpus,
+            overload_policy=config.overload_policy,
+            micro_batches=config.micro_batches,
+            peer_timeout_s=config.peer_timeout_s,
+            data_address=f"tcp://{config.data_host}:*" if keys else "",
+            keys=keys.members if keys else None,
+        )
+
+    def _start_router(
+        self,
+        api_key: str | None,
+        prompts: PromptFormat | None = None,
+        model: ModelIdentity | None = None,
+    ) -> None:
         config = RouterConfig(
             cluster=self._config,
             control_address=self._control_address,
@@ -122,6 +117,8 @@ class Supervisor:
             prompts=prompts,
             launcher=os.getpid(),
             runtime_folder=self._folder,
+            model=model,
+            keys=self._keys,
         )
         environment = {**os.environ, CLUSTER_ENVIRONMENT: config.to_environment()}
         self._router = subprocess.Popen(
@@ -166,21 +163,13 @@ class Supervisor:
     # -- watch -----------------------------------------------------------------------------------
 
     def _watch(self) -> int:
-        reported: set[int] = set()
         while not self._stopping:
             if self._router is not None and self._router.poll() is not None:
                 self._console.error(f"the router ended with status {self._router.returncode}")
                 return 1
-            dead = [i for i, p in enumerate(self._instances) if not p.is_alive()]
-            for number in set(dead) - reported:
-                code = self._instances[number].exitcode
-                if code:
-                    self._console.error(f"instance {number} ended with status {code}")
-                else:
-                    self._console.note(f"instance {number} has left")
-                reported.add(number)
-            crashed = any(p.exitcode for p in self._instances)
-            if crashed and len(dead) == len(self._instances):
+            self._fleet.report()
+            # Once all have left in good order, others may still come.
+            if self._fleet.crashed and not self._fleet.running:
                 self._console.error("no instance is left")
                 return 1
             time.sleep(_POLL_S)
@@ -190,10 +179,7 @@ class Supervisor:
         """Why the start cannot succeed any more; empty while it can."""
         if self._router is not None and self._router.poll() is not None:
             return f"the router ended with status {self._router.returncode}"
-        for number, process in enumerate(self._instances):
-            if not process.is_alive():
-                return f"instance {number} ended with status {process.exitcode} while starting"
-        return ""
+        return self._fleet.failure()
 
     def _ask(self, path: str) -> dict[str, Any] | None:
         host = "127.0.0.1" if self._config.host == "0.0.0.0" else self._config.host
@@ -214,39 +200,23 @@ class Supervisor:
     def _on_signal(self, _number: int, _frame: object) -> None:
         self._stopping += 1
         if self._stopping > 1:
-            self._kill_all()
+            kill_descendants()
 
     def _stop(self) -> None:
         """End all processes: ask, wait a little, then insist; remove the runtime folder."""
         with self._console.step("stopping"):
             if self._router is not None and self._router.poll() is None:
                 self._router.terminate()
-            for process in self._instances:
-                if process.is_alive():
-                    process.terminate()
+            self._fleet.terminate()
             deadline = time.monotonic() + _GRACE_S
-            while time.monotonic() < deadline and any(p.is_alive() for p in self._instances):
+            while time.monotonic() < deadline and not self._fleet.wait(_POLL_S):
                 if self._stopping > 1:
                     break
-                time.sleep(_POLL_S)
-            self._kill_all()
-            for process in self._instances:
-                process.join(5)
+            kill_descendants()
+            self._fleet.reap()
             if self._router is not None:
                 self._router.wait(5)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _kill_all(self) -> None:
-        """SIGKILL to everything this launcher has started, children of children included.
-
-        Python's resource trackers are spared: they remove what others leave, then end themselves.
-        """
-        for child in psutil.Process().children(recursive=True):
-            try:
-                if not any("resource_tracker" in word for word in child.cmdline()):
-                    child.kill()
-            except psutil.NoSuchProcess:
-                continue
 
 
 def _api_key_only(argv: list[str]) -> str | None:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 
 from kunserve_sglang.router.calls import CALLS, Access, Call
+from tests.mock_worker import MODEL
 from tests.router_harness import Answer, RouterCluster, until
 from tests.unit.test_router_docs import ADMIN, Checker
 
@@ -56,6 +58,10 @@ CASES = {
     "workers": Case(no_conflict=ONLY_LOOKS, no_bad_input=TAKES_NOTHING),
     "add_worker": Case(
         body={"url": "http://127.0.0.1:9"}, no_conflict="plain servers take no part in transitions"
+    ),
+    "join": Case(
+        body={"model": msgspec.to_builtins(MODEL)},
+        no_conflict="an instance that joins takes part in the next",
     ),
     "drain": Case(path="/workers/1", grouped=True),
 }

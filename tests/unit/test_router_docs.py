@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jsonschema
+import msgspec
 import pytest
 
 from kunserve_sglang.config import ClusterConfig
@@ -22,6 +23,7 @@ from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.openapi import build_document
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.upstream import open_session
+from tests.mock_worker import MODEL
 from tests.router_harness import Answer, RouterCluster, until
 
 Start = Callable[..., RouterCluster]
@@ -115,6 +117,7 @@ def test_answers_are_as_described(start_router: Start) -> None:
     until(lambda: len(call("GET", "/kunserve/events").json["events"]) == 3)
     call("POST", "/kunserve/restore")
     call("POST", "/kunserve/trace", {"seconds": 0.01})
+    call("POST", "/kunserve/join", {"model": msgspec.to_builtins(MODEL)})
     worker = call("POST", "/workers", {"url": "http://127.0.0.1:9"}).json
     call("GET", "/kunserve/status")
     call("DELETE", f"/workers/{worker['id']}")
@@ -130,13 +133,18 @@ def test_answers_are_as_described(start_router: Start) -> None:
 
 def test_errors_are_as_described(start_router: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kunserve_sglang.router.tracing._ANSWER_TIMEOUT_S", 0.1)
-    router = start_router(1, admin_api_key="admin", read_api_key="read")
+    router = start_router(1, admin_api_key="admin", read_api_key="read", model=MODEL)
     checker = Checker(router)
     expected: set[tuple[str, int]] = set()
     for name in ("plan", "drop", "restore"):
         assert checker.call("POST", f"/kunserve/{name}", {}).status == 409
         expected.add((name, 409))
     assert checker.call("DELETE", "/workers/9").status == 404
+    other = msgspec.structs.replace(MODEL, layers=1)
+    assert (
+        checker.call("POST", "/kunserve/join", {"model": msgspec.to_builtins(other)}).status == 409
+    )
+    expected.add(("join", 409))
     own = {"url": router.instances[0].worker.url}
     assert checker.call("POST", "/workers", own).status == 409
     connection = router.open("POST", "/generate", {"stream": True}, ADMIN)

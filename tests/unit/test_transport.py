@@ -6,11 +6,13 @@ import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import zmq
 
 from kunserve_sglang.errors import InternalError, PeerLost
+from kunserve_sglang.keys import MemberKeys, new_keys
 from kunserve_sglang.transport import DataPlane, HostAwareDataPlane, Packet
 from kunserve_sglang.transport.local import LocalDataPlane
 
@@ -21,13 +23,13 @@ MakePlane = Callable[[str], DataPlane]
 @pytest.fixture(params=["shared memory", "tcp"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePlane]:
     """Makes planes that reach each other in one way, by host names alike or not."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    keys = new_keys().members
     made: list[DataPlane] = []
 
     def build(name: str) -> DataPlane:
         if request.param == "tcp":
             plane = HostAwareDataPlane(
-                str(tmp_path / name), context=context, tcp="tcp://127.0.0.1:*", host=name
+                str(tmp_path / name), tcp="tcp://127.0.0.1:*", keys=keys, host=name
             )
         else:
             plane = HostAwareDataPlane(str(tmp_path / name))
@@ -37,7 +39,6 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePlane]:
     yield build
     for plane in made:
         plane.close()
-    context.term()
 
 
 def received(plane: DataPlane) -> Packet:
@@ -201,3 +202,36 @@ def test_a_lost_sender_is_no_event_for_the_receiver(
     a.close()
     assert torch.equal(received(b).tensors[0], torch.ones(3))
     assert b.receive() is None
+
+
+@pytest.mark.parametrize("stranger", ["without keys", "with keys of its own", "with half of them"])
+def test_strangers_are_turned_away(tmp_path: Path, stranger: str) -> None:
+    """Who knows where a plane listens, and even the key that it shows, cannot send to it."""
+    keys = new_keys().members
+    plane = HostAwareDataPlane(str(tmp_path / "a"), tcp="tcp://127.0.0.1:*", keys=keys, host="a")
+    friend = HostAwareDataPlane(str(tmp_path / "b"), tcp="tcp://127.0.0.1:*", keys=keys, host="b")
+    address = msgspec.json.decode(plane.address)["tcp"]
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PUSH)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a connection that is not there
+    socket.setsockopt(zmq.SNDTIMEO, 500)
+    own = new_keys().members
+    if stranger == "with keys of its own":
+        own.secure_outbox(socket)
+    elif stranger == "with half of them":
+        MemberKeys(router="", public=own.public, secret=own.secret).secure_outbox(socket)
+        socket.curve_serverkey = keys.public.encode()
+    socket.connect(address)
+    try:
+        with pytest.raises(zmq.Again):
+            socket.send_multipart([b"header", b"\x90"])
+        friend.connect({0: plane.address})
+        friend.send(0, b"a member's")
+        assert received(plane).header == b"a member's"
+        assert plane.receive(0.2) is None
+    finally:
+        socket.close()
+        context.term()
+        plane.close()
+        friend.close()

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.messages import (
     Hello,
     ToInstance,
@@ -24,7 +25,14 @@ _HELLO_INTERVAL_S = 5.0
 class ControlLink:
     """DEALER socket towards the router's ROUTER; says hello by itself."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, hello: Hello) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        address: str,
+        hello: Hello,
+        keys: MemberKeys | None = None,
+    ) -> None:
+        """A router on another host asks for `keys`."""
         self._hello = hello
         self._next_hello = 0.0
         self._welcome = False
@@ -32,6 +40,8 @@ class ControlLink:
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"instance-{hello.instance}".encode())
         self._socket.setsockopt(zmq.LINGER, 0)
+        if keys is not None and not address.startswith("ipc:"):
+            keys.secure_link(self._socket)
         self._socket.connect(address)
 
     @property

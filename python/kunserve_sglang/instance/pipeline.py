@@ -29,6 +29,9 @@ from kunserve_sglang.policy.formation import PeerWork
 from kunserve_sglang.transport import DataPlane, Packet
 
 _NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
+_MOST_ROWS = 4352
+"""Of SGLang's request table, by itself, for any budget: owners may have more rows than this one."""
+
 _SILENT_ROUNDS = 3
 """An owner that has sent nothing for so many rounds has no work."""
 
@@ -98,6 +101,7 @@ class Pipeline:
         self._timeout = peer_timeout_s
         table = engine.request_table()
         rows, context = table.shape
+        rows = max(rows, _MOST_ROWS)
         self._sent = SentRows(table)
         self._peers = {
             m.instance: _Peer(MirroredRows(rows, context, kv.base(m.instance)))

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from kunserve_sglang.config import MicroBatches, OverloadPolicy
+from kunserve_sglang.identity import ModelIdentity
+from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Mode, Pages, Slots, TransitionKind
 from kunserve_sglang.policy.decision import Decision
@@ -65,6 +68,12 @@ class WorkerBody(Body, frozen=True, kw_only=True):
     """A plain SGLang server, as `http://host:port`. It must take the key that instances take."""
 
     url: Annotated[str, Meta(pattern=r"^https?://[^/?#@\s]+/?$", max_length=2000)]
+
+
+class JoinBody(Body, frozen=True, kw_only=True):
+    """What an instance that wants to join will serve."""
+
+    model: ModelIdentity
 
 
 class PolicyBody(Body, frozen=True, kw_only=True):
@@ -206,6 +215,27 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     trace_events: list[dict[str, Any]]
     other_data: TraceDetails
+
+
+class Membership(msgspec.Struct, frozen=True, kw_only=True):
+    """What an instance that joins has to know; its number is its own from now on.
+
+    On `host`, where `control_address` can be reached, it uses that; elsewhere `control_tcp`, with
+    `keys`. `data_host` is where members on `host` listen for others. It must ask its clients for
+    `api_key` as all do, and has room for groups of `owners`.
+    """
+
+    instance: int
+    host: str
+    control_address: str
+    control_tcp: str | None
+    data_host: str
+    keys: MemberKeys | None
+    api_key: str | None
+    owners: int
+    overload_policy: OverloadPolicy
+    micro_batches: MicroBatches
+    peer_timeout_s: float
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):

@@ -90,7 +90,7 @@ def build_app(
     docs = Docs(keys)
     routes = [
         *_probe_routes(Probes(control.registry, session)),
-        *_admin_routes(Admin(control), Members(control), Tracing(control), docs, keys),
+        *_admin_routes(Admin(control), Members(control, config), Tracing(control), docs, keys),
         *_fanout_routes(Fanout(control, session, config.api_key, keys), keys),
         Route("/docs", docs.page),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
@@ -132,6 +132,7 @@ def _admin_routes(
         "openapi": docs.openapi,
         "workers": members.workers,
         "add_worker": members.add_worker,
+        "join": members.join,
         "drain": members.drain,
     }
     return [

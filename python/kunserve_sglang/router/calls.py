@@ -14,7 +14,9 @@ from kunserve_sglang.router.api import (
     ClusterStatus,
     DropBody,
     Events,
+    JoinBody,
     Limit,
+    Membership,
     PlanAnswer,
     PlanBody,
     Policy,
@@ -172,6 +174,17 @@ CALLS = (
         "It takes no part in drops.",
         answers={201: Worker},
         body=WorkerBody,
+        errors=(409,),
+    ),
+    Call(
+        name="join",
+        method="POST",
+        path="/kunserve/join",
+        access=Access.CHANGE,
+        about="Asked by an instance before it joins: a number, and all it has to know to be one of "
+        "the cluster. Refused if it would not serve the same model in the same way.",
+        answers={200: Membership},
+        body=JoinBody,
         errors=(409,),
     ),
     Call(

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET
 
 from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
+from kunserve_sglang.keys import ClusterKeys
 from kunserve_sglang.messages import (
     PROTOCOL_VERSION,
     CacheReport,
@@ -51,7 +52,10 @@ class ControlPlane:
     `auto` says whether the monitor acts by itself; plans asked for by hand always run.
     """
 
-    def __init__(self, config: ClusterConfig, address: str) -> None:
+    def __init__(
+        self, config: ClusterConfig, address: str, keys: ClusterKeys | None = None
+    ) -> None:
+        """`address` is the control socket for this host; that for others needs `keys`."""
         self.config = config
         self.registry = Registry(config.num_instances)
         self.events = EventLog()
@@ -59,7 +63,7 @@ class ControlPlane:
         self.queue = RequestQueue(self.registry, config)
         # Instances report their caches only to a router that asks for it.
         self.prefixes = PrefixIndex() if config.dispatch is DispatchPolicy.LMETRIC else None
-        self.hub = ControlHub(address)
+        self.hub = ControlHub(address, tcp=config.control_address, keys=keys)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.monitor = OverloadMonitor(
             Thresholds(drop=config.drop_threshold, restore=config.restore_threshold)

@@ -10,8 +10,10 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
 
 from kunserve_sglang.errors import TransientError
+from kunserve_sglang.keys import Admission, ClusterKeys
 from kunserve_sglang.messages import (
     Abort,
     CacheReport,
@@ -40,8 +42,10 @@ class NoAnswer(TransientError):
 class ControlHub:
     """Receives hellos and status records, and matches answers to calls."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is `ipc://path` or `tcp://host:port`."""
+    def __init__(
+        self, address: str, *, tcp: str | None = None, keys: ClusterKeys | None = None
+    ) -> None:
+        """`address` is for this host, `tcp` for others as well: members only, by `keys`."""
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -49,6 +53,17 @@ class ControlHub:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(address)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.tcp = ""
+        self._doorkeeper: AsyncioAuthenticator | None = None
+        if tcp is not None and keys is not None:
+            self._doorkeeper = AsyncioAuthenticator(self._context)
+            self._doorkeeper.start()
+            self._doorkeeper.configure_curve_callback(
+                "*", credentials_provider=Admission(keys.members)
+            )
+            keys.secure(self._socket)
+            self._socket.bind(tcp)
+            self.tcp = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._calls = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self.malformed = 0
@@ -106,6 +121,8 @@ class ControlHub:
 
     def close(self) -> None:
         self._socket.close()
+        if self._doorkeeper is not None:
+            self._doorkeeper.stop()
         self._context.term()
 
 

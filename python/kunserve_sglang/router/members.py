@@ -9,12 +9,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from yarl import URL
 
+from kunserve_sglang.processes import this_host
 from kunserve_sglang.router.answers import RequestError, json_answer
-from kunserve_sglang.router.api import Worker, WorkerBody, Workers, WorkerStats
+from kunserve_sglang.router.api import (
+    JoinBody,
+    Membership,
+    Worker,
+    WorkerBody,
+    Workers,
+    WorkerStats,
+)
 from kunserve_sglang.router.bodies import read_body, read_timeout, read_wait, read_worker_id
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.draining import Draining
 from kunserve_sglang.router.registry import Instance
+from kunserve_sglang.router.settings import RouterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +31,10 @@ logger = logging.getLogger(__name__)
 class Members:
     """Endpoints by which instances and plain servers come and go."""
 
-    def __init__(self, control: ControlPlane) -> None:
+    def __init__(self, control: ControlPlane, config: RouterConfig) -> None:
+        self._control = control
+        self._config = config
+        self._model = config.model
         self._registry = control.registry
         self._draining = Draining(control)
         self._background: set[asyncio.Task[None]] = set()
@@ -42,6 +54,33 @@ class Members:
         worker = self._registry.add_worker(url)
         logger.info("worker %d: plain SGLang at %s", worker.number, url)
         return json_answer(_describe(worker), 201)
+
+    async def join(self, request: Request) -> Response:
+        model = (await read_body(request, JoinBody)).model
+        if self._model is not None and (difference := self._model.difference(model)):
+            raise RequestError(409, "other_model", f"not the cluster's {difference}", "model")
+        number = self._registry.new_number()
+        if number is None:
+            raise RequestError(409, "no_number", "so many instances have joined that none is left")
+        self._model = model
+        logger.info("instance %d is to join", number)
+        return json_answer(self._membership(number))
+
+    def _membership(self, number: int) -> Membership:
+        cluster = self._config.cluster
+        return Membership(
+            instance=number,
+            host=this_host(),
+            control_address=self._config.control_address,
+            control_tcp=self._control.hub.tcp or None,
+            data_host=cluster.data_host,
+            keys=self._config.keys.members if self._config.keys else None,
+            api_key=self._config.api_key,
+            owners=cluster.largest_group,
+            overload_policy=cluster.overload_policy,
+            micro_batches=cluster.micro_batches,
+            peer_timeout_s=cluster.peer_timeout_s,
+        )
 
     async def drain(self, request: Request) -> Response:
         number = read_worker_id(request)

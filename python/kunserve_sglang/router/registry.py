@@ -82,6 +82,7 @@ class Registry:
         self.expected = set(range(launched))
         self._left: dict[int, Hello] = {}
         self._next_worker = itertools.count(FIRST_WORKER)
+        self._next_instance = itertools.count(launched)
 
     def hello(self, message: Hello) -> bool:
         """An instance greets; false if this very process has been told to leave.
@@ -99,6 +100,15 @@ class Registry:
         else:
             known.seen = time.monotonic()
         return True
+
+    def new_number(self) -> int | None:
+        """For an instance that is to join: one that no other has had; None if there is none."""
+        for number in self._next_instance:
+            if number >= FIRST_WORKER:
+                return None
+            if number not in self.instances:
+                return number
+        return None
 
     def add_worker(self, url: str) -> Instance:
         """A plain SGLang server, under a number that no other has had."""

@@ -56,9 +56,10 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
     Raises `ConfigurationError` if the control address cannot be had.
     """
     try:
-        control = ControlPlane(config.cluster, config.control_address)
+        control = ControlPlane(config.cluster, config.control_address, config.keys)
     except zmq.ZMQError as error:
-        raise ConfigurationError(f"cannot bind {config.control_address}: {error}") from error
+        where = config.cluster.control_address or config.control_address
+        raise ConfigurationError(f"cannot bind {where}: {error}") from error
     try:
         async with open_session() as session:
             http = _http_server(config, control, session)

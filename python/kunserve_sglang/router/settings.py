@@ -8,6 +8,8 @@ import msgspec
 
 from kunserve_sglang.config import ClusterConfig, PromptFormat
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.identity import ModelIdentity
+from kunserve_sglang.keys import ClusterKeys
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
 """Environment variable that carries `RouterConfig` to the router process."""
@@ -20,7 +22,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     credentials that they came with, and the router's own questions and actions carry this key.
     `prompts` is there where a dispatch policy looks into them and there is a tokenizer.
     `launcher` is the process that started the router: when it is killed, the router ends too and
-    removes `runtime_folder` in its place.
+    removes `runtime_folder` in its place. `model` is what instances that join have to serve; None
+    leaves it to the first. `keys` open the control socket to other hosts.
     """
 
     cluster: ClusterConfig
@@ -29,6 +32,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     prompts: PromptFormat | None = None
     launcher: int = 0
     runtime_folder: str = ""
+    model: ModelIdentity | None = None
+    keys: ClusterKeys | None = None
 
     def __post_init__(self) -> None:
         read = self.cluster.read_api_key
@@ -38,6 +43,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if read and read == self.admin_key:
             raise ConfigurationError("--read-api-key must differ from the admin key")
+        if self.cluster.control_address and not self.admin_key:
+            raise ConfigurationError(
+                "--control-address needs --admin-api-key, or anybody could join the cluster"
+            )
 
     @property
     def admin_key(self) -> str | None:

@@ -196,7 +196,12 @@ class KunServeScheduler(upstream.Scheduler):
         instance = self.instance
         profile = runner.kv_cache_configurator.profile
         context: zmq.Context[Any] = zmq.Context(1)
-        plane = HostAwareDataPlane(instance.data_socket)
+        plane = HostAwareDataPlane(
+            instance.data_socket,
+            tcp=instance.data_address,
+            keys=instance.keys,
+            host=instance.host,
+        )
         hello = Hello(
             version=PROTOCOL_VERSION,
             instance=instance.instance,
@@ -216,7 +221,7 @@ class KunServeScheduler(upstream.Scheduler):
             kv=runner.token_to_kv_pool.store,
             engine=self.engine,
             plane=plane,
-            control=ControlLink(context, instance.control_address, hello),
+            control=ControlLink(context, instance.control_address, hello, instance.keys),
             costs=self.costs,
         )
         return Agent(body, peer_timeout_s=instance.peer_timeout_s)

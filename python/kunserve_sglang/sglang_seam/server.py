@@ -11,6 +11,7 @@ import signal
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from kunserve_sglang.config import (
     INSTANCE_ENVIRONMENT,
@@ -87,7 +88,7 @@ def add_sglang_flags(parser: argparse.ArgumentParser) -> None:
     ServerArgs.add_cli_args(parser)
 
 
-def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: str) -> None:
+def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
     """Body of an instance's main process: tokenizer and HTTP server; never returns normally.
 
     Refuses to serve (exit status 3) if our scheduler did not take the place of SGLang's.
@@ -99,8 +100,9 @@ def run_instance(server_args: Any, config: InstanceConfig, port: int, folder: st
     _fresh_process(config, folder)
     signal.signal(LEAVE_SIGNAL, _leave)
     server_args = copy.copy(server_args)
-    object.__setattr__(server_args, "host", "127.0.0.1")
-    object.__setattr__(server_args, "port", port)
+    address = urlsplit(config.url)
+    object.__setattr__(server_args, "host", address.hostname)
+    object.__setattr__(server_args, "port", address.port)
     from sglang.srt import plugins
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +12,8 @@ import torch
 import zmq
 
 from kunserve_sglang.errors import InternalError, PeerLost
+from kunserve_sglang.keys import MemberKeys
+from kunserve_sglang.processes import this_host, within_reach
 from kunserve_sglang.transport.data import DataPlane, Packet
 from kunserve_sglang.transport.local import LocalDataPlane
 from kunserve_sglang.transport.tcp import TcpDataPlane
@@ -26,11 +27,6 @@ class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
     tcp: str = ""
 
 
-def this_host() -> str:
-    """The same for all processes of one running kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 class HostAwareDataPlane:
     """Chooses the way to each peer by its address.
 
@@ -42,14 +38,18 @@ class HostAwareDataPlane:
         self,
         path: str,
         *,
-        context: zmq.Context[Any] | None = None,
         tcp: str = "",
-        host: str | None = None,
+        keys: MemberKeys | None = None,
+        host: str = "",
     ) -> None:
-        """`tcp` is an address to listen at for other hosts; without it there are none."""
-        self._host = host if host is not None else this_host()
+        """`tcp` is an address to listen at for members on other hosts, who show `keys`.
+
+        Without both there are none. `host` stands for this host if it is given.
+        """
+        self._host = host or this_host()
         self._local = LocalDataPlane(path)
-        self._tcp = TcpDataPlane(context or zmq.Context.instance(), tcp) if tcp else None
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._tcp = TcpDataPlane(self._context, tcp, keys) if tcp and keys else None
         address = PeerAddress(
             host=self._host, path=path, tcp=self._tcp.address if self._tcp else ""
         )
@@ -98,9 +98,10 @@ class HostAwareDataPlane:
     def close(self) -> None:
         for way in self._all():
             way.close()
+        self._context.term()
 
     def _all(self) -> list[DataPlane]:
         return [self._local, *([self._tcp] if self._tcp else [])]
 
     def _is_local(self, address: PeerAddress) -> bool:
-        return address.host == self._host and Path(address.path).exists()
+        return within_reach(address.host, self._host, address.path)

@@ -1,4 +1,8 @@
-"""Data plane between hosts: ZMQ over TCP, one copy in and one copy out."""
+"""Data plane between hosts: ZMQ over TCP, one copy in and one copy out.
+
+Encrypted, and for members of the cluster only: the thread that checks who connects wakes for that
+alone.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ from typing import Any
 import msgspec
 import torch
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
 from kunserve_sglang.errors import InternalError
+from kunserve_sglang.keys import Admission, MemberKeys
 from kunserve_sglang.transport.data import Packet, TensorSpec
 
 _PIECE_BYTES = 64 << 20
@@ -21,12 +27,20 @@ _decoder = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 class TcpDataPlane:
     """One PULL socket for everything that arrives, one PUSH socket a peer."""
 
-    def __init__(self, context: zmq.Context[Any], address: str) -> None:
-        """`address` is `tcp://host:*` or with a port; the bound one is in `self.address`."""
+    def __init__(self, context: zmq.Context[Any], address: str, keys: MemberKeys) -> None:
+        """`address` is `tcp://host:*` or with a port; the bound one is in `self.address`.
+
+        `context` must have no other plane: it takes one checker of keys.
+        """
         self._context = context
+        self._keys = keys
+        self._doorkeeper = ThreadAuthenticator(context)
+        self._doorkeeper.start()
+        self._doorkeeper.configure_curve_callback("*", credentials_provider=Admission(keys))
         self._inbox = context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._inbox.setsockopt(zmq.LINGER, 0)
+        keys.secure_inbox(self._inbox)
         self._inbox.bind(address)
         self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
         self._outboxes: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
@@ -41,6 +55,7 @@ class TcpDataPlane:
                 # Sends must never block a scheduler: what bounds the queue is the protocol.
                 socket.setsockopt(zmq.SNDHWM, 0)
                 socket.setsockopt(zmq.LINGER, 0)
+                self._keys.secure_outbox(socket)
                 socket.connect(address)
                 self._outboxes[peer] = (address, socket)
 
@@ -71,6 +86,7 @@ class TcpDataPlane:
     def close(self) -> None:
         self.connect({})
         self._inbox.close()
+        self._doorkeeper.stop()
 
 
 def _tensor(spec: TensorSpec, frame: zmq.Frame) -> torch.Tensor:

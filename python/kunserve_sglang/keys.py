@@ -1,0 +1,75 @@
+"""Who may talk on sockets that other hosts can reach: ZMQ's CURVE, with keys made at start.
+
+Every member of a cluster shows the same key pair. The router has one of its own, so that nobody
+but it can be taken for it. Whoever shows another key, or none, is turned away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import zmq
+
+
+class MemberKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """What a member needs: the router's public key, and the pair that all members share. Z85."""
+
+    router: str
+    public: str
+    secret: str
+
+    def secure_link(self, socket: zmq.Socket[Any]) -> None:
+        """Before `connect`: encrypt a socket towards the router."""
+        self._identify(socket, self.router)
+
+    def secure_outbox(self, socket: zmq.Socket[Any]) -> None:
+        """Before `connect`: encrypt a socket towards another member."""
+        self._identify(socket, self.public)
+
+    def secure_inbox(self, socket: zmq.Socket[Any]) -> None:
+        """Before `bind`: take packets of members only."""
+        _serve(socket, self.secret)
+
+    def known(self, key: bytes) -> bool:
+        """Whether it is the members' public key."""
+        return key == self.public.encode()
+
+    def _identify(self, socket: zmq.Socket[Any], server: str) -> None:
+        socket.curve_serverkey = server.encode()
+        socket.curve_publickey = self.public.encode()
+        socket.curve_secretkey = self.secret.encode()
+
+
+class ClusterKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """What the router needs besides: its own secret key."""
+
+    secret: str
+    members: MemberKeys
+
+    def secure(self, socket: zmq.Socket[Any]) -> None:
+        """Before `bind`: take messages of members only."""
+        _serve(socket, self.secret)
+
+
+class Admission:
+    """What ZMQ's authenticators ask: is this the key of a member?"""
+
+    def __init__(self, keys: MemberKeys) -> None:
+        self._keys = keys
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        return self._keys.known(key)
+
+
+def new_keys() -> ClusterKeys:
+    """Keys that nobody has seen."""
+    router, router_secret = zmq.curve_keypair()
+    public, secret = zmq.curve_keypair()
+    members = MemberKeys(router=router.decode(), public=public.decode(), secret=secret.decode())
+    return ClusterKeys(secret=router_secret.decode(), members=members)
+
+
+def _serve(socket: zmq.Socket[Any], secret: str) -> None:
+    socket.curve_server = True
+    socket.curve_secretkey = secret.encode()

@@ -1,0 +1,106 @@
+"""`python -m kunserve_sglang.launch_instance`: more instances for a cluster that runs already.
+
+Takes SGLang's own flags unchanged, plus those listed by `--help` under KunServe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+import psutil
+
+from kunserve_sglang.cli.client import RouterClient
+from kunserve_sglang.cli.errors import CommandError
+from kunserve_sglang.config import format_size, parse_size
+from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.joining import Joiner, JoinOptions
+
+_MEMORY_SHARE = 0.5
+"""Share of the free memory that instances take together when no budget is given."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Our own flags; everything else is SGLang's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kunserve_sglang.launch_instance",
+        description="Start instances, here or on another host, that join a running KunServe "
+        "cluster. Ctrl-C drains them first; once more ends them at once.",
+        epilog="All flags of `python -m sglang.launch_server` are accepted as well; the model must "
+        "be the cluster's.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("KunServe")
+    group.add_argument("--router", required=True, metavar="URL", help="of the cluster to join")
+    group.add_argument("--num-instances", type=int, default=1, help="how many to start")
+    group.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="parameters + KV of one instance, e.g. 448MiB (default: half of the free memory, "
+        "divided among the instances)",
+    )
+    group.add_argument(
+        "--admin-api-key",
+        default=os.environ.get("KUNSERVE_ADMIN_API_KEY"),
+        help="the router's (or in the environment: KUNSERVE_ADMIN_API_KEY)",
+    )
+    group.add_argument(
+        "--drain-timeout-s",
+        type=float,
+        default=300.0,
+        help="how long requests under way may take at Ctrl-C",
+    )
+    group.add_argument(
+        "--host",
+        default="",
+        help="address of this host at which the router reaches these instances (default: loopback "
+        "on its own host, else the one that leads to it)",
+    )
+    group.add_argument(
+        "--host-id",
+        default="",
+        help="what stands for this host; instances share memory only where it is the same "
+        "(default: the kernel's boot id)",
+    )
+    return parser
+
+
+def build_options(flags: argparse.Namespace) -> JoinOptions:
+    """Raises `ConfigurationError` for values that make no sense."""
+    if flags.num_instances < 1:
+        raise ConfigurationError("--num-instances must be at least 1")
+    if flags.drain_timeout_s < 0:
+        raise ConfigurationError("--drain-timeout-s must not be negative")
+    if flags.memory_budget:
+        budget = parse_size(flags.memory_budget)
+    else:
+        free = psutil.virtual_memory().available
+        budget = int(free * _MEMORY_SHARE / flags.num_instances)
+        print(f"kunserve: --memory-budget not given, using {format_size(budget)} an instance")
+    return JoinOptions(
+        num_instances=flags.num_instances,
+        memory_budget=budget,
+        drain_timeout_s=flags.drain_timeout_s,
+        host=flags.host,
+        host_id=flags.host_id,
+    )
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Join and serve until a signal; exits 2 if that cannot be, with one line that says why."""
+    flags, sglang_argv = parser().parse_known_args(argv)
+    try:
+        options = build_options(flags)
+        status = Joiner(RouterClient(flags.router, flags.admin_api_key), options, sglang_argv).run()
+    except (ConfigurationError, CommandError) as error:
+        print(f"kunserve: {error}", file=sys.stderr)
+        status = 2
+    sys.stdout.flush()
+    # Not sys.exit: nothing that SGLang registered for the end of its own processes may run here.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Instances that join a running cluster, take part in a drop, and leave again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmark.cluster import Cluster, ClusterOptions, log_tail
+from kunserve_sglang.processes import die_with_parent
+from tests.integration.conftest import BUDGET, FLAGS, Client
+
+KEY = "one-for-all"
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a kingdom far away,",
+    "def quicksort(numbers):",
+    "The three laws of thermodynamics say that",
+)
+READY = re.compile(r"^KunServe instance (\d+) is ready: (\S+)  \(joined \S+\)$", re.MULTILINE)
+WAIT_S = 120.0
+
+
+class Joined:
+    """A `launch_instance` as a subprocess, with a folder of its own for what it leaves."""
+
+    def __init__(self, cluster: Client, model: Path, folder: Path, *flags: str) -> None:
+        self.log = folder / "log"
+        self.temporary = folder / "t"
+        self.temporary.mkdir(parents=True)
+        words = ["--router", cluster.url, "--admin-api-key", KEY, "--memory-budget", BUDGET]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "kunserve_sglang.launch_instance", *words),
+                    *("--model-path", str(model), *FLAGS, *flags),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+                env={**os.environ, "TMPDIR": str(self.temporary)},
+            )
+
+    def ready(self) -> int:
+        """The number of the instance, once it serves."""
+        wait_for(lambda: READY.search(self.log.read_text()) or self.process.poll() is not None)
+        found = READY.search(self.log.read_text())
+        assert found, log_tail(self.log)
+        return int(found[1])
+
+    def family(self) -> list[psutil.Process]:
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def left_behind(self) -> list[Path]:
+        """Everything but the cache that torch keeps for the next process."""
+        files = self.temporary.iterdir()
+        return [path for path in files if not path.name.startswith("torchinductor")]
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.send_signal(signal.SIGTERM)  # at once
+        self.process.wait(30)
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.1)
+
+
+@contextmanager
+def joined(cluster: Client, model: Path, folder: Path, *flags: str) -> Iterator[Joined]:
+    instance = Joined(cluster, model, folder, *flags)
+    try:
+        yield instance
+    finally:
+        instance.end()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """One instance that others can join, on other hosts too."""
+    options = ClusterOptions(
+        model_path=model,
+        memory_budget=BUDGET,
+        overload_policy="none",
+        num_instances=1,
+        kunserve_flags=("--join-room", "1", "--control-address", "tcp://127.0.0.1:*"),
+        sglang_flags=(*FLAGS, "--api-key", KEY),
+    )
+    log = tmp_path_factory.mktemp("alone") / "log"
+    with Cluster(options.command, log) as running:
+        yield Client(running.url, key=KEY)
+    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+
+
+def texts(cluster: Client) -> list[str]:
+    """Greedy answers to all prompts at once."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        return list(pool.map(lambda p: str(cluster.generate(p, 24)["text"]), PROMPTS))
+
+
+def numbers(cluster: Client) -> set[int]:
+    return {i["id"] for i in cluster.status()["instances"]}
+
+
+@pytest.mark.parametrize("where", ["on this host", "on another host"])
+def test_one_that_joins_takes_part(alone: Client, model: Path, tmp_path: Path, where: str) -> None:
+    expected = texts(alone)
+    flags = ("--host-id", "another") if where == "on another host" else ()
+    with joined(alone, model, tmp_path, *flags) as instance:
+        number = instance.ready()
+        assert numbers(alone) == {0, number}
+        assert alone.call("GET", "/readiness")[1]["expected"] == 2
+        assert texts(alone) == expected
+        alone.drop()
+        assert texts(alone) == expected
+        foreign = [i["counters"]["micro_batches_foreign"] for i in alone.status()["instances"]]
+        assert min(foreign) > 0
+        alone.restore()
+        assert texts(alone) == expected
+        alone.drop()
+        status, answer = alone.call("DELETE", f"/workers/{number}")
+        assert status == 200, answer
+        assert instance.process.wait(30) == 0, log_tail(instance.log)
+        assert texts(alone) == expected
+    assert numbers(alone) == {0}
+    assert f"instance {number} has left" in instance.log.read_text()
+    assert "Traceback" not in instance.log.read_text()
+    assert not instance.left_behind()
+
+
+def test_ctrl_c_lets_requests_end(alone: Client, model: Path, tmp_path: Path) -> None:
+    with joined(alone, model, tmp_path) as instance, ThreadPoolExecutor(4) as pool:
+        number = instance.ready()
+        alone.drop()
+        answers = [pool.submit(alone.generate, p, 40, ignore_eos=True) for p in PROMPTS]
+        wait_for(lambda: all(i["running"] for i in alone.status()["instances"]))
+        instance.process.send_signal(signal.SIGINT)
+        for answer in answers:
+            assert answer.result(60)["meta_info"]["completion_tokens"] == 40
+        assert instance.process.wait(60) == 0, log_tail(instance.log)
+    assert numbers(alone) == {0}
+    assert f"instance {number} has left" in instance.log.read_text()
+
+
+def test_nothing_is_left_of_one_that_is_killed(alone: Client, model: Path, tmp_path: Path) -> None:
+    with joined(alone, model, tmp_path) as instance:
+        number = instance.ready()
+        family = instance.family()
+        instance.process.kill()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
+        wait_for(lambda: not instance.left_behind())
+    wait_for(lambda: any(i.get("lost") for i in alone.status()["instances"]))
+    assert alone.call("DELETE", f"/workers/{number}")[0] == 200
+    assert numbers(alone) == {0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--dtype", "bfloat16"), "dtype: bfloat16 there, float32 here"),
+        (("--context-length", "1024"), "context length: 1024 there"),
+        (("--admin-api-key", "wrong"), "admin_key_required"),
+        (("--api-key", "another"), "--api-key is not the cluster's"),
+        (("--router", "http://127.0.0.1:9"), "cannot reach http://127.0.0.1:9"),
+        (("--num-instances", "0"), "--num-instances"),
+    ],
+)
+def test_who_does_not_fit_is_refused_in_one_line(
+    alone: Client, model: Path, tmp_path: Path, flags: tuple[str, ...], word: str
+) -> None:
+    with joined(alone, model, tmp_path, *flags) as instance:
+        assert instance.process.wait(60) == 2, log_tail(instance.log)
+    lines = instance.log.read_text().splitlines()
+    (line,) = [x for x in lines if x.startswith("kunserve: ") and not x.endswith(" s")]
+    assert word in line
+    assert numbers(alone) == {0}
+    wait_for(lambda: not instance.left_behind())
