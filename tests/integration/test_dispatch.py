@@ -1,0 +1,94 @@
+"""Requests of a conversation, real instances, and where they go."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.cluster import Cluster, ClusterOptions
+from tests.integration.conftest import FLAGS, Client
+
+TEXT = max(pydoc_data.topics.topics.values(), key=len).split()
+
+
+@pytest.fixture(scope="module")
+def lmetric(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    options = ClusterOptions(
+        model_path=model,
+        memory_budget="640MiB",
+        overload_policy="none",
+        sglang_flags=FLAGS,
+        kunserve_flags=("--dispatch", "lmetric"),
+    )
+    log = tmp_path_factory.mktemp("lmetric") / "log"
+    with Cluster(options.command, log) as running:
+        yield Client(running.url)
+    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+
+
+def words(number: int) -> str:
+    return " ".join(TEXT[200 * number : 200 * (number + 1)])
+
+
+def say(client: Client, messages: list[dict[str, str]]) -> tuple[int, dict[str, Any]]:
+    """Appends the answer to the chat; returns the tokens of the prompt that were cached."""
+    body = {"model": "default", "messages": messages, "max_tokens": 8, "temperature": 0}
+    status, answer = client.call("POST", "/v1/chat/completions", body)
+    assert status == 200, answer
+    messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+    _, metrics = client.call("GET", "/metrics")
+    return predicted(metrics), answer["usage"]
+
+
+def predicted(metrics: str) -> int:
+    """Tokens that the router has expected to find cached, since its start."""
+    name = "kunserve:predicted_hit_tokens_total "
+    line = next(x for x in metrics.splitlines() if x.startswith(name))
+    return int(float(line.removeprefix(name)))
+
+
+def cached(client: Client) -> dict[int, int]:
+    return {i["id"]: i["slots"]["cached"] for i in client.status()["instances"]}
+
+
+def wait_for_cached(client: Client, empty: bool) -> dict[int, int]:
+    deadline = time.monotonic() + 20
+    while any(found := cached(client).values()) is empty:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return cached(client)
+
+
+def test_a_conversation_stays_where_its_prefix_is(lmetric: Client) -> None:
+    """Two conversations; each turn finds the one before, and no prefix is computed twice."""
+    lmetric.call("POST", "/flush_cache")
+    wait_for_cached(lmetric, empty=True)
+    talks = [[{"role": "user", "content": words(n)}] for n in (0, 1)]
+    for talk in talks:
+        say(lmetric, talk)
+    first = wait_for_cached(lmetric, empty=False)
+    for turn in (2, 3):
+        for number, talk in enumerate(talks):
+            talk.append({"role": "user", "content": f"{number} {words(turn)[:200]}"})
+            before = predicted(lmetric.call("GET", "/metrics")[1])
+            after, usage = say(lmetric, talk)
+            assert 100 < after - before < usage["prompt_tokens"]
+    lmetric.wait_until_idle()
+    grown = cached(lmetric)
+    assert sum(grown.values()) < 1.6 * sum(first.values()), "as if sent to one instance each"
+
+
+def test_after_a_flush_it_goes_anywhere(lmetric: Client) -> None:
+    talk = [{"role": "user", "content": words(4)}]
+    say(lmetric, talk)
+    lmetric.wait_until_idle()
+    assert lmetric.call("POST", "/flush_cache?timeout=10")[0] == 200
+    wait_for_cached(lmetric, empty=True)
+    before = predicted(lmetric.call("GET", "/metrics")[1])
+    after, _ = say(lmetric, [{"role": "user", "content": words(4)}])
+    assert after == before
