@@ -21,6 +21,7 @@ from kunserve_sglang.router.app import build_app
 from kunserve_sglang.router.calls import CALLS
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.openapi import build_document
+from kunserve_sglang.router.outbound import InstanceConnections
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.upstream import open_session
 from tests.mock_worker import MODEL
@@ -79,7 +80,7 @@ def test_every_route_is_described(tmp_path: Path) -> None:
         control = ControlPlane(config.cluster, config.control_address)
         try:
             async with open_session() as session:
-                app = build_app(config, control, session)
+                app = build_app(config, control, session, InstanceConnections())
         finally:
             control.close()
         return {
@@ -149,6 +150,8 @@ def test_errors_are_as_described(start_router: Start, monkeypatch: pytest.Monkey
     assert checker.call("POST", "/workers", own).status == 409
     connection = router.open("POST", "/generate", {"stream": True}, ADMIN)
     until(lambda: router.instances[0].worker.streams)
+    router.instances[0].set_load(10, running=1)  # the drain below must not end within this test
+    until(lambda: router.described(0)["demand"] == 10)
     assert checker.call("DELETE", "/workers/0?timeout_s=0").status == 504
     assert checker.call("DELETE", "/workers/0?wait=false").status == 202
     assert checker.call("DELETE", "/workers/0").status == 409

@@ -1,4 +1,4 @@
-"""All endpoints of the router as one ASGI application."""
+"""All endpoints of the router: our own, and everything else for an instance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from kunserve_sglang.policy.dispatch import POLICIES
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.access import Endpoint, Keys
 from kunserve_sglang.router.admin import Admin
 from kunserve_sglang.router.answers import Code, RequestError, error_answer, retry_later
+from kunserve_sglang.router.asgi import run_asgi
 from kunserve_sglang.router.audit import Audited
 from kunserve_sglang.router.calls import CALLS, Access
 from kunserve_sglang.router.control_plane import ControlPlane
@@ -31,8 +31,10 @@ from kunserve_sglang.router.draining import DrainTimeout, NotDrained
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
 from kunserve_sglang.router.health import Probes
 from kunserve_sglang.router.hub import NoAnswer
+from kunserve_sglang.router.inbound import Exchange
 from kunserve_sglang.router.members import Members
 from kunserve_sglang.router.metrics import Metrics
+from kunserve_sglang.router.outbound import InstanceConnections
 from kunserve_sglang.router.proxy import Proxy
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.tracing import TraceRunning, Tracing
@@ -67,26 +69,29 @@ class RouterApp:
         )
         self._starlette.router.redirect_slashes = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+    async def __call__(self, exchange: Exchange) -> None:
+        path = exchange.scope["path"]
         if path not in self._paths and not path.startswith(_OURS):
-            await self._proxy(scope, receive, send)
+            await self._proxy(exchange)
             return
         try:
-            await self._starlette(scope, receive, send)
+            await run_asgi(self._starlette, exchange)
         except asyncio.CancelledError:
-            # Only the end of the router cancels a call, and only one that still has no answer.
-            answer = retry_later("router_stopping", "the router is stopping")
-            await answer(scope, receive, send)
+            # Only the end of the router cancels a call; this is for one that has no answer yet.
+            if not exchange.started:
+                await exchange.answer(retry_later("router_stopping", "the router is stopping"))
 
 
 def build_app(
-    config: RouterConfig, control: ControlPlane, session: aiohttp.ClientSession
+    config: RouterConfig,
+    control: ControlPlane,
+    session: aiohttp.ClientSession,
+    connections: InstanceConnections,
 ) -> RouterApp:
     keys = Keys(config)
     dispatcher = Dispatcher(control.registry, control.prefixes, _prompt_reader(config, control))
     policy = POLICIES[config.cluster.dispatch]
-    proxy = Proxy(control.registry, session, policy, control.latency, control.queue, dispatcher)
+    proxy = Proxy(control.registry, connections, policy, control.latency, control.queue, dispatcher)
     docs = Docs(keys)
     routes = [
         *_probe_routes(Probes(control.registry, session)),

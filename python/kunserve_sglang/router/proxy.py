@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import aiohttp
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.answers import error_answer, retry_later
 from kunserve_sglang.router.dispatch import Dispatcher, Weight
+from kunserve_sglang.router.inbound import Exchange, Headers
 from kunserve_sglang.router.latency import Latency, StreamTimer
+from kunserve_sglang.router.outbound import BrokenOff, InstanceConnections
 from kunserve_sglang.router.queueing import RequestQueue, TurnedAway
 from kunserve_sglang.router.registry import Instance, Registry
 from kunserve_sglang.router.upstream import (
     BACKPRESSURE,
     REFUSED,
+    BusyAnswer,
     answer_headers,
-    busy_answer,
-    instance_url,
-    is_queue_full,
     is_refusal,
-    request_headers,
+    request_head,
 )
 
 logger = logging.getLogger(__name__)
 
 _SAME_EVERYWHERE = frozenset({"/get_model_info", "/model_info", "/v1/models"})
-
-_WRITE_AT_ONCE = 1 << 19
-"""Larger bodies are written in pieces, or the other streams would have to wait."""
 
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -49,54 +40,8 @@ class ProxyStats:
     cut: int = 0
 
 
-class _Exchange:
-    """One request and the state of its answer."""
-
-    __slots__ = ("_receive", "_send", "arrived", "body", "refusal", "scope", "started", "status")
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.scope = scope
-        self.body = b""
-        self.arrived = 0.0
-        self.refusal: Response | None = None
-        self.started = False
-        self.status = 0
-        self._receive = receive
-        self._send = send
-
-    async def read_body(self) -> bool:
-        """False if the client went away before it had sent everything."""
-        parts = []
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                return False
-            parts.append(message.get("body", b""))
-            if not message.get("more_body", False):
-                self.body = parts[0] if len(parts) == 1 else b"".join(parts)
-                return True
-
-    async def client_gone(self) -> None:
-        """Returns once the client has closed its connection, or has got all of its answer."""
-        while (await self._receive())["type"] != "http.disconnect":
-            continue
-
-    async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        self.started = True
-        self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def write(self, chunk: bytes, *, more: bool) -> None:
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
-
-    async def answer(self, response: Response) -> None:
-        """An answer of our own."""
-        await self.start(response.status_code, response.raw_headers)
-        await self.write(bytes(response.body), more=False)
-
-
 class Proxy:
-    """ASGI application without a framework: it runs for every chunk of every stream.
+    """Gives each request to an instance, and its answer back to the client.
 
     A request is sent again only if no instance can have run it: no connection could be made, or
     SGLang had no room for it in its queue.
@@ -105,7 +50,7 @@ class Proxy:
     def __init__(
         self,
         registry: Registry,
-        session: aiohttp.ClientSession,
+        connections: InstanceConnections,
         policy: Policy,
         latency: Latency,
         queue: RequestQueue,
@@ -114,37 +59,28 @@ class Proxy:
         self.stats = ProxyStats()
         self._latency = latency
         self._registry = registry
-        self._session = session
+        self._connections = connections
         self._policy = policy
         self._queue = queue
         self._dispatcher = dispatcher
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = _Exchange(scope, receive, send)
-        if not await exchange.read_body():
-            return
+    async def __call__(self, exchange: Exchange) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        exchange.on_gone = task.cancel
         exchange.arrived = self._latency.clock()
-        relay = asyncio.create_task(self._serve(exchange))
-        gone = asyncio.create_task(exchange.client_gone())
         try:
-            await asyncio.wait((relay, gone), return_when=asyncio.FIRST_COMPLETED)
+            await self._serve(exchange)
         except asyncio.CancelledError:
-            # Only the end of the router cancels us from outside, and only after a grace.
-            await _cancel(relay)
-            if not exchange.started:
+            if exchange.gone:
+                self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
+            elif not exchange.started:
+                # Only the end of the router cancels us otherwise, and only after a grace.
                 await exchange.answer(retry_later("router_stopping", "the router is stopping"))
-            return
-        finally:
-            gone.cancel()
-        if relay.done():
-            relay.result()
-            self.stats.answers[exchange.status] += 1
         else:
-            # Closing the connection is how an instance learns that nobody waits any more.
-            await _cancel(relay)
-            self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
+            self.stats.answers[exchange.status] += 1
 
-    async def _serve(self, exchange: _Exchange) -> None:
+    async def _serve(self, exchange: Exchange) -> None:
         """Send the request when it is its turn, or say why it is not sent."""
         # Whoever is let in has to go at once, so what takes time comes before.
         weight = await self._dispatcher.weigh(exchange.scope["path"], exchange.body)
@@ -154,7 +90,7 @@ class Proxy:
         except TurnedAway as refusal:
             await exchange.answer(refusal.answer)
 
-    async def _dispatch(self, exchange: _Exchange, weight: Weight) -> None:
+    async def _dispatch(self, exchange: Exchange, weight: Weight) -> None:
         """Try instances until one has taken the request."""
         policy = first if exchange.scope["path"] in _SAME_EVERYWHERE else self._policy
         tried: set[int] = set()
@@ -177,86 +113,94 @@ class Proxy:
         pick = self._dispatcher.pick
         return pick(policy, weight, tried | self._queue.full()) or pick(policy, weight, tried)
 
-    async def _relay(self, instance: Instance, exchange: _Exchange) -> bool:
+    async def _relay(self, instance: Instance, exchange: Exchange) -> bool:
         """False if the instance cannot have run it, and another may be tried."""
         try:
-            response = await self._request(instance, exchange)
+            request = request_head(exchange.scope, exchange.body, instance.url)
         except ValueError as error:
             await exchange.answer(error_answer(400, "bad_path", str(error)))
             return True
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        try:
+            connection = await self._connections.get(instance.url)
+        except OSError as error:
             if is_refusal(error):
                 instance.lost = REFUSED
             logger.warning("instance %d: %s", instance.number, error)
             return False
-        except (aiohttp.ClientError, OSError) as error:
-            await _lost(instance, error, exchange)
-            return True
+        relay = _Relay(exchange, self._latency)
+        exchange.comes_from(connection)
         try:
-            if response.status in BACKPRESSURE:
-                return await self._refused(response, exchange)
-            await self._stream(response, exchange)
-        except (aiohttp.ClientError, OSError) as error:
-            if not exchange.started:
-                await _lost(instance, error, exchange)
-                return True
-            # Too late for a status: the client sees its connection closed before the end.
-            self.stats.cut += 1
-            logger.warning("instance %d broke off in mid-answer: %r", instance.number, error)
+            bodiless = exchange.scope["method"] == "HEAD"
+            await connection.ask(request, exchange.body, relay, bodiless=bodiless)
+            return relay.busy is None or await self._refused(relay.busy, exchange)
+        except BrokenOff as error:
+            await self._broken_off(instance, exchange, error)
+            return True
         finally:
-            response.close()
-        return True
+            # Unless it has all of the answer, this closes it: how an instance learns that nobody
+            # waits any more.
+            self._connections.put(connection)
+            relay.close()
 
-    async def _request(self, instance: Instance, exchange: _Exchange) -> aiohttp.ClientResponse:
-        scope, body = exchange.scope, exchange.body
-        return await self._session.request(
-            scope["method"],
-            instance_url(instance, scope["raw_path"], scope["query_string"]),
-            headers=request_headers(scope["headers"]),
-            data=(body or None) if len(body) < _WRITE_AT_ONCE else io.BytesIO(body),
-            allow_redirects=False,
-        )
-
-    async def _refused(self, response: aiohttp.ClientResponse, exchange: _Exchange) -> bool:
+    async def _refused(self, busy: BusyAnswer, exchange: Exchange) -> bool:
         """Pass on that the instance is busy, unless another may still have room."""
-        body = await response.read()
-        refusal = busy_answer(response, body, self._queue.retry_after_s())
-        if is_queue_full(body):
-            exchange.refusal = refusal
+        exchange.refusal = busy.response(self._queue.retry_after_s())
+        if busy.queue_full:
             return False
-        await exchange.answer(refusal)
+        await exchange.answer(exchange.refusal)
         return True
 
-    async def _stream(self, response: aiohttp.ClientResponse, exchange: _Exchange) -> None:
-        await exchange.start(response.status, answer_headers(response.raw_headers))
-        read, write = response.content.readany, exchange.write
-        if not _is_stream(response):
-            while chunk := await read():
-                await write(chunk, more=True)
+    async def _broken_off(self, instance: Instance, exchange: Exchange, error: BrokenOff) -> None:
+        if not exchange.started:
+            message = f"instance {instance.number} {error}"
+            logger.warning("%s", message)
+            await exchange.answer(error_answer(502, "upstream_lost", message))
+            return
+        # Too late for a status: the client sees its connection closed before the end.
+        self.stats.cut += 1
+        logger.warning("instance %d in mid-answer %s", instance.number, error)
+
+
+class _Relay:
+    """An instance's answer on its way to the client; runs for every chunk of every stream.
+
+    That it is busy is kept in `busy`: there may be another to try.
+    """
+
+    __slots__ = ("_exchange", "_latency", "_timer", "busy")
+
+    def __init__(self, exchange: Exchange, latency: Latency) -> None:
+        self._exchange = exchange
+        self._latency = latency
+        self._timer: StreamTimer | None = None
+        self.busy: BusyAnswer | None = None
+
+    def head(self, status: int, headers: Headers) -> None:
+        if status in BACKPRESSURE:
+            self.busy = BusyAnswer(status, answer_headers(headers))
+            return
+        self._exchange.start(status, answer_headers(headers))
+        if status == 200 and _is_stream(headers):
+            self._timer = StreamTimer(self._latency, self._exchange.arrived)
+
+    def body(self, data: bytes) -> None:
+        if self._timer is not None:
+            self._timer.chunk()
+        if self.busy is None:
+            self._exchange.write(data)
         else:
-            timer = StreamTimer(self._latency, exchange.arrived)
-            try:
-                while chunk := await read():
-                    timer.chunk()
-                    await write(chunk, more=True)
-            finally:
-                timer.end()
-        await write(b"", more=False)
+            self.busy.body += data
+
+    def end(self) -> None:
+        if self.busy is None:
+            self._exchange.end()
+
+    def close(self) -> None:
+        """However it ended."""
+        if self._timer is not None:
+            self._timer.end()
 
 
-async def _lost(instance: Instance, error: Exception, exchange: _Exchange) -> None:
-    message = f"instance {instance.number} broke off: {error!r}"
-    logger.warning("%s", message)
-    await exchange.answer(error_answer(502, "upstream_lost", message))
-
-
-def _is_stream(response: aiohttp.ClientResponse) -> bool:
+def _is_stream(headers: Headers) -> bool:
     """Whether tokens come as they are made; of other answers the first chunk says nothing."""
-    kind = response.headers.get("Content-Type", "")
-    return response.status == 200 and kind.startswith("text/event-stream")
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    """Returns when the task has ended and with it its connection to the instance."""
-    task.cancel()
-    await asyncio.wait((task,))
+    return any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)

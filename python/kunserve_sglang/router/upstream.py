@@ -1,15 +1,18 @@
-"""HTTP towards the instances: one session, header rules, and small whole answers."""
+"""What goes to the instances: header rules, and questions of our own with small whole answers."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 from yarl import URL
 
 from kunserve_sglang.router.registry import Instance
@@ -17,9 +20,9 @@ from kunserve_sglang.router.registry import Instance
 REFUSED = "connection refused"
 """Why an instance is lost when nobody listens at its address any more."""
 
-_CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 
-_KEEP_ALIVE_S = 3.0
+KEEP_ALIVE_S = 3.0
 """Below the 5 s after which SGLang closes an idle connection: a POST must not run into that."""
 
 BACKPRESSURE = frozenset({429, 503})
@@ -45,6 +48,8 @@ _HOP_BY_HOP = frozenset(
     }
 )
 
+_BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
+
 # The body has been read and its length is known, and `Host` names whom we talk to.
 _NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 
@@ -52,10 +57,10 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 def open_session() -> aiohttp.ClientSession:
-    """The session that all requests share; adds nothing to them and limits nothing but connects."""
+    """For our own questions; adds nothing to them and limits nothing but connects."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-        timeout=aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT_S),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+        timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
@@ -70,9 +75,27 @@ def request_headers(headers: Headers) -> list[tuple[str, str]]:
     ]
 
 
+def request_head(scope: Scope, body: bytes, url: str) -> bytes:
+    """A client's request line and headers as they go to the instance at `url`.
+
+    Raises `ValueError` unless its path is absolute: any other could name another host.
+    """
+    path, query, method = scope["raw_path"], scope["query_string"], scope["method"]
+    _check_path(path)
+    target = b"%b?%b" % (path, query) if query else path
+    lines = [
+        b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), target, urlsplit(url).netloc.encode())
+    ]
+    lines += [b"%b: %b\r\n" % header for header in _without(scope["headers"], _NOT_FORWARDED)]
+    if body or method in _BODY_EXPECTED:
+        lines.append(b"content-length: %d\r\n" % len(body))
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
 def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """An instance's headers as they go to the client."""
-    return _without(((name.lower(), value) for name, value in headers), _HOP_BY_HOP)
+    """An instance's headers, names in lower case, as they go to the client."""
+    return _without(headers, _HOP_BY_HOP)
 
 
 def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
@@ -86,31 +109,43 @@ def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, 
 
 def instance_url(instance: Instance, path: bytes, query: bytes) -> URL:
     """Raises `ValueError` unless `path` is absolute: any other could name another host."""
-    if not path.startswith(b"/"):
-        raise ValueError(f"{path!r} is no absolute path")
+    _check_path(path)
     target = path + b"?" + query if query else path
     return URL(instance.url.rstrip("/") + target.decode("latin-1"), encoded=True)
 
 
+def _check_path(path: bytes) -> None:
+    if not path.startswith(b"/"):
+        raise ValueError(f"{path!r} is no absolute path")
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether nobody listens at the address; other failures say nothing about the instance."""
-    return isinstance(error, aiohttp.ClientConnectorError) and (
-        error.os_error.errno == errno.ECONNREFUSED
-    )
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
 
 
-def busy_answer(response: aiohttp.ClientResponse, body: bytes, retry_after_s: int) -> Response:
-    """An instance's 429 or 503 as it goes to the client; it always says when to come again."""
-    answer = Response(body, response.status)
-    answer.raw_headers = answer_headers(response.raw_headers)
-    if "Retry-After" not in response.headers:
-        answer.raw_headers.append((b"retry-after", str(retry_after_s).encode()))
-    return answer
+@dataclass(slots=True)
+class BusyAnswer:
+    """An instance's 429 or 503; names of headers are in lower case."""
 
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes = b""
 
-def is_queue_full(body: bytes) -> bool:
-    """Whether SGLang says with this 503 that the request never left its queue."""
-    return any(message in body for message in QUEUE_FULL)
+    @property
+    def queue_full(self) -> bool:
+        """Whether SGLang says with it that the request never left its queue."""
+        return any(message in self.body for message in QUEUE_FULL)
+
+    def response(self, retry_after_s: int) -> Response:
+        """As it goes to the client; it always says when to come again."""
+        answer = Response(self.body, self.status)
+        answer.raw_headers = self.headers
+        if all(name != b"retry-after" for name, _ in self.headers):
+            answer.raw_headers.append((b"retry-after", str(retry_after_s).encode()))
+        return answer
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,7 +208,7 @@ async def ask(
             instance_url(instance, question.path.encode(), question.query.encode()),
             headers=question.headers,
             data=question.body or None,
-            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
+            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
         ) as response:
             return Reply(
                 instance=instance.number,
