@@ -120,6 +120,7 @@ class MockWorker:
 
     def __init__(self, background: Background) -> None:
         self.answers: dict[str, Canned] = {"/health": Canned()}
+        self.hanging: set[str] = set()
         self.seen: list[Seen] = []
         self.streams = 0
         self.left = 0
@@ -163,6 +164,8 @@ class MockWorker:
         body = await request.read()
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.seen.append(Seen(request.method, request.raw_path, headers, body))
+        if request.path in self.hanging:
+            await asyncio.Event().wait()
         if self.die_before_headers:
             _abort(request)
         if (canned := self.answers.get(request.path)) is not None:

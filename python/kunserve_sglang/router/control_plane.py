@@ -75,6 +75,7 @@ class ControlPlane:
         """Serve the control socket and watch the load until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.hub.run(self._on_hello, self._on_status, self._on_cache))
+            tasks.create_task(self.hub.watch_ends(self.registry.suspect))
             tasks.create_task(self._watch())
 
     def close(self) -> None:

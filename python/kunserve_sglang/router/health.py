@@ -31,6 +31,8 @@ _INTERVAL_S = 5.0
 _TIMEOUT_S = 30.0
 """Above the 20 s that SGLang takes to find itself unhealthy."""
 
+_PRESENCE_TIMEOUT_S = 5.0
+
 
 class _ServerInfo(msgspec.Struct):
     """What a plain SGLang server says of itself, as far as it matters here."""
@@ -43,13 +45,16 @@ class _Watch:
     instance: Instance
     due: float = 0.0
     asking: bool = False
+    looking: bool = False
 
 
 class HealthWatch:
     """Asks every instance for `/health` and writes down what follows from the answer.
 
     A 200 says that it serves and a refused connection that it is gone. A slow answer or a 503
-    says neither: a busy server is not a dead server.
+    says neither: a busy server is not a dead server. It is then asked for something that its
+    HTTP process knows by itself, which shows that there is one. So are all instances when a control
+    connection has ended, so that one that is gone is noticed at once.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class HealthWatch:
     ) -> None:
         headers = credentials(api_key)
         self._question = Question(method="GET", path="/health", headers=headers)
+        self._presence = Question(method="GET", path="/model_info", headers=headers)
         self._about = Question(method="GET", path="/server_info", headers=headers)
         self._registry = registry
         self._session = session
@@ -76,10 +82,17 @@ class HealthWatch:
                     if not watch.asking and self._is_due(watch):
                         watch.asking = True
                         tasks.create_task(self._ask(watch))
+                    if not watch.looking and self._is_suspect(instance):
+                        watch.looking = True
+                        tasks.create_task(self._look(watch))
                 await asyncio.sleep(_TICK_S)
 
     def _is_due(self, watch: _Watch) -> bool:
         return not watch.instance.alive or time.monotonic() >= watch.due
+
+    def _is_suspect(self, instance: Instance) -> bool:
+        suspected = time.monotonic() < self._registry.suspected_until
+        return suspected and instance.alive and not instance.plain
 
     async def _ask(self, watch: _Watch) -> None:
         instance = watch.instance
@@ -93,8 +106,22 @@ class HealthWatch:
         elif reply.error == REFUSED and instance.serving:
             # Before it has served, its HTTP server is just not up yet.
             instance.lost = REFUSED
+        elif reply.error:
+            await self._look(watch)
+        if reply.status:
+            instance.seen = time.monotonic()
         watch.due = time.monotonic() + _INTERVAL_S
         watch.asking = False
+
+    async def _look(self, watch: _Watch) -> None:
+        """Whether its process is there at all, which even a busy one shows at once."""
+        instance = watch.instance
+        reply = await ask(self._session, instance, self._presence, _PRESENCE_TIMEOUT_S)
+        if reply.status:
+            instance.seen = time.monotonic()
+        elif reply.error == REFUSED and instance.serving:
+            instance.lost = REFUSED
+        watch.looking = False
 
     async def _capacity(self, instance: Instance) -> int:
         """Token slots of a plain server; 0 if it does not say."""

@@ -11,6 +11,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from kunserve_sglang.errors import TransientError
 from kunserve_sglang.keys import Admission, ClusterKeys
@@ -99,6 +100,17 @@ class ControlHub:
                 waiting = self._pending.get(message.call)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
+
+    async def watch_ends(self, on_end: Callable[[], None]) -> None:
+        """Serve for good: `on_end` runs when a connection has ended, with its process perhaps."""
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            while True:
+                await recv_monitor_message(monitor)
+                on_end()
+        finally:
+            self._socket.disable_monitor()
+            monitor.close(linger=0)
 
     async def call(self, instance: int, message: Call, timeout_s: float) -> Answer:
         """Send one command and wait for its answer; raises `NoAnswer` after `timeout_s`."""

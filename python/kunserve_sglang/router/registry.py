@@ -14,6 +14,9 @@ _SILENT_AFTER_S = 60.0
 
 _SILENT = f"silent for {_SILENT_AFTER_S:.0f} s"
 
+_SUSPECT_S = 3.0
+"""A process that ends closes its control connection first, and its HTTP port soon after."""
+
 FIRST_WORKER = 1000
 """Ids of plain SGLang servers begin here, above every number that a launcher gives."""
 
@@ -80,6 +83,7 @@ class Registry:
         """`launched` instances are started with the router, under the first numbers."""
         self.instances: dict[int, Instance] = {}
         self.expected = set(range(launched))
+        self.suspected_until = 0.0
         self._left: dict[int, Hello] = {}
         self._next_worker = itertools.count(FIRST_WORKER)
         self._next_instance = itertools.count(launched)
@@ -136,6 +140,10 @@ class Registry:
             known.seen = time.monotonic()
             if known.lost == _SILENT:
                 known.lost = ""
+
+    def suspect(self) -> None:
+        """Somebody's control connection has ended: look who is still there, for a while."""
+        self.suspected_until = time.monotonic() + _SUSPECT_S
 
     def mark_silent(self) -> None:
         """Instances that have not been heard of for long are lost until they speak again."""
