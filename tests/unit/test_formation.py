@@ -68,21 +68,41 @@ def test_the_choice_is_never_worse_than_no_split(
     assert chosen <= best / 0.97**most
 
 
-def test_a_chunk_waits_for_nobody_and_lets_nobody_wait() -> None:
-    assert chunk_target_ms(500, [peer(130)], fixed_ms=20, stages=2) == 130
-    assert chunk_target_ms(500, [peer(130), peer(90)], fixed_ms=20, stages=3) == 90
+def test_owners_agree_on_how_long_a_chunk_takes() -> None:
+    works = [500.0, 100.0, 300.0]
+    targets = {
+        chunk_target_ms(
+            own,
+            [PeerWork(batch_ms=50, round_ms=p) for p in works if p != own],
+            fixed_ms=5,
+            stages=3,
+        )
+        for own in works
+    }
+    assert targets == {100}
     assert chunk_target_ms(500, [], fixed_ms=20, stages=2) == 250
-    assert chunk_target_ms(500, [peer(10)], fixed_ms=20, stages=2) == 80
 
 
-def test_a_long_prompt_is_cut_to_the_time_of_the_peers_micro_batches() -> None:
-    decodes = Work(decodes=16, context=16 * 200)
-    other = peer(LAYERS * COSTS.predict(decodes))
+def test_a_chunk_is_no_shorter_than_what_comes_between_and_than_pays() -> None:
+    short = PeerWork(batch_ms=130, round_ms=20)
+    assert chunk_target_ms(100, [short], fixed_ms=20, stages=2) == 130
+    assert chunk_target_ms(100, [peer(10)], fixed_ms=20, stages=2) == 80
+
+
+def test_in_a_backlog_of_prompts_chunks_do_not_get_ever_shorter() -> None:
+    """Every owner follows the others, and all of them have two whole chunks ahead."""
+    chunk = LAYERS * COSTS.predict(Work(chunks=(Chunk(0, 256),)))
+    cut = PeerWork(batch_ms=chunk / 4, round_ms=2 * chunk)
     outlook = look_ahead(
-        COSTS, decodes, [Chunk(0, 256), Chunk(0, 256)], [other], layers=LAYERS, stages=2
+        COSTS, Work(), [Chunk(0, 256), Chunk(0, 256)], [cut], layers=LAYERS, stages=2
     )
-    chunk = Work(chunks=(Chunk(0, outlook.chunk_tokens),))
-    assert 0.9 * other.batch_ms < outlook.work_of(chunk).batch_ms <= other.batch_ms
+    assert outlook.chunk_tokens >= 256
+
+
+def test_prompts_beside_a_peer_that_decodes_are_cut_in_equal_parts() -> None:
+    other = peer(LAYERS * COSTS.predict(Work(decodes=4, context=4 * 200)))
+    outlook = look_ahead(COSTS, Work(), [Chunk(0, 256)], [other], layers=LAYERS, stages=2)
+    assert outlook.chunk_tokens == 86  # a third
     assert outlook.count > 1  # there is more than the peer's work to send round
 
 

@@ -56,10 +56,13 @@ def chunk_target_ms(
 ) -> float:
     """How long the next prefill chunk may take, in ms through all stages.
 
-    As long as the shortest micro-batch that peers have going round, so that nobody waits for it;
-    with no peers, an equal part of the own work.
+    All owners come to the same length: what everybody has going round, in as many equal parts as
+    there are stages for each owner. So in a backlog of prompts chunks stay whole, and beside peers
+    that only decode they are cut; but never shorter than what comes between them anyway.
     """
-    wanted = min((p.batch_ms for p in peers), default=own_ms / stages)
+    everybody = own_ms + sum(p.round_ms for p in peers)
+    wanted = everybody / (stages * (1 + len(peers)))
+    wanted = max(wanted, min((p.batch_ms for p in peers), default=0.0))
     return max(wanted, fixed_ms / _FIXED_SHARE)
 
 
@@ -107,4 +110,6 @@ def look_ahead(
     least_ms = layers * costs.predict(Work(chunks=(Chunk(prefix, 1),)))
     target = chunk_target_ms(own_ms, peers, fixed_ms=least_ms, stages=stages)
     chunk = costs.chunk_tokens(prefix, target / layers, tokens)
+    # In equal parts: a remainder of a few tokens would cost nearly as much as a whole chunk.
+    chunk = -(-tokens // max(1, round(tokens / max(1, chunk))))
     return Outlook(count=count, chunk_tokens=chunk, round_ms=own_ms, costs=costs, layers=layers)
