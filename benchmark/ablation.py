@@ -4,10 +4,10 @@
 feature more each time (`benchmark.variants`), then a section for each further promise. It prints
 tables and writes `ablation.json` and `ablation.png`; exit status 1 if a check fails.
 
-The requests are twelve seconds of the Azure 2023 conversation trace, from 27:43 on, with a burst in
-them. Time is stretched five times, prompts are cut to a fifth and answers to 0.45 of their length,
-so that a small model on two cores has to work as hard as the traced service did, and the burst
-needs more KV than two instances have before a drop and less than they have after it.
+The requests are twelve seconds of the Azure 2023 conversation trace, from 19:50 on, with a burst in
+them. Time is stretched six times, prompts are cut to 0.06 and answers to 0.6 of their length, so
+that a small model on two cores can compute them, and the burst needs more KV than two instances
+have before a drop and less than they have after it.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from benchmark.timeline import bubble_fraction, counters
 from benchmark.workload import Shape
 
 _MIXED = Shape(prompt_len=256, output_len=48)
-_MIXED_COUNT, _MIXED_EVERY_S = 36, 0.45
-_LONE = Shape(prompt_len=128, output_len=64)
-_LONE_COUNT = 16
+_MIXED_COUNT, _MIXED_EVERY_S = 36, 0.3
+_LONE = Shape(prompt_len=128, output_len=48)
+_LONE_COUNT = 32
 _MOST_BUBBLES = 0.08
 _LEAST_SPEEDUP = 1.6
 

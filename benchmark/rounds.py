@@ -84,6 +84,11 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of what was measured in pairs."""
+    return median([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
 def spread(values: Sequence[float]) -> float:
     """The range of the values as a share of their median: how far rounds differ by themselves."""
     return (max(values) - min(values)) / median(values)

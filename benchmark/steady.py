@@ -8,13 +8,12 @@ idle and no pool full; ratios are taken within a turn, and their median counts.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 from benchmark.bench import Bench
 from benchmark.checks import Check, Section, at_least, at_most
 from benchmark.control import control
 from benchmark.noise import Noise
-from benchmark.rounds import Round, fresh, median, requests, spread
+from benchmark.rounds import Round, fresh, ratio, requests, spread
 from benchmark.workload import Request, Shape
 
 SHAPE = Shape(prompt_len=96, output_len=64)
@@ -77,24 +76,20 @@ def _checks(rounds: dict[str, list[Round]]) -> list[Check]:
         at_least(
             1,
             "not overloaded: throughput of KunServe / upstream",
-            _ratio([r.throughput for r in off], [r.throughput for r in upstream]),
+            ratio([r.throughput for r in off], [r.throughput for r in upstream]),
             _LEAST,
         ),
         at_most(
             1,
             "not overloaded: P50 TTFT of KunServe / upstream",
-            _ratio([r.median_ttft_ms for r in off], [r.median_ttft_ms for r in upstream]),
+            ratio([r.median_ttft_ms for r in off], [r.median_ttft_ms for r in upstream]),
             _MOST,
         ),
         at_most(
             8,
             "a load that fits: P99 TTFT of all features / upstream "
             f"(margin: how far upstream's rounds differ, at least {_LEAST_MARGIN:.0%})",
-            _ratio([r.p99_ttft_ms for r in rounds["drop"]], theirs),
+            ratio([r.p99_ttft_ms for r in rounds["drop"]], theirs),
             1 + margin,
         ),
     ]
-
-
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return median([a / b for a, b in zip(ours, theirs, strict=True)])
