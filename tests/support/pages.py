@@ -23,8 +23,9 @@ OpenPool = Callable[[int], PhysicalPagePool]
 class Pools:
     """Opens pools of one kind; what they have not given back after `close` is a leak."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, page_bytes: int = HOST_PAGE) -> None:
         self._kind = kind
+        self._page = page_bytes
         self._open: list[PhysicalPagePool] = []
         self._fakes: list[FakeCuda] = []
 
@@ -34,11 +35,11 @@ class Pools:
 
     def _make(self, pages: int) -> PhysicalPagePool:
         if self._kind == "memfd":
-            return PhysicalPagePool(MemfdDriver(HOST_PAGE), pages)
+            return PhysicalPagePool(MemfdDriver(self._page), pages)
         if self._kind == "fake-cuda":
-            self._fakes.append(FakeCuda(granularity=HOST_PAGE))
+            self._fakes.append(FakeCuda(granularity=self._page))
             gpu = CudaDevice(0, self._fakes[-1])
-            return PhysicalPagePool(CudaPages(gpu, HOST_PAGE, torch.device("cpu")), pages)
+            return PhysicalPagePool(CudaPages(gpu, self._page, torch.device("cpu")), pages)
         page = CudaDevice(0).granularity
         return open_pool(torch.device("cuda", 0), pages * page, page_bytes=page)
 

@@ -6,30 +6,37 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from kunserve_sglang.config import InstanceConfig
 from kunserve_sglang.errors import ConfigurationError, InternalError, OutOfPages, TransientError
+from kunserve_sglang.instance.budget import adopt_model, memory_budget
 from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.parameters import ParameterStore
 from kunserve_sglang.layout import LayerRange
-from kunserve_sglang.memory import PhysicalPagePool, open_pool
+from kunserve_sglang.memory import PhysicalPagePool, devices, open_pool
+from kunserve_sglang.memory.cuda_driver import CudaDevice
+from tests.support.fake_cuda import FakeCuda
+from tests.support.pages import ON_HOST, Pools
 
 PAGE = 4096
 SHAPE = KvShape(layers=3, heads=2, key_dim=24, value_dim=16, dtype=torch.float32)
 
 
+@pytest.fixture(params=ON_HOST)
+def pools(request: pytest.FixtureRequest) -> Iterator[Pools]:
+    pools = Pools(request.param, PAGE)
+    yield pools
+    pools.close()
+
+
 @pytest.fixture
-def pool() -> Iterator[PhysicalPagePool]:
-    pool = _pool(400)
-    yield pool
-    pool.driver.close()
-
-
-def _pool(pages: int) -> PhysicalPagePool:
-    return open_pool(torch.device("cpu"), pages * PAGE, page_bytes=PAGE)
+def pool(pools: Pools) -> PhysicalPagePool:
+    return pools(400)
 
 
 def _layers(count: int = 3) -> list[nn.Module]:
@@ -98,11 +105,55 @@ def test_reading_a_dropped_layer_faults(pool: PhysicalPagePool) -> None:
     assert os.WTERMSIG(status) == signal.SIGSEGV
 
 
-def test_a_budget_below_the_parameters_is_refused() -> None:
-    pool = _pool(3)
+def test_a_budget_below_the_parameters_is_refused(pools: Pools) -> None:
     with pytest.raises(OutOfPages):
-        ParameterStore(pool, _layers())
+        ParameterStore(pools(3), _layers())
+
+
+def _instance(budget: int) -> InstanceConfig:
+    return InstanceConfig(
+        instance=0,
+        url="",
+        control_address="",
+        data_socket="",
+        memory_budget=budget,
+        owners=2,
+        page_bytes=PAGE,
+    )
+
+
+def test_a_budget_covers_what_is_never_dropped_and_is_all_there() -> None:
+    layers = _layers()
+    model = nn.Sequential(nn.Linear(64, 64), *layers)
+    resident = sum(p.nbytes for p in model[0].parameters())
+    cpu = torch.device("cpu")
+    memory = adopt_model(_instance(0), model, layers, cpu, resident + 50 * PAGE + 1)
+    assert (memory.resident_bytes, memory.pool.total) == (resident, 50)
+    memory.pool.driver.close()
+    with pytest.raises(ConfigurationError, match="is too small: the parameters alone take"):
+        adopt_model(_instance(0), model, layers, cpu, resident + 3 * PAGE)
+
+
+def test_without_a_budget_an_instance_takes_a_share_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", {gpu: (80 << 30, 90 << 30)}.__getitem__)
+    assert memory_budget(_instance(0), gpu, 0.5) == 40 << 30
+    assert memory_budget(_instance(7), gpu, 0.5) == 7
+
+
+@pytest.mark.parametrize(("budget", "page"), [(30 << 30, 2), (40 << 30, 4), (1 << 40, 32)])
+def test_pages_of_a_gpu_are_what_its_driver_asks_for(
+    budget: int, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeCuda(granularity=2 << 20, devices=4)
+    monkeypatch.setattr(devices, "CudaDevice", partial(CudaDevice, bindings=fake))
+    pool = open_pool(torch.device("cuda", 3), budget)
+    assert (pool.page_bytes, pool.total) == (page << 20, budget // (page << 20))
+    assert fake.used == 0
     pool.driver.close()
+    assert fake.clean
 
 
 def test_shared_parameters_are_refused(pool: PhysicalPagePool) -> None:
