@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from benchmark.gpu import memory
+from benchmark.gpu import memory, transport
 from benchmark.gpu.check import Bench, Check, Figures, NotPossible
 from kunserve_sglang.sglang_seam.compatibility import WHY_NOT_ON_CUDA
 
@@ -34,12 +34,13 @@ def instances(_: Bench) -> Figures:
 
 
 CHECKS = (
-    Check("tests", "tests marked gpu or multi_gpu", 120, tests),
+    Check("tests", "tests marked gpu or multi_gpu", 100, tests),
     Check("remap", "time to move pages from layers to KV", 60, memory.remap),
-    Check("conservation", "pages under random mapping", 40, memory.conservation),
-    Check("leak", "memory after 50 cycles", 40, memory.leak),
+    Check("conservation", "pages under random mapping", 30, memory.conservation),
+    Check("leak", "memory after 50 cycles", 30, memory.leak),
     Check("parameters", "a model moves into the pool", 40, memory.parameters),
-    Check("sharing", "pages in another process", 60, memory.sharing),
+    Check("sharing", "pages in another process", 45, memory.sharing),
+    Check("transport", "packets between processes of one GPU", 45, transport.transport),
     Check("token identity", "greedy tokens with and without a drop", 30, instances),
     Check("decode step", "independent, cooperative, with CUDA graphs", 30, instances),
     Check("exchange", "bandwidth of KV between instances", 30, instances),

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from benchmark.gpu import __main__ as program
-from benchmark.gpu import memory, runner
+from benchmark.gpu import memory, runner, transport
 from benchmark.gpu.check import Bench, Figures, Outcome, Status
 from benchmark.gpu.checks import CHECKS, TOTAL_S
 from kunserve_sglang.memory.cuda import CudaPages
@@ -60,9 +60,12 @@ def test_checks_of_the_memory_pass(
     assert all(value >= 0 for value in found.values())
 
 
-def test_pages_are_shared_with_another_process() -> None:
+def test_checks_with_another_process_pass() -> None:
     found = memory.sharing(Bench(_own_fake, CPU, 256 * UNIT))
     assert found.keys() == {"adopt 1 GiB, ms", "copy, GB/s"}
+    found = transport.transport(Bench(_own_fake, CPU, 256 * UNIT))
+    assert len(found) == 3
+    assert all(value > 0 for value in found.values())
 
 
 @pytest.mark.parametrize(

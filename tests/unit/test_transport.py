@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,21 +14,30 @@ import zmq
 
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.keys import MemberKeys, new_keys
+from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.transport import DataPlane, HostAwareDataPlane, Packet
+from kunserve_sglang.transport import plane as plane_module
+from kunserve_sglang.transport.cuda_ring import CudaRings
 from kunserve_sglang.transport.local import LocalDataPlane
+from kunserve_sglang.transport.ring import HostRings, Rings
+from tests.support.fake_cuda import FakeCuda
 
 WAIT_S = 10.0
 MakePlane = Callable[[str], DataPlane]
 
 
-@pytest.fixture(params=["shared memory", "tcp"])
+@pytest.fixture(params=["shared memory", "tcp", "gpu"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePlane]:
     """Makes planes that reach each other in one way, by host names alike or not."""
     keys = new_keys().members
     made: list[DataPlane] = []
 
     def build(name: str) -> DataPlane:
-        if request.param == "tcp":
+        plane: DataPlane
+        if request.param == "gpu":
+            fake = partial(CudaDevice, 0, FakeCuda())
+            plane = LocalDataPlane(str(tmp_path / name), rings=CudaRings(fake, torch.device("cpu")))
+        elif request.param == "tcp":
             plane = HostAwareDataPlane(
                 str(tmp_path / name), tcp="tcp://127.0.0.1:*", keys=keys, host=name
             )
@@ -123,13 +133,71 @@ def test_a_distant_peer_needs_tcp(tmp_path: Path) -> None:
     far.close()
 
 
+def test_memory_is_shared_on_one_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instances of one host on two GPUs, or with and without one, need TCP."""
+    gpus = {torch.device("cuda", n): f"GPU-{n}" for n in range(2)}
+    monkeypatch.setattr(plane_module, "gpu_of", lambda device: gpus.get(device, ""))
+    monkeypatch.setattr(
+        plane_module,
+        "rings_on",
+        lambda _: CudaRings(partial(CudaDevice, 0, FakeCuda()), torch.device("cpu")),
+    )
+    devices = [*gpus, torch.device("cuda", 0), torch.device("cpu")]
+    planes = [
+        HostAwareDataPlane(str(tmp_path / str(n)), device=device)
+        for n, device in enumerate(devices)
+    ]
+    planes[0].connect({2: planes[2].address})
+    planes[0].send(2, b"hello", [torch.ones(3)])
+    assert torch.equal(received(planes[2]).tensors[0], torch.ones(3))
+    for other in (1, 3):
+        with pytest.raises(PeerLost, match="share no memory with us"):
+            planes[0].connect({other: planes[other].address})
+    for plane in planes:
+        plane.close()
+
+
+def test_rings_lie_where_the_tensors_do() -> None:
+    assert plane_module.rings_on(torch.device("cpu")).kind == b"host"
+    assert plane_module.rings_on(torch.device("cuda", 1)).kind == b"cuda"
+
+
+@pytest.fixture(params=["host", "gpu"])
+def rings(request: pytest.FixtureRequest) -> Iterator[Rings]:
+    """Where packets of one host may lie; a GPU is a fake one, and must get everything back."""
+    if request.param == "host":
+        yield HostRings()
+        return
+    fakes: list[FakeCuda] = []
+
+    def open_gpu() -> CudaDevice:
+        fakes.append(FakeCuda(granularity=4096))
+        return CudaDevice(0, fakes[-1])
+
+    yield CudaRings(open_gpu, torch.device("cpu"))
+    assert fakes
+    assert all(fake.clean for fake in fakes)
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[LocalDataPlane, LocalDataPlane]]:
-    planes = [LocalDataPlane(str(tmp_path / name), ring_bytes=64 << 10) for name in "ab"]
+def pair(tmp_path: Path, rings: Rings) -> Iterator[tuple[LocalDataPlane, LocalDataPlane]]:
+    planes = [
+        LocalDataPlane(str(tmp_path / name), ring_bytes=64 << 10, rings=rings) for name in "ab"
+    ]
     planes[0].connect({1: planes[1].address})
     yield planes[0], planes[1]
     for plane in planes:
         plane.close()
+
+
+def test_both_ends_agree_on_whose_memory_it_is(tmp_path: Path) -> None:
+    gpu = CudaRings(partial(CudaDevice, 0, FakeCuda(granularity=4096)), torch.device("cpu"))
+    a, b = LocalDataPlane(str(tmp_path / "a"), rings=gpu), LocalDataPlane(str(tmp_path / "b"))
+    a.connect({1: b.address})
+    with pytest.raises(InternalError, match="b'cuda' ring"):
+        b.receive(WAIT_S)
+    a.close()
+    b.close()
 
 
 def test_more_than_the_ring_holds(pair: tuple[LocalDataPlane, LocalDataPlane]) -> None:

@@ -39,8 +39,7 @@ _FIXED = {
 }
 
 WHY_NOT_ON_CUDA = (
-    "instances run on CPUs so far; of the GPU's side there is the page pool, and neither stages "
-    "nor transport"
+    "instances run on CPUs so far; the GPU's side has pages and packets, and no stages yet"
 )
 
 

@@ -28,6 +28,7 @@ RING_BYTES = 16 << 20
 """Room for activations in flight, per pair of instances; only what is used becomes resident."""
 
 _MESSAGE_BYTES = 128 << 10
+_MOST_FILES = 253
 _CONNECT_TIMEOUT_S = 5.0
 _GONE = select.EPOLLHUP | select.EPOLLERR
 
@@ -53,10 +54,16 @@ _decoder = msgspec.msgpack.Decoder(_Note)
 class LocalDataPlane:
     """A listening socket for all peers, and one connection for each peer that is sent to."""
 
-    def __init__(self, path: str, *, ring_bytes: int = RING_BYTES) -> None:
-        """Listen at `path`, a name for a socket file that does not exist yet."""
+    def __init__(
+        self, path: str, *, ring_bytes: int = RING_BYTES, rings: ring.Rings | None = None
+    ) -> None:
+        """Listen at `path`, a name for a socket file that does not exist yet.
+
+        `rings` says in whose memory packets lie; both ends of a connection must agree.
+        """
         self.address = path
         self._ring_bytes = ring_bytes
+        self._rings = rings or ring.HostRings()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(path)
         self._listener.listen(128)
@@ -72,7 +79,7 @@ class LocalDataPlane:
                 self._outboxes.pop(peer).close()
         for peer, path in peers.items():
             if peer not in self._outboxes:
-                self._outboxes[peer] = _Outbox(path, self._ring_bytes, self._epoll)
+                self._outboxes[peer] = _Outbox(path, self._rings, self._ring_bytes, self._epoll)
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
         if peer not in self._outboxes:
@@ -113,7 +120,7 @@ class LocalDataPlane:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        self._inboxes[connection.fileno()] = _Inbox(connection)
+        self._inboxes[connection.fileno()] = _Inbox(connection, self._rings)
         self._epoll.register(connection, select.EPOLLIN)
 
     def _outbox(self, number: int) -> _Outbox:
@@ -123,24 +130,28 @@ class LocalDataPlane:
 class _Inbox:
     """Receiver's end of a connection; its first message brings the ring."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, rings: ring.Rings) -> None:
         self._socket = connection
-        self._reader: ring.RingReader | None = None
+        self._rings = rings
+        self._reader: ring.Reader | None = None
         self.ended = False
 
     def receive(self) -> Packet | None:
         """Read what is there: a packet, or None for the ring or the sender's end."""
-        data, files, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, 1)
+        data, files, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, _MOST_FILES)
         try:
             if not data:
                 self.ended = True
                 return None
             if self._reader is None:
-                self._reader = ring.RingReader(files[0])
+                if data != self._rings.kind:
+                    raise InternalError(f"a {data!r} ring, where {self._rings.kind!r} is meant")
+                mine, files = files, []
+                self._reader = self._rings.reader(mine)
                 return None
             note = _decoder.decode(data)
             if note.own_file:
-                memory = ring.map_shared(files[0], note.end)
+                memory = self._reader.bring(ring.map_shared(files[0], note.end))
                 return Packet(note.header, ring.unpack(memory, note.specs))
             return Packet(note.header, self._reader.read(note.start, note.end, note.specs))
         finally:
@@ -148,26 +159,29 @@ class _Inbox:
 
     def close(self) -> None:
         self._socket.close()
+        if self._reader is not None:
+            self._reader.close()
 
 
 class _Outbox:
     """Sender's end of a connection. Messages that the socket does not take wait here."""
 
-    def __init__(self, path: str, ring_bytes: int, epoll: select.epoll) -> None:
+    def __init__(self, path: str, rings: ring.Rings, ring_bytes: int, epoll: select.epoll) -> None:
         self.path = path
         self._epoll = epoll
         self._waiting: deque[tuple[bytes, list[int]]] = deque()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_CONNECT_TIMEOUT_S)
-        self._ring = ring.RingWriter(ring_bytes)
+        self._ring = rings.writer(ring_bytes)
         try:
             self._socket.connect(path)
         except OSError as error:
             self._socket.close()
-            os.close(self._ring.fd)
+            _close(self._ring.fds)
+            self._ring.close()
             raise PeerLost(f"no instance answers at {path}: {error}") from error
         self._socket.setblocking(False)
-        self._send(b"ring", [self._ring.fd])
+        self._send(rings.kind, self._ring.fds)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -199,6 +213,7 @@ class _Outbox:
         if self._waiting:
             self.flush(gone=True)
         self._socket.close()
+        self._ring.close()
 
     def _send(self, message: bytes, files: list[int]) -> None:
         """Takes over `files`."""

@@ -1,10 +1,14 @@
-"""The data plane of an instance: shared memory to peers of this host, TCP to the others."""
+"""The data plane of an instance: shared memory to peers of this host, TCP to the others.
+
+On a GPU, memory of that GPU is shared, among the instances that it serves.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,10 +17,15 @@ import zmq
 
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.keys import MemberKeys
+from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.processes import this_host, within_reach
+from kunserve_sglang.transport.cuda_ring import CudaRings
 from kunserve_sglang.transport.data import DataPlane, Packet
 from kunserve_sglang.transport.local import LocalDataPlane
+from kunserve_sglang.transport.ring import HostRings, Rings
 from kunserve_sglang.transport.tcp import TcpDataPlane
+
+_CPU = torch.device("cpu")
 
 
 class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,13 +34,26 @@ class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     path: str
     tcp: str = ""
+    gpu: str = ""
+
+
+def gpu_of(device: torch.device) -> str:
+    """Names a GPU among all machines; empty for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def rings_on(device: torch.device) -> Rings:
+    """Rings that lie where tensors on `device` do."""
+    if device.type == "cuda":
+        return CudaRings(partial(CudaDevice, device.index or 0))
+    return HostRings()
 
 
 class HostAwareDataPlane:
     """Chooses the way to each peer by its address.
 
-    A peer is local if it runs on the same kernel and its socket is visible here: two containers
-    of one machine with folders of their own talk TCP.
+    A peer is local if it runs on the same kernel, on the same GPU if on any, and its socket is
+    visible here: two containers of one machine with folders of their own talk TCP.
     """
 
     def __init__(
@@ -41,17 +63,20 @@ class HostAwareDataPlane:
         tcp: str = "",
         keys: MemberKeys | None = None,
         host: str = "",
+        device: torch.device = _CPU,
     ) -> None:
         """`tcp` is an address to listen at for members on other hosts, who show `keys`.
 
-        Without both there are none. `host` stands for this host if it is given.
+        Without both there are none. `host` stands for this host if it is given. Tensors are
+        received on `device`.
         """
         self._host = host or this_host()
-        self._local = LocalDataPlane(path)
+        self._gpu = gpu_of(device)
+        self._local = LocalDataPlane(path, rings=rings_on(device))
         self._context: zmq.Context[Any] = zmq.Context()
-        self._tcp = TcpDataPlane(self._context, tcp, keys) if tcp and keys else None
+        self._tcp = TcpDataPlane(self._context, tcp, keys, device) if tcp and keys else None
         address = PeerAddress(
-            host=self._host, path=path, tcp=self._tcp.address if self._tcp else ""
+            host=self._host, path=path, tcp=self._tcp.address if self._tcp else "", gpu=self._gpu
         )
         self.address = msgspec.json.encode(address).decode()
         self._ways: dict[int, DataPlane] = {}
@@ -66,7 +91,7 @@ class HostAwareDataPlane:
         local = {peer: a.path for peer, a in addresses.items() if self._is_local(a)}
         distant = {peer: a.tcp for peer, a in addresses.items() if peer not in local}
         if distant and (self._tcp is None or not all(distant.values())):
-            raise PeerLost(f"instances {sorted(distant)} are on other hosts, and TCP is off")
+            raise PeerLost(f"instances {sorted(distant)} share no memory with us, and TCP is off")
         self._local.connect(local)
         self._ways = dict.fromkeys(local, self._local)
         if self._tcp is not None:
@@ -104,4 +129,5 @@ class HostAwareDataPlane:
         return [self._local, *([self._tcp] if self._tcp else [])]
 
     def _is_local(self, address: PeerAddress) -> bool:
-        return within_reach(address.host, self._host, address.path)
+        reachable = within_reach(address.host, self._host, address.path)
+        return reachable and address.gpu == self._gpu

@@ -1,4 +1,4 @@
-"""A ring of shared memory between one sender and one receiver.
+"""A ring of memory between one sender and one receiver; here in host memory.
 
 The sender owns the head; the receiver moves the tail, a counter in the ring's first bytes, when
 the tensors that lie there have died. Both are byte counts since the beginning, so that full and
@@ -13,6 +13,7 @@ import struct
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ import torch
 from kunserve_sglang.transport.data import TensorSpec
 
 ALIGNMENT = 64
-_TAIL = struct.Struct("<Q")
-_HEADER = ALIGNMENT  # the tail, on a cache line of its own
+TAIL = struct.Struct("<Q")
+HEADER = ALIGNMENT  # the tail, on a cache line of its own
 
 
 def aligned(nbytes: int) -> int:
@@ -53,7 +54,7 @@ def unpack(memory: torch.Tensor, specs: tuple[TensorSpec, ...]) -> list[torch.Te
         if nbytes:
             tensors.append(memory[at : at + nbytes].view(spec.torch_dtype).view(spec.shape))
         else:
-            tensors.append(torch.empty(spec.shape, dtype=spec.torch_dtype))
+            tensors.append(torch.empty(spec.shape, dtype=spec.torch_dtype, device=memory.device))
         at += aligned(nbytes)
     return tensors
 
@@ -63,21 +64,71 @@ def map_shared(fd: int, nbytes: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(mmap.mmap(fd, nbytes), dtype=np.uint8))
 
 
-class RingWriter:
-    """Sender's end. `fd` is for the receiver; whoever made the ring closes it."""
+class Writer(Protocol):
+    """Sender's end of a ring."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.fd = os.memfd_create("kunserve-ring", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, _HEADER + nbytes)
-        self._map = mmap.mmap(self.fd, _HEADER + nbytes)
-        self._memory = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8, offset=_HEADER))
-        self._nbytes = nbytes
-        self._head = 0
+    fds: list[int]
+    """What the receiver needs, in this order; whoever made the ring closes them."""
 
     @property
     def room(self) -> int:
         """Bytes that a `write` would find room for in one piece."""
-        tail: int = _TAIL.unpack_from(self._map)[0]
+        ...
+
+    def write(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
+        """Copy in; returns (first byte, end) as counts for `Reader.read`, None if full."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Reader(Protocol):
+    """Receiver's end of a ring."""
+
+    def read(self, start: int, end: int, specs: tuple[TensorSpec, ...]) -> list[torch.Tensor]:
+        """The tensors of one `write`. They belong to the caller."""
+        ...
+
+    def bring(self, memory: torch.Tensor) -> torch.Tensor:
+        """Host memory to where this ring's tensors are."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Rings(Protocol):
+    """Makes both ends of rings in one kind of memory."""
+
+    kind: bytes
+
+    def writer(self, nbytes: int) -> Writer: ...
+
+    def reader(self, fds: list[int]) -> Reader:
+        """Takes over `fds`."""
+        ...
+
+
+class RingWriter:
+    """Sender's end, counting bytes; they lie behind the tail in one file, or in `memory`."""
+
+    def __init__(self, nbytes: int, memory: torch.Tensor | None = None) -> None:
+        file = os.memfd_create("kunserve-ring", os.MFD_CLOEXEC)
+        size = HEADER + (nbytes if memory is None else 0)
+        os.ftruncate(file, size)
+        self.fds = [file]
+        self._map = mmap.mmap(file, size)
+        if memory is None:
+            memory = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8, offset=HEADER))
+        self._memory = memory
+        self._nbytes = nbytes
+        self._head = 0
+
+    def close(self) -> None:
+        """Nothing to do: the memory goes with its last user."""
+
+    @property
+    def room(self) -> int:
+        tail: int = TAIL.unpack_from(self._map)[0]
         if tail == self._head:
             return self._nbytes
         used = self._head - tail
@@ -86,12 +137,11 @@ class RingWriter:
         return max(min(to_end, free), free - to_end)
 
     def write(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
-        """Copy in; returns (first byte, end) as counts for `RingReader.read`, None if full."""
         needed = packed_bytes(tensors)
         start = self._head
         if start % self._nbytes + needed > self._nbytes:
             start += self._nbytes - start % self._nbytes  # never split over the end
-        tail = _TAIL.unpack_from(self._map)[0]
+        tail = TAIL.unpack_from(self._map)[0]
         if tail == self._head:
             tail = start  # empty: what is skipped does not count
         if start + needed - tail > self._nbytes:
@@ -114,19 +164,25 @@ class RingReader:
     def __init__(self, fd: int) -> None:
         """Maps the ring; `fd` can be closed afterwards."""
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
-        self._nbytes = len(self._map) - _HEADER
+        self._nbytes = len(self._map) - HEADER
         self._leases: deque[_Lease] = deque()
 
     def read(self, start: int, end: int, specs: tuple[TensorSpec, ...]) -> list[torch.Tensor]:
         if start == end:
             return unpack(torch.empty(0, dtype=torch.uint8), specs)
         lease = _Lease(end, None)
-        at = _HEADER + start % self._nbytes
+        at = HEADER + start % self._nbytes
         # The tensors keep this array alive, and nothing else does.
         array = np.frombuffer(self._map, dtype=np.uint8, count=end - start, offset=at)
         lease.memory = weakref.ref(array, lambda _: self._release())
         self._leases.append(lease)
         return unpack(torch.from_numpy(array), specs)
+
+    def bring(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory
+
+    def close(self) -> None:
+        """Nothing to do: the memory goes with the last tensor in it."""
 
     def _release(self) -> None:
         """Move the tail over all leading leases that have ended (they may end out of order)."""
@@ -134,4 +190,20 @@ class RingReader:
         while self._leases and (memory := self._leases[0].memory) and memory() is None:
             tail = self._leases.popleft().end
         if tail:
-            _TAIL.pack_into(self._map, 0, tail)
+            TAIL.pack_into(self._map, 0, tail)
+
+
+class HostRings:
+    """Rings in shared memory, where tensors are received without a copy."""
+
+    kind = b"host"
+
+    def writer(self, nbytes: int) -> Writer:
+        return RingWriter(nbytes)
+
+    def reader(self, fds: list[int]) -> Reader:
+        (file,) = fds
+        try:
+            return RingReader(file)
+        finally:
+            os.close(file)

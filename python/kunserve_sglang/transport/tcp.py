@@ -27,12 +27,16 @@ _decoder = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 class TcpDataPlane:
     """One PULL socket for everything that arrives, one PUSH socket a peer."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, keys: MemberKeys) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], address: str, keys: MemberKeys, device: torch.device
+    ) -> None:
         """`address` is `tcp://host:*` or with a port; the bound one is in `self.address`.
 
-        `context` must have no other plane: it takes one checker of keys.
+        `context` must have no other plane: it takes one checker of keys. Tensors are received on
+        `device`.
         """
         self._context = context
+        self._device = device
         self._keys = keys
         self._doorkeeper = ThreadAuthenticator(context)
         self._doorkeeper.start()
@@ -64,7 +68,9 @@ class TcpDataPlane:
             raise InternalError(f"instance {peer} is not connected")
         specs = tuple(TensorSpec.of(t) for t in tensors)
         frames: list[Any] = [header, _encoder.encode(specs)]
-        frames += [t.flatten().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]
+        frames += [
+            t.flatten().contiguous().view(torch.uint8).cpu().numpy().tobytes() for t in tensors
+        ]
         self._outboxes[peer][1].send_multipart(frames, copy=False)
 
     def room(self, peer: int) -> int:  # noqa: ARG002
@@ -75,7 +81,7 @@ class TcpDataPlane:
             return None
         header, specs, *frames = self._inbox.recv_multipart(copy=False)
         tensors = [
-            _tensor(spec, frame)
+            _tensor(spec, frame).to(self._device)
             for spec, frame in zip(_decoder.decode(specs.buffer), frames, strict=True)
         ]
         return Packet(header.bytes, tensors)
