@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -212,6 +213,10 @@ class Supervisor:
             while time.monotonic() < deadline and not self._fleet.wait(_POLL_S):
                 if self._stopping > 1:
                     break
+            if self._router is not None:
+                # Answers of servers that are not ours may still be under way.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._router.wait(max(0.0, deadline - time.monotonic()))
             kill_descendants()
             self._fleet.reap()
             if self._router is not None:

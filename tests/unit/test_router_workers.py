@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -217,11 +219,17 @@ def test_who_is_to_leave_has_to_be_known(idle_router: RouterCluster) -> None:
     assert idle_router.get("/workers").json["stats"] == {"total": 2, "healthy": 2}
 
 
-def test_a_router_alone_is_launched_without_sglang(plain: MockWorker) -> None:
-    port = free_port()
-    words = ("--num-instances", "0", "--port", str(port), "--api-key", "k")
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def launched(port: int, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The launcher of a router without instances, once that is ready."""
+    flags = ("--num-instances", "0", "--port", str(port), *words)
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "kunserve_sglang.launch_server", *words],
+        [sys.executable, "-m", "kunserve_sglang.launch_server", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -229,6 +237,15 @@ def test_a_router_alone_is_launched_without_sglang(plain: MockWorker) -> None:
         assert launcher.stdout is not None
         line = launcher.stdout.readline().decode()
         assert line.startswith(f"KunServe is ready: http://127.0.0.1:{port} ")
+        yield launcher
+    finally:
+        launcher.kill()
+        launcher.communicate()
+
+
+def test_a_router_alone_is_launched_without_sglang(plain: MockWorker) -> None:
+    port = free_port()
+    with launched(port, "--api-key", "k") as launcher:
         client = Client(port)
         key = {"Authorization": "Bearer k"}
         assert json.loads(client.get("/kunserve/status").body)["instances"] == []
@@ -237,9 +254,26 @@ def test_a_router_alone_is_launched_without_sglang(plain: MockWorker) -> None:
         launcher.send_signal(signal.SIGTERM)
         launcher.communicate(timeout=20)
         assert launcher.returncode == 0
-    finally:
-        launcher.kill()
-        launcher.communicate()
+
+
+def test_a_router_alone_that_is_stopped_finishes_its_answers(plain: MockWorker) -> None:
+    port = free_port()
+    with launched(port) as launcher:
+        client = Client(port)
+        add(client, plain)
+        connection = client.open("POST", "/generate", {"stream": True})
+        until(lambda: plain.streams)
+        plain.emit(b"data: 1\n\n")
+        response = connection.getresponse()
+        assert response.read1(100) == b"data: 1\n\n"
+        launcher.send_signal(signal.SIGTERM)
+        until(lambda: not listens(port))
+        plain.emit(b"data: 2\n\n")
+        plain.finish()
+        assert response.read() == b"data: 2\n\n"
+        connection.close()
+        launcher.communicate(timeout=20)
+        assert launcher.returncode == 0
 
 
 def test_flags_for_no_instance_are_refused() -> None:
