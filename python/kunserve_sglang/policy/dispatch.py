@@ -125,9 +125,11 @@ def _pools(candidates: Sequence[Candidate]) -> list[Pool]:
     groups: dict[int, Pool] = {}
     pools = []
     for candidate in candidates:
-        alone = candidate.group is None
-        pool = Pool() if alone else groups.setdefault(candidate.group or 0, Pool())
-        pool.add(candidate)
+        if candidate.group is None:
+            pool = Pool(1, candidate.batch, candidate.demand, candidate.capacity)
+        else:
+            pool = groups.setdefault(candidate.group, Pool())
+            pool.add(candidate)
         pools.append(pool)
     return pools
 

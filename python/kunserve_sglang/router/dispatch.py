@@ -146,6 +146,5 @@ class Dispatcher:
 
         The record knows of `known` requests, so it misses the latest of those under way.
         """
-        sent = self._sent.get(instance.number, {})
-        missing = max(0, len(sent) - known)
-        return list(itertools.islice(reversed(sent.values()), missing))
+        sent = list(self._sent.get(instance.number, {}).values())
+        return sent[known:]

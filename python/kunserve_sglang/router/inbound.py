@@ -342,10 +342,10 @@ class ClientConnection(asyncio.Protocol):
         self.quiet_since = float("inf")
         task = self._server.loop.create_task(self._server.handler(exchange))
         self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
         task.add_done_callback(lambda task: self._handled(exchange, task))
 
     def _handled(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
+        self._server.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s failed", exchange.scope["path"], exc_info=error)
         if not exchange.ended and not exchange.gone:

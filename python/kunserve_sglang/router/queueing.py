@@ -167,7 +167,7 @@ class RequestQueue:
     async def _turn(self, priority: int) -> None:
         if not self._line and self._free() > 0:
             return
-        if not any(True for _ in self._available()):
+        if not self._available():
             return  # there is nobody to wait for, and the proxy says so
         if self._stopping:
             raise self._turned_away(Shed.STOPPING)
@@ -202,14 +202,14 @@ class RequestQueue:
 
     def _free(self) -> float:
         """For how many more requests there is room, besides those that are just leaving."""
-        return sum(max(0, self._room(i)) for i in self._available()) - self._leaving
+        return sum([max(0, self._room(i)) for i in self._available()]) - self._leaving
 
     def _room(self, instance: Instance) -> float:
         load = instance.status.load if instance.status else None
         return in_flight_limit(self._given_limit, load, instance.capacity) - instance.in_flight
 
-    def _available(self) -> Iterable[Instance]:
-        return (i for i in self._registry.instances.values() if i.available)
+    def _available(self) -> list[Instance]:
+        return [i for i in self._registry.instances.values() if i.available]
 
 
 def read_priority(headers: Iterable[tuple[bytes, bytes]]) -> int:

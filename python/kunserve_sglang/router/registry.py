@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from kunserve_sglang.messages import Hello, Mode, Status
 from kunserve_sglang.policy.state import ClusterState, InstanceState
@@ -63,13 +64,16 @@ class Instance:
     @property
     def available(self) -> bool:
         """Whether it can take requests."""
-        return self.alive and not self.draining
+        return self.serving and not self.lost and not self.draining
 
     @property
     def idle(self) -> bool:
         """Whether it has no request, neither from us nor, as far as it says, from others."""
         load = self.status.load if self.status else None
         return not self.in_flight and (load is None or not load.running + load.waiting)
+
+
+_by_number = attrgetter("number")
 
 
 class Registry:
@@ -156,7 +160,7 @@ class Registry:
 
     def available(self) -> list[Instance]:
         """Instances that can take requests, by number."""
-        return sorted((i for i in self.instances.values() if i.available), key=lambda i: i.number)
+        return sorted([i for i in self.instances.values() if i.available], key=_by_number)
 
     def snapshot(self, *, draining: bool = False) -> ClusterState:
         """The cluster for the policies: every live instance that has reported.
