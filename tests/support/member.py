@@ -27,7 +27,6 @@ from sglang.srt.managers.io_struct import (
     PauseGenerationReqInput,
     TokenizedGenerateReqInput,
 )
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -38,6 +37,7 @@ from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.policy.blocks import block_hashes
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from tests.support.census import whereabouts
 
 STALL_S = 60.0
 
@@ -105,16 +105,20 @@ class Member:
         self.scheduler._war_barrier_enabled = False
         self.scheduler.result_queue = deque()
         self.scheduler.run_batch = self._run_batch
+        self.scheduler.ipc_channels.send_to_tokenizer.send_output = self._forgotten
         self.requests: dict[str, Any] = {}
+        self._to_abort: set[str] = set()
+        self._aborted: set[str] = set()
         self.largest_slot = 0
         self.retracted = 0
 
     def play(self, script: list[tuple[int, Action]], link: Connection) -> dict[str, Output]:
         """Run the script to its end and until all requests are finished."""
-        self.requests.clear()
+        for of_last_script in (self.requests, self._to_abort, self._aborted):
+            of_last_script.clear()
         self._flush()
         pending, step, progress = list(script), 0, time.monotonic()
-        while pending or not all(r.finished() for r in self.requests.values()):
+        while pending or self._unanswered():
             while pending and pending[0][0] <= step:
                 self._act(pending.pop(0)[1], link)
             if self._step():
@@ -123,11 +127,32 @@ class Member:
                 step = pending[0][0]
             if time.monotonic() - progress > STALL_S:
                 raise TimeoutError(f"no step for {STALL_S} s at step {step}: {self._state()}")
+            self._find_all()
         self.retracted += sum(r.retraction_count for r in self.requests.values())
         return {
-            rid: Output(tuple(r.output_ids), r.finished_reason.to_json()["type"], r.cached_tokens)
+            rid: Output(tuple(r.output_ids), self._end(r), r.cached_tokens)
             for rid, r in self.requests.items()
         }
+
+    def _end(self, request: Any) -> str:
+        if request.rid in self._aborted:
+            return "abort"
+        reason: str = request.finished_reason.to_json()["type"]
+        return reason
+
+    def _unanswered(self) -> set[str]:
+        return {rid for rid, r in self.requests.items() if not r.finished()} - self._aborted
+
+    def _find_all(self) -> None:
+        """Raises when the scheduler has lost a request, or has one twice."""
+        places, unanswered = whereabouts(self.scheduler), self._unanswered()
+        amiss = {
+            rid: found
+            for rid in self.requests
+            if len(found := places.get(rid, [])) != (rid in unanswered)
+        }
+        if amiss:
+            raise AssertionError(f"requests and where they are: {amiss}; {self._state()}")
 
     def _state(self) -> str:
         s = self.scheduler
@@ -139,7 +164,7 @@ class Member:
             f"ready {[r.rid for r in ready.reqs]}, in flight {len(flights)}, "
             f"free {s.token_to_kv_pool_allocator.available_size()} of "
             f"{s.token_to_kv_pool_allocator.size}, cached {s.tree_cache.evictable_size()}, "
-            f"unfinished {[r.rid for r in self.requests.values() if not r.finished()]}"
+            f"unanswered {sorted(self._unanswered())}"
         )
 
     def hold_pieces(self, hold: bool) -> None:
@@ -191,11 +216,18 @@ class Member:
         s.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
 
     def _abort(self, rid: str) -> None:
-        request = self.requests.get(rid)
-        if request in self.scheduler.waiting_queue and not request.output_ids:
-            # SGLang forgets a request that has not started without marking it finished.
-            request.finished_reason = FINISH_ABORT()
+        self._to_abort.add(rid)
         self.scheduler.abort_request(AbortReq(rid=rid))
+
+    def _forgotten(self, answer: Any, *_: Any) -> None:
+        """SGLang's only word about a request that it forgets between two steps.
+
+        It may have waited for its first step or, retracted, for another one.
+        """
+        if isinstance(answer, AbortReq):
+            if answer.rid not in self._to_abort:
+                raise AssertionError(f"given up: {answer}; {self._state()}")
+            self._aborted.add(answer.rid)
 
     def _gate(self, gate: Gate, link: Connection) -> None:
         link.send(("gate", gate.name))

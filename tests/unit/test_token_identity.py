@@ -17,7 +17,7 @@ from kunserve_sglang.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.events import Event, Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
-from tests.support.member import Gate, Output, Pause
+from tests.support.member import AbortRequest, Gate, Output, Pause
 from tests.support.schedules import Script, random_scripts, request
 
 PAGE = 4096
@@ -222,6 +222,25 @@ def test_a_pause_while_cooperating(pair: ScriptedCluster, mode: str) -> None:
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
     for wants, have in zip(expected, got, strict=True):
         assert all(_same(want, have[rid]) for rid, want in wants.items())
+
+
+@pytest.mark.parametrize("cooperating", [False, True])
+def test_a_retracted_request_is_aborted_while_it_waits(
+    pair: ScriptedCluster, cooperating: bool
+) -> None:
+    """It has produced tokens, yet no step ends it: SGLang takes it out of its queue."""
+    rng = random.Random(5)
+    script: Script = [(0, request(rng, rid, 40, 25)) for rid in ("leaves", "stays")]
+    (expected,) = pair.play([script, []])[:1]
+    if cooperating:
+        assert pair.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+    got, _ = pair.play([[*script, (5, Pause("retract")), (5, AbortRequest("leaves"))], []])
+    if cooperating:
+        assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+    assert got["leaves"].reason == "abort"
+    assert 0 < len(got["leaves"].tokens) < len(expected["leaves"].tokens)
+    assert _same(expected["leaves"], got["leaves"])
+    assert got["stays"].tokens == expected["stays"].tokens
 
 
 FOUR_GATES = (
