@@ -243,6 +243,30 @@ def test_a_retracted_request_is_aborted_while_it_waits(
     assert got["stays"].tokens == expected["stays"].tokens
 
 
+def test_who_waits_for_a_prompt_in_chunks_goes_on_when_it_is_aborted(
+    pair: ScriptedCluster,
+) -> None:
+    """Nobody runs whose end would make SGLang look again whether there is room.
+
+    Both owners do the same, so that neither gets slots of the other, which would be a reason to
+    look again as well.
+    """
+    assert pair.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+    capacity = pair.status()[0]["slots"]["capacity"]
+    rng = random.Random(6)
+    output = capacity - 130
+    script: Script = [
+        (0, request(rng, "long", 300, 5)),
+        (1, request(rng, "waits", 100, output)),
+        (3, AbortRequest("long")),
+    ]
+    for got in pair.play([script, script]):
+        assert got["long"].reason == "abort"
+        assert len(got["waits"].tokens) == output
+    pair.wait_until(lambda instances: all(i["slots"]["used"] == 0 for i in instances))
+    assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+
+
 FOUR_GATES = (
     "drop 0,1",
     "drop 2,3",

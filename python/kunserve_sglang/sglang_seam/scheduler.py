@@ -146,7 +146,11 @@ class KunServeScheduler(upstream.Scheduler):
 
     def before_next_batch(self, running: Any) -> None:
         """What SGLang does before it looks for the next batch."""
+        chunked = self.chunked_req
         self.process_pending_chunked_abort()
+        if self.chunked_req is not chunked:
+            # Its slots are free; SGLang's own loops notice as they merge the last chunk's batch.
+            running.batch_is_full = False
         self._abort_on_waiting_timeout()
         self._abort_on_running_timeout(running)
         chunked = self.chunked_req
