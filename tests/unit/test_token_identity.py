@@ -22,6 +22,13 @@ from tests.support.schedules import Script, random_scripts, request
 
 PAGE = 4096
 PAIR_GATES = ("drop 0,1", "restore 0,1", "drop 0,1", "restore 0,1")
+SEEDS = range(24)
+
+
+@pytest.fixture(scope="module")
+def played() -> set[int]:
+    """The seeds whose schedules `pair` has played."""
+    return set()
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +108,11 @@ def _same(want: Output, have: Output) -> bool:
     return want.tokens == have.tokens and want.reason == have.reason
 
 
-@pytest.mark.parametrize("seed", range(24), ids=lambda s: f"seed-{s}")
-def test_two_cycles_in_a_random_schedule(pair: ScriptedCluster, seed: int) -> None:
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda s: f"seed-{s}")
+def test_two_cycles_in_a_random_schedule(
+    pair: ScriptedCluster, played: set[int], seed: int
+) -> None:
+    played.add(seed)
     scripts = random_scripts(seed, 2, PAIR_GATES)
     events, differences = _play(pair, scripts, standing=seed % 4 == 0)
     assert differences == []
@@ -164,8 +174,10 @@ def test_a_restore_is_given_up_when_demand_returns(pair: ScriptedCluster) -> Non
         assert all(_same(want, later[rid]) for rid, want in wants.items())
 
 
-def test_pressure_was_real(pair: ScriptedCluster) -> None:
+def test_pressure_was_real(pair: ScriptedCluster, played: set[int]) -> None:
     """The schedules above would prove little had memory never been short."""
+    if missing := set(SEEDS) - played:
+        pytest.skip(f"{len(missing)} of {len(SEEDS)} schedules were not played in this session")
     numbers = [pair.numbers(member) for member in (0, 1)]
     assert max(slot for slot, _ in numbers) > pair.capacities[0]
     assert sum(retracted for _, retracted in numbers) > 0
