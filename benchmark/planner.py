@@ -29,7 +29,12 @@ from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.policy.cuts import best_cut
-from kunserve_sglang.policy.monitor import DropNeeded, OverloadMonitor, Thresholds
+from kunserve_sglang.policy.monitor import (
+    DropNeeded,
+    OverloadMonitor,
+    RestorePossible,
+    Thresholds,
+)
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.state import ClusterState
 
@@ -255,8 +260,12 @@ def settle(level: float, chance: random.Random, seconds: int = 600) -> Row:
         try:
             if isinstance(need, DropNeeded):
                 plan = drop(state, need.tokens)
+            elif isinstance(need, RestorePossible):
+                plan = plan_restore(
+                    state, epoch=1, reason="", instances=need.instances, stages=need.stages
+                )
             else:
-                plan = plan_restore(state, epoch=1, reason="", instances=need.instances)
+                continue
         except NoPlan:
             continue
         state = carried_out(state, plan)

@@ -157,14 +157,16 @@ class ScriptedCluster:
         """Run a transition to its end; returns the event record."""
         return self.begin(kind, instances).result(READY_S)
 
-    def begin(self, kind: TransitionKind, instances: list[int] | None = None) -> Future[Event]:
+    def begin(
+        self, kind: TransitionKind, instances: list[int] | None = None, stages: int = 1
+    ) -> Future[Event]:
         """Start a transition, as soon as none runs that shares slots anew."""
 
         async def work(plane: ControlPlane) -> Event:
             async with asyncio.timeout(READY_S):
                 while True:
                     try:
-                        return await plane.transition(kind, instances=instances)
+                        return await plane.transition(kind, instances=instances, stages=stages)
                     except TransitionRunning:
                         await asyncio.sleep(0.01)
 

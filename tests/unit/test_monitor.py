@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,7 +136,9 @@ def test_groups_come_back_one_after_the_other() -> None:
         need = monitor.observe(float(second), state)
         if isinstance(need, RestorePossible):
             order.append(need.instances)
-            plan = plan_restore(state, epoch=9, reason="", instances=need.instances)
+            plan = plan_restore(
+                state, epoch=9, reason="", instances=need.instances, stages=need.stages
+            )
             state = carried_out(state, plan)
             monitor.transition_ended(float(second), TransitionKind.RESTORE)
     assert order == [(2, 3), (4, 5), (0, 1)]
@@ -146,6 +149,44 @@ def test_groups_come_back_one_after_the_other() -> None:
     need = monitor.observe(2.0, many)
     assert isinstance(need, RestorePossible)
     assert len(need.instances) == 4
+
+
+def test_a_group_comes_back_as_far_as_demand_allows() -> None:
+    """Too much for full replicas, little for pairs: pairs until demand has fallen further."""
+    monitor = OverloadMonitor(Thresholds(restore_hold_s=1))
+    start = cluster(4)
+    plan = plan_drop(start, epoch=1, reason="", max_group_size=8, instances=[0, 1, 2, 3])
+    state = carried_out(start, plan)
+    done = []
+    for second, share in enumerate([1.5] * 4 + [0.65] * 6 + [0.2] * 10):
+        state = loaded(state, share, waiting=0)
+        need = monitor.observe(float(second), state)
+        if isinstance(need, RestorePossible):
+            done.append((second, need.stages, need.instances, need.reason))
+            plan = plan_restore(
+                state, epoch=9, reason="", instances=need.instances, stages=need.stages
+            )
+            state = carried_out(state, plan)
+            monitor.transition_ended(float(second), TransitionKind.RESTORE)
+    assert [(stages, len(instances)) for _, stages, instances, _ in done] == [
+        (2, 4),
+        (1, 2),
+        (1, 2),
+    ]
+    assert 4 < done[0][0] < 10 <= done[1][0]
+    assert "below 50% of the capacity in groups of 2" in done[0][3]
+    assert "below 50% of full-replica capacity" in done[1][3]
+
+
+def test_a_request_too_large_for_a_replica_keeps_its_group() -> None:
+    """However little else there is to do: it could not even end."""
+    monitor = OverloadMonitor(Thresholds(restore_hold_s=0))
+    state = loaded(pair(), 0.1, waiting=0)
+    first, second = state.instances
+    load = msgspec.structs.replace(first.load, largest=first.full_capacity + 1)
+    large = msgspec.structs.replace(first, load=load)
+    assert monitor.observe(0.0, ClusterState(instances=(large, second))) is None
+    assert isinstance(monitor.observe(1.0, state), RestorePossible)
 
 
 def test_a_restore_that_came_too_early_makes_the_next_wait_longer() -> None:
@@ -191,7 +232,9 @@ def drive(demands: Iterable[tuple[float, float]], size: int) -> list[tuple[float
             if isinstance(need, DropNeeded):
                 plan = plan_drop(state, epoch=1, reason="", max_group_size=8, tokens=need.tokens)
             else:
-                plan = plan_restore(state, epoch=1, reason="", instances=need.instances)
+                plan = plan_restore(
+                    state, epoch=1, reason="", instances=need.instances, stages=need.stages
+                )
         except NoPlan:
             continue
         state = carried_out(state, plan)

@@ -14,7 +14,7 @@ from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.policy.cost_model import CostModel
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
-from kunserve_sglang.policy.restoring import cheapest_first
+from kunserve_sglang.policy.restoring import RestoreCost, cheapest_first, split, splits
 from kunserve_sglang.policy.state import ClusterState
 from tests.support.clusters import alone, carried_out, cluster, profile, with_load
 
@@ -197,6 +197,11 @@ def test_a_plan_says_what_it_was_made_from() -> None:
     assert all_four.slots == gained(found)
 
 
+def costs(state: ClusterState) -> list[RestoreCost]:
+    """Of splitting each group into full replicas, cheapest first."""
+    return cheapest_first(state, [split(state, g, 1) for g in state.groups() if g.cooperative])
+
+
 def test_the_cheapest_split_is_of_the_group_with_the_least_to_lose() -> None:
     state = drop(drop(cluster(4), None, 0, 1), None, 2, 3)
     busy = {0: 900, 1: 100, 2: 500, 3: 100}
@@ -205,7 +210,7 @@ def test_the_cheapest_split_is_of_the_group_with_the_least_to_lose() -> None:
             with_load(s, used=busy[s.instance], demand=busy[s.instance]) for s in state.instances
         )
     )
-    first, second = cheapest_first(state, state.groups())
+    first, second = costs(state)
     assert (set(first.group.ids), set(second.group.ids)) == ({2, 3}, {0, 1})
     assert first.lost == second.lost
     assert first.moved == 300
@@ -218,7 +223,58 @@ def test_the_cheapest_split_is_of_the_group_with_the_least_to_lose() -> None:
 def test_longer_pipelines_are_split_first() -> None:
     """As empty as the others, and every request gets rid of more stages."""
     state = drop(drop(cluster(6), None, 0, 1), None, 2, 3, 4, 5)
-    assert len(cheapest_first(state, state.groups())[0].group.members) == 4
+    assert len(costs(state)[0].group.members) == 4
+
+
+def test_a_group_of_four_becomes_two_pairs_and_each_member_keeps_its_layers() -> None:
+    four = drop(drop(cluster(4), copies(2)), 1)
+    (group,) = four.groups()
+    plan = plan_restore(four, epoch=9, reason="", stages=2)
+    pairs = carried_out(four, plan)
+    assert sizes(pairs) == [2, 2]
+    for pair in plan.transition.after:
+        assert pair.epoch == 9
+        assert pair.covers(30)
+        assert all(group.member(m.instance).layers.within(m.layers) for m in pair.members)
+    again = drop(cluster(4), copies(2))
+    assert pairs.capacity == plan.capacity_after == again.capacity
+    assert [(c.what, c.chosen) for c in plan.decision.choices] == [
+        ("split 0, 1, 2, 3 into groups of 2", True),
+        ("split 0, 1, 2, 3", False),
+    ]
+    assert plan.decision.choices[0].slots == pairs.capacity - four.capacity
+    assert sizes(carried_out(pairs, plan_restore(pairs, epoch=10, reason=""))) == [1] * 4
+    with pytest.raises(NoPlan, match="in place already"):
+        plan_restore(pairs, epoch=10, reason="", stages=2)
+
+
+def test_a_split_into_pairs_moves_only_the_kv_of_layers_that_change_hands() -> None:
+    state = drop(drop(cluster(4), copies(2)), 1)
+    state = ClusterState(
+        instances=tuple(with_load(s, used=300, demand=300) for s in state.instances)
+    )
+    (group,) = state.groups()
+    whole, pairs = cheapest_first(state, splits(state, group))[::-1]
+    assert (whole.split.stages, pairs.split.stages) == (1, 2)
+    assert (whole.stages, pairs.stages) == (12, 8)
+    assert (whole.moved, pairs.moved) == (900, 600)
+    assert pairs.pressure < whole.pressure
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_splits_go_from_full_replicas_to_two_parts(size: int) -> None:
+    state = drop(cluster(size), None, *range(size))
+    (group,) = state.groups()
+    found = list(splits(state, group))
+    lengths = [sorted(len(p.members) for p in s.parts) for s in found]
+    assert lengths[0] == [1] * size
+    assert len(lengths[-1]) == 2 or size == 2
+    for each in found:
+        assert sorted(i for p in each.parts for i in p.ids) == list(range(size))
+        assert max(len(p.members) for p in each.parts) <= each.stages
+        assert all(p.covers(30) for p in each.parts)
+    capacities = [sum(m.capacity for p in s.parts for m in p.members) for s in found]
+    assert capacities == sorted(capacities)
 
 
 def test_members_that_disagree_on_their_group_are_left_alone() -> None:
@@ -325,7 +381,17 @@ def test_any_sequence_of_drops_keeps_the_invariants(
         assert plan.freed_bytes > 0
         state = carried_out(state, plan)
         assert sorted(i for g in state.groups() for i in g.ids) == list(range(size))
-    if any(g.cooperative for g in state.groups()):
-        plan = plan_restore(state, epoch=99, reason="")
-        assert carried_out(state, plan).groups()[0].members[0].layers.hi == layers
-        assert carried_out(state, plan).capacity == first.capacity
+    for stages in (4, 2, 1):
+        if all(len(g.members) <= stages for g in state.groups()):
+            continue
+        plan = plan_restore(state, epoch=99, reason="", stages=stages)
+        for group in plan.transition.after:
+            assert group.covers(layers)
+            assert len(group.members) <= stages
+            for m in group.members:
+                assert m.capacity <= memory.capacity(m.layers, len(group.members))
+        assert plan.capacity_after < plan.capacity_before
+        state = carried_out(state, plan)
+        assert sorted(i for g in state.groups() for i in g.ids) == list(range(size))
+    assert all(g.members[0].layers.hi == layers for g in state.groups())
+    assert state.capacity == first.capacity

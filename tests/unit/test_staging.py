@@ -107,13 +107,19 @@ def test_a_rebalance_is_one_step() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(2, 6), st.integers(4200, 9000), st.integers(0, 400), st.integers(1, 20_000))
-def test_every_step_fits(size: int, pages: int, held: int, tokens: int) -> None:
+@given(
+    st.integers(2, 6),
+    st.integers(4200, 9000),
+    st.integers(0, 400),
+    st.integers(1, 60_000),
+    st.sampled_from([1, 2, 4]),
+)
+def test_every_step_fits(size: int, pages: int, held: int, tokens: int, stages: int) -> None:
     state = cluster(size, memory=profile(pages=pages))
     try:
         plan = drop(state, tokens=tokens)
         group = used(carried_out(state, plan), held)
-        back = staged(plan_restore(group, epoch=20, reason=""), group)
+        back = staged(plan_restore(group, epoch=20, reason="", stages=stages), group)
     except NoPlan:
         return
     for each, start in ((plan, state), (back, group)):

@@ -82,9 +82,9 @@ def _play(
 
     def at_gate(name: str) -> None:
         wait()
-        kind, instances = name.split()
+        kind, instances, *stages = name.split()
         numbers = [int(i) for i in instances.split(",")]
-        running.append(cluster.begin(TransitionKind(kind), numbers))
+        running.append(cluster.begin(TransitionKind(kind), numbers, *map(int, stages)))
         if standing:
             wait()
 
@@ -283,9 +283,12 @@ FOUR_GATES = (
     "drop 0,1",
     "drop 2,3",
     "drop 0,2",
+    "restore 0,1,2,3 2",
+    "drop 0,1,2,3",
     "restore 0,1,2,3",
     "drop 1,3",
     "drop 0,1",
+    "restore 0,1,3 2",
     "restore 0,1,3",
 )
 
@@ -293,7 +296,7 @@ FOUR_GATES = (
 def test_four_instances_merge_step_by_step(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """1+1, 2+2 and 1+2 merges, and whole groups back; every member always decodes."""
+    """1+1, 2+2 and 1+2 merges, and groups back, to smaller groups or at once."""
     with _cluster(tmp_path_factory.mktemp("four"), 4, tiny_model) as cluster:
         for seed in (100, 101, 102):
             events, differences = _play(cluster, random_scripts(seed, 4, FOUR_GATES))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import TransitionKind
-from kunserve_sglang.policy.restoring import cheapest_first
+from kunserve_sglang.policy.restoring import Split, cheapest_first, splits
 from kunserve_sglang.policy.shares import SkewedGroup, skewed
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.policy.trend import Trend
@@ -52,12 +51,14 @@ class DropNeeded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RestorePossible(msgspec.Struct, frozen=True, kw_only=True):
-    """The groups of `instances` would fit their full-replica capacity with room to spare.
+    """The groups of `instances` would fit pipelines of at most `stages` with room to spare.
 
-    These are the ones whose split costs least; others may follow once they are split.
+    With one stage, full replicas. These are the groups whose split costs least; others may follow
+    once they are split.
     """
 
     instances: tuple[int, ...]
+    stages: int
     reason: str
 
 
@@ -84,7 +85,7 @@ class OverloadMonitor:
         self._outlooks: dict[int, _Outlook] = {}
         self._overloaded_since: float | None = None
         self._skewed_since: float | None = None
-        self._idle_since: dict[tuple[int, ...], float] = {}
+        self._idle_since: dict[tuple[tuple[int, ...], int], float] = {}
         self._last_drop = float("-inf")
         self._last_restore = float("-inf")
         self._patience = 1
@@ -163,31 +164,44 @@ class OverloadMonitor:
         return 0
 
     def _recovery(self, now: float, state: ClusterState) -> RestorePossible | None:
-        ready: list[Layout] = []
-        for group in state.groups():
-            if not group.cooperative or not self._fits(state, group):
-                self._idle_since.pop(group.ids, None)
-                continue
-            since = self._idle_since.setdefault(group.ids, now)
-            if now - since >= self.thresholds.restore_hold_s:
-                ready.append(group)
+        ready = list(self._ready(now, state))
         if not ready or now - self._last_drop < self.cooldown_s:
             return None
-        chosen = cheapest_first(state, ready)[: max(1, len(ready) // _AT_ONCE)]
-        instances = tuple(sorted(i for cost in chosen for i in cost.group.ids))
+        cheapest = cheapest_first(state, ready)[: max(1, len(ready) // _AT_ONCE)]
+        stages = cheapest[0].split.stages
+        chosen = [cost.group for cost in cheapest if cost.split.stages == stages]
+        instances = tuple(sorted(i for group in chosen for i in group.ids))
+        left = "full-replica capacity" if stages == 1 else f"the capacity in groups of {stages}"
         more = f"; of {len(ready)} groups these cost least to split" if len(ready) > 1 else ""
         return RestorePossible(
             instances=instances,
+            stages=stages,
             reason=f"demand on instances {_named(instances)} is below "
-            f"{self.thresholds.restore:.0%} of full-replica capacity{more}",
+            f"{self.thresholds.restore:.0%} of {left}{more}",
         )
 
-    def _fits(self, state: ClusterState, group: Layout) -> bool:
-        for number in group.ids:
-            member = state.instance(number)
-            demand = self._outlooks[number].demand.peak(self.thresholds.lead_s)
-            if demand >= self.thresholds.restore * member.full_capacity:
-                return False
+    def _ready(self, now: float, state: ClusterState) -> Iterator[Split]:
+        """Of each group the split into the shortest pipelines that fit for long enough by now."""
+        for group in state.groups():
+            lasting = [s for s in splits(state, group) if self._lasts(now, state, s)]
+            yield from lasting[:1]
+
+    def _lasts(self, now: float, state: ClusterState, wanted: Split) -> bool:
+        key = wanted.group.ids, wanted.stages
+        if not self._fits(state, wanted):
+            self._idle_since.pop(key, None)
+            return False
+        return now - self._idle_since.setdefault(key, now) >= self.thresholds.restore_hold_s
+
+    def _fits(self, state: ClusterState, wanted: Split) -> bool:
+        """Every owner would need less than its share of its part, and find it large enough."""
+        for part in wanted.parts:
+            for member in part.members:
+                demand = self._outlooks[member.instance].demand.peak(self.thresholds.lead_s)
+                if demand >= self.thresholds.restore * member.capacity:
+                    return False
+                if state.instance(member.instance).load.largest > member.capacity:
+                    return False
         return True
 
 

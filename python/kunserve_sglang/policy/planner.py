@@ -10,13 +10,13 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from kunserve_sglang.layout import LayerRange, Layout, Member
+from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
-from kunserve_sglang.policy.restoring import RestoreCost, cheapest_first
+from kunserve_sglang.policy.restoring import RestoreCost, cheapest_first, split, splits
 from kunserve_sglang.policy.search import Change, DropSearch, merged, slots
 from kunserve_sglang.policy.shapes import Shapes
-from kunserve_sglang.policy.state import ClusterState, InstanceState
+from kunserve_sglang.policy.state import ClusterState
 
 __all__ = ["NoPlan", "Plan", "merge", "plan_drop", "plan_restore"]
 
@@ -82,30 +82,30 @@ def plan_restore(
     epoch: int,
     reason: str,
     instances: Collection[int] | None = None,
+    stages: int = 1,
 ) -> Plan:
-    """Split groups back into full replicas: those of `instances`, or all.
+    """Split the groups of `instances`, or all, so that no pipeline has more than `stages` stages.
 
-    Raises `NoPlan` if there is nothing to split, or if an owner holds more than would fit.
+    With 1, into full replicas. Raises `NoPlan` if there is nothing to split, or if an owner holds
+    more than would fit.
     """
     cooperative = [g for g in state.groups() if g.cooperative]
-    if instances is None:
-        groups = cooperative
-    else:
-        groups = [g for g in _groups_of(state, instances) if g.cooperative]
+    named = cooperative if instances is None else _groups_of(state, instances)
+    groups = [g for g in named if len(g.members) > stages]
     if not groups:
         raise NoPlan("all parameters are in place already")
-    after = [_alone(state.instance(i), epoch) for group in groups for i in group.ids]
-    for layout in after:
-        owner = state.instance(layout.ids[0])
+    after = [part for g in groups for part in split(state, g, stages, epoch).parts]
+    for member in (m for part in after for m in part.members):
+        owner = state.instance(member.instance)
         needed = max(owner.load.slots.used, owner.load.largest)
-        if needed > layout.members[0].capacity:
+        if needed > member.capacity:
             raise NoPlan(
                 f"requests on instance {owner.instance} need {needed} slots, "
-                f"only {layout.members[0].capacity} would be left"
+                f"only {member.capacity} would be left"
             )
     decision = Decision(
         inputs={"demand": state.demand, "capacity": state.capacity, "groups": len(cooperative)},
-        choices=_splits(cheapest_first(state, cooperative), {g.ids for g in groups}),
+        choices=_compared(state, cooperative, {g.ids for g in groups}, stages),
     )
     return _plan(TransitionKind.RESTORE, epoch, reason, Change(groups, after, 0), decision)
 
@@ -119,24 +119,35 @@ def merge(state: ClusterState, groups: Sequence[Layout], epoch: int) -> Layout:
     return merged(state, shapes, groups, shapes.together(groups), epoch)
 
 
-def _splits(
-    costs: Sequence[RestoreCost], chosen: Collection[tuple[int, ...]]
+def _compared(
+    state: ClusterState,
+    groups: Sequence[Layout],
+    chosen: Collection[tuple[int, ...]],
+    stages: int,
 ) -> tuple[Choice, ...]:
-    """The cheapest groups, and all that are chosen as far as there is room."""
-    shown = sorted(costs, key=lambda c: c.group.ids not in chosen)[:MOST_CHOICES]
-    return tuple(
-        Choice(
-            what=f"split {', '.join(map(str, c.group.ids))}",
-            stages=len(c.group.members),
-            slots=-c.lost,
-            chosen=c.group.ids in chosen,
-            verdict=(
-                f"{'splits now' if c.group.ids in chosen else 'stays'}: "
-                f"would be {c.pressure:.0%} full, {c.moved} slots of KV to move"
-            ),
-            cost=c.slots_per_stage,
-        )
-        for c in shown
+    """The splits that are made and, as far as there is room, the cheapest of all others."""
+    made = [split(state, g, stages) for g in groups if g.ids in chosen]
+    shown = [_choice(cost, chosen=True) for cost in cheapest_first(state, made)]
+    if len(shown) < MOST_CHOICES:
+        others = [
+            s for g in groups for s in splits(state, g) if g.ids not in chosen or s.stages != stages
+        ]
+        shown += [_choice(cost, chosen=False) for cost in cheapest_first(state, others)]
+    return tuple(shown[:MOST_CHOICES])
+
+
+def _choice(cost: RestoreCost, *, chosen: bool) -> Choice:
+    into = f" into groups of {cost.split.stages}" if cost.split.stages > 1 else ""
+    return Choice(
+        what=f"split {', '.join(map(str, cost.group.ids))}{into}",
+        stages=len(cost.group.members),
+        slots=-cost.lost,
+        chosen=chosen,
+        verdict=(
+            f"{'splits now' if chosen else 'not now'}: "
+            f"would be {cost.pressure:.0%} full, {cost.moved} slots of KV to move"
+        ),
+        cost=cost.slots_per_stage,
     )
 
 
@@ -147,16 +158,6 @@ def _groups_of(state: ClusterState, instances: Collection[int]) -> list[Layout]:
     if missing:
         raise NoPlan(f"instances {sorted(missing)} are not available")
     return groups
-
-
-def _alone(owner: InstanceState, epoch: int) -> Layout:
-    member = Member(
-        instance=owner.instance,
-        layers=LayerRange(0, owner.layer_count),
-        capacity=owner.full_capacity,
-        address=owner.address,
-    )
-    return Layout(epoch=epoch, members=(member,))
 
 
 def _plan(

@@ -92,15 +92,21 @@ class ControlPlane:
         *,
         instances: Collection[int] | None = None,
         tokens: int | None = None,
+        stages: int = 1,
         reason: str = "asked for",
         epoch: int | None = None,
     ) -> Plan:
-        """What a transition would do now; changes nothing. Raises `NoPlan`."""
+        """What a transition would do now; changes nothing. Raises `NoPlan`.
+
+        `tokens` are for a drop, `stages` for a restore: see `policy.planner`.
+        """
         state = self.state()
         known = max((s.layout.epoch for s in state.instances), default=0)
         epoch = known + 1 if epoch is None else epoch
         if kind is TransitionKind.RESTORE:
-            return plan_restore(state, epoch=epoch, reason=reason, instances=instances)
+            return plan_restore(
+                state, epoch=epoch, reason=reason, instances=instances, stages=stages
+            )
         if kind is TransitionKind.REBALANCE:
             return plan_rebalance(state, epoch=epoch, reason=reason, instances=instances)
         return plan_drop(
@@ -119,6 +125,7 @@ class ControlPlane:
         *,
         instances: Collection[int] | None = None,
         tokens: int | None = None,
+        stages: int = 1,
         reason: str = "asked for",
     ) -> Event:
         """Run a drop, restore or rebalance to its end. Raises `NoPlan` or `TransitionRunning`."""
@@ -126,7 +133,14 @@ class ControlPlane:
         def make_plan() -> Plan:
             known = max((s.layout.epoch for s in self.registry.snapshot().instances), default=0)
             epoch = self.coordinator.next_epoch(known)
-            plan = self.plan(kind, instances=instances, tokens=tokens, reason=reason, epoch=epoch)
+            plan = self.plan(
+                kind,
+                instances=instances,
+                tokens=tokens,
+                stages=stages,
+                reason=reason,
+                epoch=epoch,
+            )
             if self.config.exchange is ExchangeMode.STOP:
                 return plan
             return staged(plan, self.registry.snapshot())
@@ -283,7 +297,11 @@ def _wanted(need: Need) -> dict[str, Any]:
         return {"kind": TransitionKind.DROP, "tokens": need.tokens}
     if isinstance(need, SkewedGroup):
         return {"kind": TransitionKind.REBALANCE, "instances": need.instances}
-    return {"kind": TransitionKind.RESTORE, "instances": need.instances}
+    return {
+        "kind": TransitionKind.RESTORE,
+        "instances": need.instances,
+        "stages": need.stages,
+    }
 
 
 def _describe(instance: Instance) -> InstanceStatus:

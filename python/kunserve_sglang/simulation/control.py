@@ -50,8 +50,17 @@ class Control:
                 tokens=need.tokens,
                 tpot_limit_ms=self._config.tpot_limit_ms,
             )
-        plan = plan_rebalance if isinstance(need, SkewedGroup) else plan_restore
-        return plan(state, epoch=self._epoch, reason=need.reason, instances=need.instances)
+        if isinstance(need, SkewedGroup):
+            return plan_rebalance(
+                state, epoch=self._epoch, reason=need.reason, instances=need.instances
+            )
+        return plan_restore(
+            state,
+            epoch=self._epoch,
+            reason=need.reason,
+            instances=need.instances,
+            stages=need.stages,
+        )
 
     def unwanted(self, plan: Plan, state: ClusterState) -> bool:
         """Whether a restore that has begun should be given up: its slots are needed after all."""
