@@ -28,6 +28,7 @@ from kunserve_sglang.messages import (
     Hello,
     Leave,
     Load,
+    Lost,
     Mode,
     Pages,
     Prepare,
@@ -230,7 +231,10 @@ class MockInstance:
         whole = Member(
             instance=number, layers=LayerRange(0, LAYERS), capacity=CAPACITY, address=f"d{number}"
         )
+        self._whole = whole
         self.layout = Layout(epoch=0, members=(whole,))
+        self.lost: list[Lost] = []
+        self.heeds_losses = True
         self._address = control_address
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._follows = False
@@ -271,10 +275,14 @@ class MockInstance:
         self._calls.put(lambda: self._cache(set(blocks)))
 
     def stop(self) -> None:
+        self.hang_up()
+        self.worker.stop()
+
+    def hang_up(self) -> None:
+        """End the control connection, and nothing else."""
         self._stopping.set()
         self._thread.join(10)
         assert not self._thread.is_alive()
-        self.worker.stop()
 
     def _capacity(self) -> int:
         return self.layout.member(self.number).capacity
@@ -350,6 +358,12 @@ class MockInstance:
             self._offered = next(g for g in after if self.number in g.ids)
             self._preparing = bool(message.transition.ahead) or message.transition.grows
             return self.on_prepare(message)
+        if isinstance(message, Lost):
+            self.lost.append(message)
+            if self.heeds_losses:
+                self.layout = Layout(epoch=message.epoch, members=(self._whole,))
+                self.set_load(0)
+            return None
         if isinstance(message, Leave):
             self.reporting = False
             return None

@@ -25,6 +25,7 @@ class Mode(StrEnum):
     PREPARING = "preparing"
     COOPERATIVE = "cooperative"
     RESTORING = "restoring"
+    RECOVERING = "recovering"
     DEAD = "dead"
 
 
@@ -228,6 +229,18 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     reason: str
 
 
+class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
+    """The group of layout `broken` has come apart: give it up and come back alone, as `epoch`.
+
+    `instances` are gone, or alone already. Needs no answer, and means nothing to a member that runs
+    by another layout; so it can be said again until the status shows that it was heard.
+    """
+
+    epoch: int
+    broken: int
+    instances: tuple[int, ...]
+
+
 class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
     """Begin to record spans, or end it and hand them over."""
 
@@ -242,7 +255,7 @@ class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
 
 
 ToRouter = Hello | Status | CacheReport | Vote | Done | Traced
-ToInstance = Welcome | Prepare | Commit | Abort | Trace | Leave
+ToInstance = Welcome | Prepare | Commit | Abort | Lost | Trace | Leave
 
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing as mp
 import os
 import signal
@@ -23,6 +24,7 @@ from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
+from kunserve_sglang.router.upstream import REFUSED
 from tests.support.member import Action, Gate, Output, serve
 
 READY_S = 120.0
@@ -117,7 +119,8 @@ class ScriptedCluster:
 
     def __exit__(self, *_: object) -> None:
         for link in self._links:
-            link.send(("stop", None))
+            with contextlib.suppress(BrokenPipeError):
+                link.send(("stop", None))
         for process in self._processes:
             process.join(10)
             if process.is_alive():
@@ -129,18 +132,25 @@ class ScriptedCluster:
         scripts: list[list[tuple[int, Action]]],
         at_gate: Callable[[str], None] | None = None,
     ) -> list[dict[str, Output]]:
-        """Play one script a member. When all stand at a gate, `at_gate` is called with its name."""
+        """Play one script a member. When all stand at a gate, `at_gate` is called with its name.
+
+        A member that has been killed plays nothing.
+        """
         if at_gate is None:
             scripts = [[x for x in s if not isinstance(x[1], Gate)] for s in scripts]
         for link, script in zip(self._links, scripts, strict=True):
-            link.send(("play", script))
+            with contextlib.suppress(BrokenPipeError):
+                link.send(("play", script))
         results: dict[int, dict[str, Output]] = {}
         waiting: dict[int, str] = {}
         while len(results) < len(self._links):
             for number, link in enumerate(self._links):
                 if number in results or not link.poll(0.01):
                     continue
-                verb, value = link.recv()
+                try:
+                    verb, value = link.recv()
+                except EOFError:  # killed
+                    verb, value = "played", {}
                 if verb == "gate":
                     waiting[number] = value
                 else:
@@ -150,7 +160,8 @@ class ScriptedCluster:
                 at_gate(waiting[0])
                 waiting.clear()
                 for link in self._links:
-                    link.send("open")
+                    with contextlib.suppress(BrokenPipeError):
+                        link.send("open")
         return [results[number] for number in range(len(self._links))]
 
     def transition(self, kind: TransitionKind, instances: list[int] | None = None) -> Event:
@@ -204,9 +215,10 @@ class ScriptedCluster:
             self._hold_pieces(False)
 
     def _hold_pieces(self, hold: bool) -> None:
-        for link in self._links:
-            link.send(("hold", hold))
-            self._expect(link, "held")
+        for link, process in zip(self._links, self._processes, strict=True):
+            if process.is_alive():
+                link.send(("hold", hold))
+                self._expect(link, "held")
 
     @contextmanager
     def stopped(self, member: int) -> Iterator[None]:
@@ -218,6 +230,21 @@ class ScriptedCluster:
             yield
         finally:
             os.kill(pid, signal.SIGCONT)
+
+    def kill(self, member: int) -> None:
+        """The member is gone, as after `kill -9`; its HTTP server, which it has not, refuses."""
+        process = self._processes[member]
+        process.kill()
+        process.join(10)
+        self.refuse_http(member)
+
+    def refuse_http(self, member: int) -> None:
+        """What the router finds out when it asks there."""
+
+        async def work(plane: ControlPlane) -> None:
+            plane.registry.instances[member].lost = REFUSED
+
+        self.control.call(work)
 
     def wait_for_modes(self, modes: set[str]) -> None:
         self.wait_until(lambda instances: {i["mode"] for i in instances} == modes)

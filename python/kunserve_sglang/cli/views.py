@@ -24,6 +24,7 @@ _MODE_STYLES = {
     Mode.PREPARING: "cyan",
     Mode.COOPERATIVE: "yellow",
     Mode.RESTORING: "cyan",
+    Mode.RECOVERING: "red",
     Mode.DEAD: "red",
 }
 

@@ -6,15 +6,18 @@ inside that call. See `docs/structures.md` for the life of a drop.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from typing import Any
 
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.cache_log import CacheLog
+from kunserve_sglang.instance.exchange import map_capacities
 from kunserve_sglang.instance.pipeline import Pipeline, PipelineCounters
+from kunserve_sglang.instance.recovery import reload_dropped
 from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.instance.transfer import Transfer
 from kunserve_sglang.instance.transitions import Participant
@@ -23,6 +26,7 @@ from kunserve_sglang.messages import (
     Abort,
     Commit,
     Leave,
+    Lost,
     Mode,
     Pages,
     Prepare,
@@ -34,6 +38,8 @@ from kunserve_sglang.messages import (
     Welcome,
 )
 from kunserve_sglang.transport import Packet
+
+logger = logging.getLogger(__name__)
 
 _STATUS_INTERVAL_S = 0.05
 
@@ -81,9 +87,12 @@ class Agent:
 
     def poll(self) -> None:
         """Step boundary: obey the router, report. Afterwards the mode may be another one."""
-        while (message := self._body.control.receive()) is not None:
-            self._obey(message)
-        self._participant.poll()
+        try:
+            while (message := self._body.control.receive()) is not None:
+                self._obey(message)
+            self._participant.poll()
+        except PeerLost as error:
+            self.strand(str(error))
         self.publish()
 
     @property
@@ -192,6 +201,7 @@ class Agent:
 
     def _next_piece(self) -> Packet | None:
         """The next packet of a transfer, for a stage that cannot go on without it."""
+        self.heed_losses()
         if not self._pieces and (packet := self._body.plane.receive(_PIECE_WAIT_S)) is not None:
             self.defer(packet)
         return self._pieces.popleft()[0] if self._pieces else None
@@ -205,12 +215,53 @@ class Agent:
             self._participant.commit(message)
         elif isinstance(message, Abort):
             self._participant.abort(message)
+        elif isinstance(message, Lost):
+            self._recover(message)
         elif isinstance(message, Trace):
             self._trace(message)
         elif isinstance(message, Leave):
             self._body.engine.end()
         elif isinstance(message, Welcome):
             self._body.engine.watch_cache(self._cache_log)
+
+    # -- a group that has come apart -------------------------------------------------------------
+
+    def heed_losses(self) -> None:
+        """For whoever waits for a peer: raises `PeerLost` if the router says that it is in vain."""
+        if (lost := self._body.control.lost(self.layout.epoch)) is not None:
+            raise PeerLost(f"{_named(lost.instances)} gone")
+
+    @property
+    def stranded(self) -> bool:
+        """Layers are missing, and there is no group to run with until the router has spoken."""
+        return self.mode is Mode.RECOVERING
+
+    def strand(self, reason: str) -> None:
+        """The group has come apart: nothing that is in flight will ever return."""
+        logger.warning("instance %d has lost its group: %s", self._me, reason)
+        engine = self._body.engine
+        self._pipeline = None
+        self.transfer = None
+        self._deferred.clear()
+        self._pieces.clear()
+        self._participant.give_up(reason)
+        engine.give_up(f"the instances that ran this request's layers were lost: {reason}")
+        engine.enter_cooperation([])  # no forward pass by itself until all layers are back
+        self.mode = Mode.RECOVERING
+        self.publish(force=True)
+
+    def _recover(self, message: Lost) -> None:
+        if message.broken != self.layout.epoch:
+            return
+        if not self.stranded:
+            if not self.layout.cooperative:
+                return  # a transition that never began has nothing to give up
+            self.strand(f"{_named(message.instances)} gone")
+        reload_dropped(self._body)
+        alone = self._alone(message.epoch)
+        map_capacities(self._body, alone)
+        self.adopt(alone)
+        self.publish(force=True)
 
     def _trace(self, message: Trace) -> None:
         spans: list[Span] = []
@@ -270,3 +321,8 @@ class Agent:
             address=body.plane.address,
         )
         return Layout(epoch=epoch, members=(member,))
+
+
+def _named(instances: tuple[int, ...]) -> str:
+    names = ", ".join(map(str, instances))
+    return f"instance {names} is" if len(instances) == 1 else f"instances {names} are"

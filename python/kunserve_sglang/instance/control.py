@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import zmq
 from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.messages import (
     Hello,
+    Lost,
     ToInstance,
     ToRouter,
     Welcome,
@@ -37,6 +39,7 @@ class ControlLink:
         self._next_hello = 0.0
         self._welcome = False
         self.malformed = 0
+        self._waiting: deque[ToInstance] = deque()
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"instance-{hello.instance}".encode())
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -54,6 +57,22 @@ class ControlLink:
     def receive(self, timeout_s: float = 0.0) -> ToInstance | None:
         """The next command, or None. A message that cannot be decoded is counted and skipped."""
         self._greet()
+        return self._waiting.popleft() if self._waiting else self._read(timeout_s)
+
+    def lost(self, epoch: int) -> Lost | None:
+        """Whether the router has said that the group of this layout has come apart.
+
+        For whoever waits for a peer in the middle of something. All commands stay to be received.
+        """
+        while (message := self._read(0.0)) is not None:
+            self._waiting.append(message)
+        said = (m for m in self._waiting if isinstance(m, Lost) and m.broken == epoch)
+        return next(said, None)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _read(self, timeout_s: float) -> ToInstance | None:
         while self._socket.poll(int(timeout_s * 1000)):
             try:
                 message = decode_to_instance(self._socket.recv())
@@ -66,9 +85,6 @@ class ControlLink:
                     continue
             return message
         return None
-
-    def close(self) -> None:
-        self._socket.close()
 
     def _greet(self) -> None:
         now = time.monotonic()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,20 @@ class Engine(Protocol):
 
     def quiesce(self) -> None:
         """Apply all results that are still pending; afterwards nothing is in flight."""
+        ...
+
+    def give_up(self, reason: str) -> None:
+        """End all requests that hold slots with an error, and forget all that is cached.
+
+        Results that are pending never come. Requests that wait go on waiting.
+        """
+        ...
+
+    def reload(self, layers: Sequence[int]) -> None:
+        """Read the parameters of these layers, which are held, from the checkpoint again.
+
+        Raises `ConfigurationError` if there is none to read from.
+        """
         ...
 
     def evict_cached(self, slots: int) -> None:

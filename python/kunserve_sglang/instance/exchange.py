@@ -20,13 +20,16 @@ from dataclasses import dataclass
 
 import torch
 
-from kunserve_sglang.errors import InternalError, TransitionTimeout
+from kunserve_sglang.errors import InternalError, PeerLost, TransitionTimeout
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.transfer import Transfer
 from kunserve_sglang.layout import Layout, kv_moves, parameter_loads
 from kunserve_sglang.messages import Transition, TransitionStats
 from kunserve_sglang.transport import Packet
+
+_LOOK_S = 0.1
+"""How often to ask whether whom we wait for is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,10 @@ class Exchange:
         after it, when layers or KV may be gone and the member has to recover.
         """
         started = time.perf_counter()
-        self._barrier(first_packets, deadline)
+        try:
+            self._barrier(first_packets, deadline)
+        except PeerLost as error:
+            raise TransitionTimeout(str(error)) from error
         self._compact()
         transition = self._transition
         transfer = self._fetched or self._transfer(transition.before, transition.after)
@@ -248,7 +254,17 @@ class Exchange:
         return packet
 
     def _receive(self, deadline: float) -> Packet | None:
-        return self._body.plane.receive(max(0.0, deadline - time.monotonic()))
+        """The next packet, or None at the deadline.
+
+        Raises `PeerLost` as soon as the router says that a member has gone.
+        """
+        left = deadline - time.monotonic()
+        packet = self._body.plane.receive(max(0.0, min(left, _LOOK_S)))
+        while packet is None and (left := deadline - time.monotonic()) > 0:
+            if (lost := self._body.control.lost(self._before.epoch)) is not None:
+                raise PeerLost(f"members {list(lost.instances)} have gone")
+            packet = self._body.plane.receive(min(left, _LOOK_S))
+        return packet
 
 
 def map_capacities(body: Body, layout: Layout) -> None:

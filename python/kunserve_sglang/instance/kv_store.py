@@ -102,6 +102,12 @@ class KvStore:
             raise InternalError(f"instance {owner} still has KV mapped here")
         self._owners[self._owners.index(owner)] = None
 
+    def clear(self) -> None:
+        """Unmap everything; only the instance itself owns a sub-range then."""
+        for layer, owner in list(self._slots):
+            self.release(layer, owner)
+        self._owners[1:] = [None] * (len(self._owners) - 1)
+
     def owners(self) -> list[int]:
         return [owner for owner in self._owners if owner is not None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer
 
 _ALIGNMENT = 256
 """Byte alignment of each parameter; what CUDA allocators and AVX-512 kernels expect."""
+
+
+_SAMPLES = 4096
+"""Bytes of a parameter by which it is recognized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class ParameterStore:
         self._slots: list[list[_Slot]] = []
         self._sizes: list[int] = []
         self._held: list[bool] = []
+        self._prints: list[bytes] = []
         seen: set[int] = set()
         for index, layer in enumerate(layers):
             parameters = list(layer.parameters())
@@ -71,6 +77,9 @@ class ParameterStore:
     def held(self) -> list[int]:
         return [i for i, held in enumerate(self._held) if held]
 
+    def dropped(self) -> list[int]:
+        return [i for i, held in enumerate(self._held) if not held]
+
     def nbytes(self, layers: Iterable[int]) -> int:
         return sum(self._sizes[i] for i in layers)
 
@@ -91,7 +100,7 @@ class ParameterStore:
         return self._flat(layer)
 
     def cancel(self, layer: int) -> None:
-        """Give the pages of a reserved layer back; it stays dropped."""
+        """Give the pages of a layer back that was perhaps reserved; it stays dropped."""
         if self._held[layer]:
             raise InternalError(f"layer {layer} is held and was not reserved")
         self._buffers[layer].unmap(0, self._buffers[layer].nbytes)
@@ -101,6 +110,11 @@ class ParameterStore:
         for slot in self._slots[layer]:
             slot.parameter.data = slot.view
         self._held[layer] = True
+
+    def check(self, layer: int) -> None:
+        """Raises `InternalError` if a held layer is not what it was at the start."""
+        if self._print(layer) != self._prints[layer]:
+            raise InternalError(f"layer {layer} has come back with other parameters")
 
     def bytes_of(self, layer: int) -> torch.Tensor:
         """A held layer as flat uint8, to be sent to a peer."""
@@ -124,6 +138,19 @@ class ParameterStore:
         self._slots.append(slots)
         self._sizes.append(size)
         self._held.append(True)
+        self._prints.append(self._print(len(self._slots) - 1))
+
+    def _print(self, layer: int) -> bytes:
+        """A digest of samples of the layer's parameters, evenly spaced."""
+        digest = hashlib.blake2b(digest_size=16)
+        flat = self._flat(layer)
+        offset = 0
+        for slot in self._slots[layer]:
+            size = _nbytes(slot.view)
+            samples = flat[offset : offset + size][:: max(1, size // _SAMPLES)]
+            digest.update(samples.cpu().numpy().tobytes())
+            offset += _padded(slot.view)
+        return digest.digest()
 
     def _flat(self, layer: int) -> torch.Tensor:
         return self._buffers[layer].tensor(torch.uint8, (self._sizes[layer],))

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from kunserve_sglang.errors import TransitionTimeout
+from kunserve_sglang.errors import PeerLost, TransitionTimeout
 from kunserve_sglang.instance import wire
 from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.exchange import Exchange, layout_of, map_capacities
@@ -149,7 +149,12 @@ class Participant:
         resting = self._host.mode
         restoring = transition.kind is TransitionKind.RESTORE
         self._host.mode = Mode.RESTORING if restoring else Mode.PREPARING
-        self._connect(transition)
+        try:
+            self._connect(transition)
+        except PeerLost as error:
+            self._host.mode = resting
+            self._vote(message, str(error))
+            return
         self._vote(message)
         self._host.publish(force=True)
         decision, packets = self._await_decision(message)
@@ -208,6 +213,10 @@ class Participant:
             if commit:
                 self.reply(commit, str(error))
             return
+        except PeerLost as error:
+            if commit:
+                self.reply(commit, str(error))
+            raise
         self._host.adopt(exchange.after)
         self._host.carry(exchange.left)
         self._ahead = transition.ahead
@@ -222,6 +231,12 @@ class Participant:
         elif commit:
             self.reply(commit, stats=stats)
 
+    def give_up(self, reason: str) -> None:
+        """The group has come apart: forget what was agreed on, and say so where it is due."""
+        self._growth = None
+        self._ahead = ()
+        self._refuse_owed(reason)
+
     def _abandon(self, reason: str) -> None:
         """Forget what was fetched ahead; the group goes on as it is."""
         transfer = self._host.transfer
@@ -230,6 +245,9 @@ class Participant:
         self._host.carry(None)
         self._host.mode = Mode.COOPERATIVE
         self._ahead = ()
+        self._refuse_owed(reason)
+
+    def _refuse_owed(self, reason: str) -> None:
         owed, self._owed = self._owed, None
         if owed is not None and owed[0] is not None:
             self.reply(owed[0], reason)
@@ -244,6 +262,8 @@ class Participant:
         return None
 
     def _objection(self, transition: Transition) -> str:
+        if self._host.mode is Mode.RECOVERING:
+            return "its group has come apart"
         if self._host.transfer is not None and not self._ahead:
             return "an exchange is still under way"
         return objection(self._body, self._host.layout, transition)

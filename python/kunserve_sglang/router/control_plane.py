@@ -35,6 +35,7 @@ from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.hub import ControlHub
 from kunserve_sglang.router.latency import Latency
+from kunserve_sglang.router.losses import Losses
 from kunserve_sglang.router.prefix_index import PrefixIndex
 from kunserve_sglang.router.queueing import RequestQueue
 from kunserve_sglang.router.registry import Instance, Registry
@@ -65,6 +66,7 @@ class ControlPlane:
         self.prefixes = PrefixIndex() if config.dispatch is DispatchPolicy.LMETRIC else None
         self.hub = ControlHub(address, tcp=config.control_address, keys=keys)
         self.coordinator = Coordinator(self.hub, config, self.events)
+        self.losses = Losses(self.registry, self.hub, self.coordinator)
         self.monitor = OverloadMonitor(
             Thresholds(drop=config.drop_threshold, restore=config.restore_threshold)
         )
@@ -76,6 +78,7 @@ class ControlPlane:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.hub.run(self._on_hello, self._on_status, self._on_cache))
             tasks.create_task(self.hub.watch_ends(self.registry.suspect))
+            tasks.create_task(self.losses.run())
             tasks.create_task(self._watch())
 
     def close(self) -> None:
@@ -162,11 +165,11 @@ class ControlPlane:
 
         return await self._execute(make_plan, lambda _: "")
 
-    def let_go(self, instance: Instance) -> None:
+    async def let_go(self, instance: Instance) -> None:
         """It has nothing left to do: tell it to end, if we can, and forget it."""
         self.registry.forget(instance)
         if not instance.plain:
-            self.hub.tell(instance.number, Leave(reason="drained"))
+            await self.hub.tell(instance.number, Leave(reason="drained"))
 
     async def _execute(
         self, make_plan: Callable[[], Plan], unwanted: Callable[[Plan], str]
@@ -211,9 +214,7 @@ class ControlPlane:
     def status(self) -> ClusterStatus:
         """The body of `GET /kunserve/status`."""
         return ClusterStatus(
-            epoch=max(
-                (i.status.epoch for i in self.registry.instances.values() if i.status), default=0
-            ),
+            epoch=self.registry.latest_epoch,
             policy=self.policy(),
             transition=self.coordinator.running,
             latency=self.latency.summary(),

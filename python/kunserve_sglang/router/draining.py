@@ -45,7 +45,7 @@ class Draining:
         except BaseException:
             instance.draining = False
             raise
-        self._control.let_go(instance)
+        await self._control.let_go(instance)
         logger.info("instance %d at %s has left", instance.number, instance.url)
 
     async def _split_group(self, instance: Instance) -> None:

@@ -22,6 +22,7 @@ from kunserve_sglang.messages import (
     Done,
     Hello,
     Leave,
+    Lost,
     Prepare,
     Status,
     Trace,
@@ -52,6 +53,8 @@ class ControlHub:
         self._socket.setsockopt(zmq.LINGER, 0)
         # A restarted instance takes over the name of the one that died.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # Say so when a message is for somebody whose connection has ended.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind(address)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.tcp = ""
@@ -66,7 +69,7 @@ class ControlHub:
             self._socket.bind(tcp)
             self.tcp = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._calls = itertools.count(1)
-        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._pending: dict[int, tuple[int, asyncio.Future[Any]]] = {}
         self.malformed = 0
 
     def next_call(self) -> int:
@@ -91,13 +94,13 @@ class ControlHub:
                 self.malformed += 1
                 continue
             if isinstance(message, Hello):
-                await self._socket.send_multipart([identity, encode(on_hello(message))])
+                await self._send(identity, on_hello(message))
             elif isinstance(message, Status):
                 on_status(message)
             elif isinstance(message, CacheReport):
                 on_cache(message)
             else:
-                waiting = self._pending.get(message.call)
+                _, waiting = self._pending.get(message.call, (0, None))
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
 
@@ -113,11 +116,15 @@ class ControlHub:
             monitor.close(linger=0)
 
     async def call(self, instance: int, message: Call, timeout_s: float) -> Answer:
-        """Send one command and wait for its answer; raises `NoAnswer` after `timeout_s`."""
+        """Send one command and wait for its answer.
+
+        Raises `NoAnswer` after `timeout_s`, or as soon as the instance is gone.
+        """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._pending[message.call] = future
+        self._pending[message.call] = instance, future
         try:
-            await self._socket.send_multipart([_identity(instance), encode(message)])
+            if not await self._send(_identity(instance), message):
+                raise NoAnswer(f"instance {instance} is not connected")
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             kind = type(message).__name__.upper()
@@ -127,9 +134,24 @@ class ControlHub:
         finally:
             del self._pending[message.call]
 
-    def tell(self, instance: int, message: Leave) -> None:
-        """Send what needs no answer; one that is not connected never hears of it."""
-        self._socket.send_multipart([_identity(instance), encode(message)])
+    def give_up(self, instance: int) -> None:
+        """It is gone: whoever waits for an answer of it gets `NoAnswer` now."""
+        for asked, waiting in self._pending.values():
+            if asked == instance and not waiting.done():
+                waiting.set_exception(NoAnswer(f"instance {instance} is gone"))
+
+    async def tell(self, instance: int, message: Welcome | Leave | Lost) -> bool:
+        """Send what needs no answer; false if the instance is not connected."""
+        return await self._send(_identity(instance), message)
+
+    async def _send(self, identity: bytes, message: msgspec.Struct) -> bool:
+        try:
+            await self._socket.send_multipart([identity, encode(message)])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         self._socket.close()

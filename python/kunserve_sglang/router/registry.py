@@ -133,6 +133,17 @@ class Registry:
         if self.instances.get(instance.number) is instance:
             del self.instances[instance.number]
 
+    @property
+    def left(self) -> set[int]:
+        """The numbers of instances that were here and are not any more."""
+        return self._left.keys() - self.instances.keys()
+
+    @property
+    def latest_epoch(self) -> int:
+        """The highest that an instance has reported."""
+        known = self.instances.values()
+        return max((i.status.epoch for i in known if i.status is not None), default=0)
+
     def with_agent(self) -> set[int]:
         """The numbers of KunServe's own instances."""
         return {number for number, instance in self.instances.items() if not instance.plain}
@@ -165,7 +176,8 @@ class Registry:
     def snapshot(self, *, draining: bool = False) -> ClusterState:
         """The cluster for the policies: every live instance that has reported.
 
-        Plain servers are none of theirs: they have no parameters to share. Those that are
+        Plain servers are none of theirs: they have no parameters to share. Nor are those that have
+        lost their group, and have not got all layers back. Those that are
         `draining` are about to be gone, and matter only to whoever takes their groups apart.
         """
         return ClusterState(
@@ -180,6 +192,7 @@ class Registry:
                 )
                 for i in sorted(self.instances.values(), key=lambda i: i.number)
                 if i.hello is not None and i.status is not None and not i.lost
+                if i.mode is not Mode.RECOVERING
                 if draining or not i.draining
             )
         )

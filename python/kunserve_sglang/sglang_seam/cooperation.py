@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kunserve_sglang.config import MicroBatches
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.policy.formation import Outlook, look_ahead
 from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
 from kunserve_sglang.sglang_seam.lookahead import batch_work, chunks_of, crowd_work, prompts_ahead
@@ -57,8 +57,16 @@ class Cooperation:
         scheduler.process_input_requests(scheduler.receive_requests())
         if not scheduler.engine.cooperating:
             return False
+        try:
+            return self._work(began)
+        except PeerLost as error:
+            scheduler.agent.strand(str(error))
+            return False
+
+    def _work(self, began: float) -> bool:
+        scheduler = self._scheduler
         collected = launched = False
-        if not scheduler.paused:
+        if not scheduler.paused and not scheduler.agent.stranded:
             if not self._entered:
                 self._enter()
             collected = self._collect()
@@ -78,11 +86,19 @@ class Cooperation:
         if not self._entered:
             return
         while self._flights:
-            if not self._collect():
-                self._scheduler.agent.serve_one(_WAIT_MS / 1e3)
+            if not self._collect() and not self._scheduler.agent.serve_one(_WAIT_MS / 1e3):
+                self._scheduler.agent.heed_losses()
         self._scheduler.running_batch = self._ready
         self._ready = no_requests()
         self._scheduler.overlap(self._overlaps)
+        self._entered = False
+
+    def forget(self) -> None:
+        """What is in flight never returns."""
+        self._flights.clear()
+        self._ready = self._crowd = no_requests()
+        if self._entered:
+            self._scheduler.overlap(self._overlaps)
         self._entered = False
 
     def _enter(self) -> None:
@@ -110,7 +126,11 @@ class Cooperation:
             scheduler.cur_batch_for_debug = batch
             begun = scheduler.engine.begin(batch)
         work = outlook.work_of(batch_work(batch))
-        sequence = scheduler.agent.pipeline.submit(*begun, work)
+        try:
+            sequence = scheduler.agent.pipeline.submit(*begun, work)
+        except PeerLost:
+            self._crowd.reqs = [*self._crowd.reqs, *batch.reqs]  # who holds slots is answered
+            raise
         self._flights.append(_Flight(sequence, batch))
         self._count()
         return True
@@ -201,6 +221,9 @@ class Cooperation:
 
     def _rest(self) -> None:
         scheduler = self._scheduler
+        if scheduler.agent.stranded:
+            scheduler.wait_for_events(_WAIT_MS)
+            return
         scheduler.agent.pipeline.begin_idle()
         transfer = scheduler.agent.transfer
         wait_ms = _ROOM_WAIT_MS if transfer is not None and transfer.unfinished else _WAIT_MS

@@ -91,6 +91,16 @@ class SglangEngine:
             limit = request.sampling_params.max_new_tokens
             self._lengths.ended(len(request.output_ids), limit, request.routing_key or "")
 
+    def give_up(self, reason: str) -> None:
+        scheduler = self._scheduler
+        scheduler.give_up(reason)
+        scheduler.tree_cache.reset()
+        scheduler.req_to_token_pool.clear()
+        self._allocator.rebuild(self._allocator.size, torch.empty(0, dtype=torch.int64))
+
+    def reload(self, layers: Sequence[int]) -> None:
+        self._runner.reload_layers(layers)
+
     # -- slots -----------------------------------------------------------------------------------
 
     def quiesce(self) -> None:

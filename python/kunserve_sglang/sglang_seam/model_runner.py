@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sglang.srt.layers.utils.common import get_layer_id
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from kunserve_sglang.config import InstanceConfig, OverloadPolicy
+from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.instance.budget import Memory, adopt_model, memory_budget
 from kunserve_sglang.sglang_seam.kv_pool import ElasticConfigurator
 from kunserve_sglang.sglang_seam.model import decoder_layers
@@ -33,6 +38,23 @@ class KunServeModelRunner(ModelRunner):
         super().load_model()
         layers = decoder_layers(self.model)
         self.memory = adopt_model(self.instance, self.model, layers, device, budget)
+
+    @torch.no_grad()
+    def reload_layers(self, layers: Sequence[int]) -> None:
+        """Fill the parameters of these decoder layers from the checkpoint, as at the start.
+
+        Raises `ConfigurationError` if SGLang has not read them from a checkpoint.
+        """
+        loader = get_model_loader(self.load_config, self.model_config)
+        if not isinstance(loader, DefaultModelLoader):
+            raise ConfigurationError(f"{type(loader).__name__} cannot read single layers again")
+        weights = loader._get_all_weights(self.model_config, self.model)
+        with set_default_torch_dtype(self.model_config.dtype):
+            self.model.load_weights(w for w in weights if get_layer_id(w[0]) in layers)
+        stack = decoder_layers(self.model)
+        for module in (m for layer in layers for m in stack[layer].modules()):
+            if (method := getattr(module, "quant_method", None)) is not None:
+                method.process_weights_after_loading(module)
 
     def init_kv_cache_configurator(self) -> None:
         super().init_kv_cache_configurator()

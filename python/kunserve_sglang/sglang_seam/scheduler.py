@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -13,17 +14,19 @@ import zmq
 # The class is taken from its module at definition: the hook that installs our subclass rewrites
 # every imported name `Scheduler`, and a subclass must not inherit from itself.
 from sglang.srt.managers import scheduler as upstream
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils import DynamicGradMode
 
 from kunserve_sglang.config import InstanceConfig, instance_from_environment
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.control import ControlLink
 from kunserve_sglang.instance.profiling import load_or_measure, shapes
 from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
 from kunserve_sglang.policy.cost_model import CostEstimate, CostModel
-from kunserve_sglang.sglang_seam.batches import settled
+from kunserve_sglang.sglang_seam.batches import no_requests, settled
 from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner, KunServeWorker
@@ -159,7 +162,10 @@ class KunServeScheduler(upstream.Scheduler):
 
     def pause_generation(self, recv_req: Any) -> None:
         """SGLang takes its running batch apart, so nothing of it may be in flight."""
-        self.quiesce()
+        try:
+            self.quiesce()
+        except PeerLost as error:
+            self.agent.strand(str(error))
         super().pause_generation(recv_req)
 
     def overlap(self, on: bool) -> None:
@@ -174,6 +180,19 @@ class KunServeScheduler(upstream.Scheduler):
         if self.last_batch is not None and self.last_batch.forward_mode.is_extend():
             self.running_batch = settled(self.running_batch, self.last_batch, self.chunked_req)
         self.last_batch = None
+
+    def give_up(self, reason: str) -> None:
+        """End all requests that hold slots; whoever calls this takes the slots away."""
+        failure = FINISH_ABORT(reason, HTTPStatus.SERVICE_UNAVAILABLE, "InstanceLost")
+        for request in self.requests_with_slots():
+            request.finished_reason = failure
+            request.req_pool_idx = request.kv = None
+            echo = AbortReq(rid=request.rid, finished_reason=failure.to_json())
+            self.ipc_channels.send_to_tokenizer.send_output(echo, request)
+        self.cooperation.forget()
+        self.running_batch = no_requests()
+        self.last_batch = self.chunked_req = self.cur_batch_for_debug = None
+        self._pending_chunked_abort_req = None
 
     def requests_with_slots(self) -> list[Any]:
         """All requests that hold token slots, each once."""
