@@ -36,7 +36,7 @@ from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.policy.blocks import block_hashes
 from kunserve_sglang.sglang_seam import plugin
-from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
 from tests.support.census import whereabouts
 
 STALL_S = 60.0
@@ -222,10 +222,12 @@ class Member:
     def _forgotten(self, answer: Any, *_: Any) -> None:
         """SGLang's only word about a request that it forgets between two steps.
 
-        It may have waited for its first step or, retracted, for another one.
+        It may have waited for its first step or, retracted, for another one; or its group has lost
+        a member, and the request what that one held of it.
         """
         if isinstance(answer, AbortReq):
-            if answer.rid not in self._to_abort:
+            lost = (answer.finished_reason or {}).get("err_type") == INSTANCE_LOST
+            if answer.rid not in self._to_abort and not lost:
                 raise AssertionError(f"given up: {answer}; {self._state()}")
             self._aborted.add(answer.rid)
 

@@ -34,6 +34,9 @@ from kunserve_sglang.transport import HostAwareDataPlane
 
 _IDLE_WAIT_MS = 500
 
+INSTANCE_LOST = "InstanceLost"
+"""The type of the error that ends a request whose group has lost a member."""
+
 
 class _LayersLeft(Exception):
     """Leaves SGLang's loop at a step boundary: its batches can no longer run here alone."""
@@ -183,7 +186,7 @@ class KunServeScheduler(upstream.Scheduler):
 
     def give_up(self, reason: str) -> None:
         """End all requests that hold slots; whoever calls this takes the slots away."""
-        failure = FINISH_ABORT(reason, HTTPStatus.SERVICE_UNAVAILABLE, "InstanceLost")
+        failure = FINISH_ABORT(reason, HTTPStatus.SERVICE_UNAVAILABLE, INSTANCE_LOST)
         for request in self.requests_with_slots():
             request.finished_reason = failure
             request.req_pool_idx = request.kv = None
