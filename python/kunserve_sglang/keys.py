@@ -6,10 +6,12 @@ but it can be taken for it. Whoever shows another key, or none, is turned away.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import zmq
+
+if TYPE_CHECKING:
+    import zmq
 
 
 class MemberKeys(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +66,8 @@ class Admission:
 
 def new_keys() -> ClusterKeys:
     """Keys that nobody has seen."""
+    import zmq  # not above: the command line knows these types, and starts without it
+
     router, router_secret = zmq.curve_keypair()
     public, secret = zmq.curve_keypair()
     members = MemberKeys(router=router.decode(), public=public.decode(), secret=secret.decode())
