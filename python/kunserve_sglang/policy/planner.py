@@ -13,7 +13,7 @@ import msgspec
 from kunserve_sglang.layout import Layout
 from kunserve_sglang.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
-from kunserve_sglang.policy.restoring import RestoreCost, cheapest_first, split, splits
+from kunserve_sglang.policy.restoring import RestoreCost, Split, cheapest_first, split, splits
 from kunserve_sglang.policy.search import Change, DropSearch, merged, slots
 from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState
@@ -94,7 +94,8 @@ def plan_restore(
     groups = [g for g in named if len(g.members) > stages]
     if not groups:
         raise NoPlan("all parameters are in place already")
-    after = [part for g in groups for part in split(state, g, stages, epoch).parts]
+    made = [split(state, group, stages, epoch) for group in groups]
+    after = [part for each in made for part in each.parts]
     for member in (m for part in after for m in part.members):
         owner = state.instance(member.instance)
         needed = max(owner.load.slots.used, owner.load.largest)
@@ -105,7 +106,7 @@ def plan_restore(
             )
     decision = Decision(
         inputs={"demand": state.demand, "capacity": state.capacity, "groups": len(cooperative)},
-        choices=_compared(state, cooperative, {g.ids for g in groups}, stages),
+        choices=_compared(state, cooperative, made),
     )
     return _plan(TransitionKind.RESTORE, epoch, reason, Change(groups, after, 0), decision)
 
@@ -120,18 +121,13 @@ def merge(state: ClusterState, groups: Sequence[Layout], epoch: int) -> Layout:
 
 
 def _compared(
-    state: ClusterState,
-    groups: Sequence[Layout],
-    chosen: Collection[tuple[int, ...]],
-    stages: int,
+    state: ClusterState, groups: Sequence[Layout], made: Sequence[Split]
 ) -> tuple[Choice, ...]:
     """The splits that are made and, as far as there is room, the cheapest of all others."""
-    made = [split(state, g, stages) for g in groups if g.ids in chosen]
     shown = [_choice(cost, chosen=True) for cost in cheapest_first(state, made)]
     if len(shown) < MOST_CHOICES:
-        others = [
-            s for g in groups for s in splits(state, g) if g.ids not in chosen or s.stages != stages
-        ]
+        chosen = {(each.group.ids, each.stages) for each in made}
+        others = [s for g in groups for s in splits(state, g) if (g.ids, s.stages) not in chosen]
         shown += [_choice(cost, chosen=False) for cost in cheapest_first(state, others)]
     return tuple(shown[:MOST_CHOICES])
 
