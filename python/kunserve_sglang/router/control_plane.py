@@ -104,8 +104,7 @@ class ControlPlane:
         `tokens` are for a drop, `stages` for a restore: see `policy.planner`.
         """
         state = self.state()
-        known = max((s.layout.epoch for s in state.instances), default=0)
-        epoch = known + 1 if epoch is None else epoch
+        epoch = self.registry.latest_epoch + 1 if epoch is None else epoch
         if kind is TransitionKind.RESTORE:
             return plan_restore(
                 state, epoch=epoch, reason=reason, instances=instances, stages=stages
@@ -133,10 +132,8 @@ class ControlPlane:
     ) -> Event:
         """Run a drop, restore or rebalance to its end. Raises `NoPlan` or `TransitionRunning`."""
 
-        def make_plan() -> Plan:
-            known = max((s.layout.epoch for s in self.registry.snapshot().instances), default=0)
-            epoch = self.coordinator.next_epoch(known)
-            plan = self.plan(
+        def plan(epoch: int) -> Plan:
+            return self.plan(
                 kind,
                 instances=instances,
                 tokens=tokens,
@@ -144,11 +141,8 @@ class ControlPlane:
                 reason=reason,
                 epoch=epoch,
             )
-            if self.config.exchange is ExchangeMode.STOP:
-                return plan
-            return staged(plan, self.registry.snapshot())
 
-        return await self._execute(make_plan, self._unwanted)
+        return await self._carry_out(plan, self._unwanted)
 
     async def split(self, instance: int) -> Event:
         """Take the group of a draining instance apart, whatever the load.
@@ -156,14 +150,12 @@ class ControlPlane:
         Raises `NoPlan` or `TransitionRunning`.
         """
 
-        def make_plan() -> Plan:
+        def plan(epoch: int) -> Plan:
             state = self.registry.snapshot(draining=True)
-            epoch = self.coordinator.next_epoch(max(s.layout.epoch for s in state.instances))
             reason = f"instance {instance} leaves"
-            plan = plan_restore(state, epoch=epoch, reason=reason, instances=[instance])
-            return plan if self.config.exchange is ExchangeMode.STOP else staged(plan, state)
+            return plan_restore(state, epoch=epoch, reason=reason, instances=[instance])
 
-        return await self._execute(make_plan, lambda _: "")
+        return await self._carry_out(plan, lambda _: "")
 
     async def let_go(self, instance: Instance) -> None:
         """It has nothing left to do: tell it to end, if we can, and forget it."""
@@ -171,13 +163,20 @@ class ControlPlane:
         if not instance.plain:
             await self.hub.tell(instance.number, Leave(reason="drained"))
 
-    async def _execute(
-        self, make_plan: Callable[[], Plan], unwanted: Callable[[Plan], str]
+    async def _carry_out(
+        self, plan: Callable[[int], Plan], unwanted: Callable[[Plan], str]
     ) -> Event:
-        event = await self.coordinator.execute(make_plan, unwanted)
-        kind = event.kind
+        """Make the plan, for the epoch that it gets, and run it in steps."""
+
+        def in_steps() -> Plan:
+            made = plan(self.coordinator.next_epoch(self.registry.latest_epoch))
+            if self.config.exchange is ExchangeMode.STOP:
+                return made
+            return staged(made, self.registry.snapshot(draining=True))
+
+        event = await self.coordinator.execute(in_steps, unwanted)
         if event.status is not Outcome.ABORTED:
-            self.monitor.transition_ended(time.monotonic(), kind)
+            self.monitor.transition_ended(time.monotonic(), event.kind)
         logger.info(
             "%s %s: %s, %.0f ms, capacity %d -> %d%s",
             event.kind,
@@ -274,7 +273,7 @@ class ControlPlane:
         logger.warning("%s: %s", reason, error)
         self.events.add(
             Event(
-                epoch=self.coordinator.next_epoch(max(s.layout.epoch for s in state.instances)),
+                epoch=self.coordinator.next_epoch(self.registry.latest_epoch),
                 kind=TransitionKind.DROP,
                 reason=reason,
                 instances=sorted(s.instance for s in state.instances),
