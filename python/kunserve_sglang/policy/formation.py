@@ -111,5 +111,5 @@ def look_ahead(
     target = chunk_target_ms(own_ms, peers, fixed_ms=least_ms, stages=stages)
     chunk = costs.chunk_tokens(prefix, target / layers, tokens)
     # In equal parts: a remainder of a few tokens would cost nearly as much as a whole chunk.
-    chunk = -(-tokens // max(1, round(tokens / max(1, chunk))))
+    chunk = -(-tokens // max(1, round(tokens / chunk)))
     return Outlook(count=count, chunk_tokens=chunk, round_ms=own_ms, costs=costs, layers=layers)

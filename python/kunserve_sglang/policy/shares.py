@@ -14,6 +14,7 @@ from kunserve_sglang.layout import Layout, largest
 from kunserve_sglang.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.policy.search import slots
 from kunserve_sglang.policy.state import ClusterState
 
 _WORTH_IT = 1.1
@@ -100,8 +101,8 @@ def plan_rebalance(
         steps=(transition,),
         reason=reason,
         freed_bytes=0,
-        capacity_before=_capacity(before),
-        capacity_after=_capacity(after),
+        capacity_before=slots(before),
+        capacity_after=slots(after),
         decision=_decision(state, before, after),
     )
 
@@ -134,7 +135,3 @@ def _resized(group: Layout, epoch: int, capacities: Sequence[int]) -> Layout:
             for m, c in zip(group.members, capacities, strict=True)
         ),
     )
-
-
-def _capacity(layouts: Sequence[Layout]) -> int:
-    return sum(m.capacity for layout in layouts for m in layout.members)

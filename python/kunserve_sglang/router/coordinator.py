@@ -12,6 +12,7 @@ from kunserve_sglang.config import ClusterConfig
 from kunserve_sglang.errors import TransientError
 from kunserve_sglang.messages import Abort, Commit, Done, Prepare, Transition, Vote
 from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.policy.search import slots
 from kunserve_sglang.policy.staging import STEPS
 from kunserve_sglang.router.events import Event, EventLog, Outcome
 from kunserve_sglang.router.hub import ControlHub, NoAnswer
@@ -119,11 +120,7 @@ class Coordinator:
             compacted_slots=event.compacted_slots + sum(s.moved_slots for s in stats),
             stall_ms=max([event.stall_ms, *(s.stall_ms for s in stats)]),
             remap_ms=max([event.remap_ms, *(s.remap_ms for s in stats)]),
-            capacity_after=(
-                event.capacity_after
-                if failures
-                else sum(m.capacity for layout in step.after for m in layout.members)
-            ),
+            capacity_after=event.capacity_after if failures else slots(step.after),
         )
 
     async def _take_back(self, plan: Plan, undo: Transition, event: Event) -> Event:
