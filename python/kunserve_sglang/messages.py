@@ -276,6 +276,11 @@ def decode_to_instance(data: bytes) -> ToInstance:
     return _to_instance.decode(data)
 
 
+def connection_name(instance: int) -> bytes:
+    """The identity under which an instance's control connection is known to the router."""
+    return f"instance-{instance}".encode()
+
+
 def to_json_types(value: Any) -> Any:
     """Structs and enums as plain JSON types, for HTTP answers."""
     return msgspec.to_builtins(value)

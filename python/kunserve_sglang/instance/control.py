@@ -16,6 +16,7 @@ from kunserve_sglang.messages import (
     ToInstance,
     ToRouter,
     Welcome,
+    connection_name,
     decode_to_instance,
     encode,
 )
@@ -41,7 +42,7 @@ class ControlLink:
         self.malformed = 0
         self._waiting: deque[ToInstance] = deque()
         self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, f"instance-{hello.instance}".encode())
+        self._socket.setsockopt(zmq.IDENTITY, connection_name(hello.instance))
         self._socket.setsockopt(zmq.LINGER, 0)
         if keys is not None and not address.startswith("ipc:"):
             keys.secure_link(self._socket)

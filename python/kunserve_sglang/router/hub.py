@@ -29,6 +29,7 @@ from kunserve_sglang.messages import (
     Traced,
     Vote,
     Welcome,
+    connection_name,
     decode_to_router,
     encode,
 )
@@ -123,7 +124,7 @@ class ControlHub:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._pending[message.call] = instance, future
         try:
-            if not await self._send(_identity(instance), message):
+            if not await self._send(connection_name(instance), message):
                 raise NoAnswer(f"instance {instance} is not connected")
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
@@ -142,7 +143,7 @@ class ControlHub:
 
     async def tell(self, instance: int, message: Welcome | Leave | Lost) -> bool:
         """Send what needs no answer; false if the instance is not connected."""
-        return await self._send(_identity(instance), message)
+        return await self._send(connection_name(instance), message)
 
     async def _send(self, identity: bytes, message: msgspec.Struct) -> bool:
         try:
@@ -158,8 +159,3 @@ class ControlHub:
         if self._doorkeeper is not None:
             self._doorkeeper.stop()
         self._context.term()
-
-
-def _identity(instance: int) -> bytes:
-    """The name under which an instance connects."""
-    return f"instance-{instance}".encode()
