@@ -240,6 +240,12 @@ class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
     broken: int
     instances: tuple[int, ...]
 
+    @property
+    def reason(self) -> str:
+        """What has happened, in words."""
+        names, many = ", ".join(map(str, self.instances)), len(self.instances) > 1
+        return f"instance{'s' * many} {names} {'are' if many else 'is'} gone"
+
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
     """Begin to record spans, or end it and hand them over."""

@@ -228,8 +228,7 @@ class Agent:
 
     def heed_losses(self) -> None:
         """For whoever waits for a peer: raises `PeerLost` if the router says that it is in vain."""
-        if (lost := self._body.control.lost(self.layout.epoch)) is not None:
-            raise PeerLost(f"{_named(lost.instances)} gone")
+        self._body.control.heed_losses(self.layout.epoch)
 
     @property
     def stranded(self) -> bool:
@@ -256,7 +255,7 @@ class Agent:
         if not self.stranded:
             if not self.layout.cooperative:
                 return  # a transition that never began has nothing to give up
-            self.strand(f"{_named(message.instances)} gone")
+            self.strand(message.reason)
         reload_dropped(self._body)
         alone = self._alone(message.epoch)
         map_capacities(self._body, alone)
@@ -321,8 +320,3 @@ class Agent:
             address=body.plane.address,
         )
         return Layout(epoch=epoch, members=(member,))
-
-
-def _named(instances: tuple[int, ...]) -> str:
-    names = ", ".join(map(str, instances))
-    return f"instance {names} is" if len(instances) == 1 else f"instances {names} are"

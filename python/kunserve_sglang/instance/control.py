@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from kunserve_sglang.errors import PeerLost
 from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.messages import (
     Hello,
@@ -60,15 +61,16 @@ class ControlLink:
         self._greet()
         return self._waiting.popleft() if self._waiting else self._read(timeout_s)
 
-    def lost(self, epoch: int) -> Lost | None:
-        """Whether the router has said that the group of this layout has come apart.
+    def heed_losses(self, epoch: int) -> None:
+        """Raises `PeerLost` if the router has said that the group of this layout has come apart.
 
         For whoever waits for a peer in the middle of something. All commands stay to be received.
         """
         while (message := self._read(0.0)) is not None:
             self._waiting.append(message)
-        said = (m for m in self._waiting if isinstance(m, Lost) and m.broken == epoch)
-        return next(said, None)
+        for message in self._waiting:
+            if isinstance(message, Lost) and message.broken == epoch:
+                raise PeerLost(message.reason)
 
     def close(self) -> None:
         self._socket.close()

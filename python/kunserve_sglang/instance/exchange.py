@@ -258,13 +258,12 @@ class Exchange:
 
         Raises `PeerLost` as soon as the router says that a member has gone.
         """
-        left = deadline - time.monotonic()
-        packet = self._body.plane.receive(max(0.0, min(left, _LOOK_S)))
-        while packet is None and (left := deadline - time.monotonic()) > 0:
-            if (lost := self._body.control.lost(self._before.epoch)) is not None:
-                raise PeerLost(f"members {list(lost.instances)} have gone")
-            packet = self._body.plane.receive(min(left, _LOOK_S))
-        return packet
+        while True:
+            left = deadline - time.monotonic()
+            packet = self._body.plane.receive(max(0.0, min(left, _LOOK_S)))
+            if packet is not None or left <= 0:
+                return packet
+            self._body.control.heed_losses(self._before.epoch)
 
 
 def map_capacities(body: Body, layout: Layout) -> None:
