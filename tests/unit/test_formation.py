@@ -9,6 +9,7 @@ from kunserve_sglang.policy.cost_model import Chunk, CostEstimate, CostModel, Wo
 from kunserve_sglang.policy.formation import (
     PeerWork,
     chunk_target_ms,
+    chunks_ahead,
     look_ahead,
     split_count,
 )
@@ -120,3 +121,25 @@ def test_short_prompts_share_a_chunk() -> None:
 def test_without_work_there_is_no_plan_to_split() -> None:
     outlook = look_ahead(COSTS, Work(), [], [], layers=LAYERS, stages=2)
     assert (outlook.count, outlook.round_ms) == (1, 0.0)
+
+
+def test_what_comes_next_begins_with_the_rest_of_a_prompt() -> None:
+    prompts = [Chunk(256, 500), Chunk(0, 30), Chunk(0, 900), Chunk(0, 20)]
+    first = [Chunk(256, 256), Chunk(0, 30), Chunk(0, 256)]
+    assert chunks_ahead(prompts, limit=256, count=2) == first
+    assert chunks_ahead(prompts, limit=256, count=3) == [*first, Chunk(0, 20)]
+    assert chunks_ahead([Chunk(256, 0), Chunk(0, 30)], limit=256, count=2) == [Chunk(0, 30)]
+
+
+@given(
+    st.lists(st.builds(Chunk, st.integers(0, 99), st.integers(0, 99))),
+    st.integers(1, 50),
+    st.integers(1, 8),
+)
+def test_there_is_enough_for_every_chunk_and_little_more(
+    prompts: list[Chunk], limit: int, count: int
+) -> None:
+    found = chunks_ahead(prompts, limit=limit, count=count)
+    tokens = sum(chunk.tokens for chunk in found)
+    assert tokens >= min(count * limit, sum(min(p.tokens, limit) for p in prompts))
+    assert tokens < (count + 1) * limit

@@ -10,7 +10,7 @@ a round; owners know one another's work from the micro-batches that pass by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -82,6 +82,23 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     def work_of(self, work: Work) -> PeerWork:
         """What to tell the peers of a micro-batch."""
         return PeerWork(batch_ms=self.layers * self.costs.predict(work), round_ms=self.round_ms)
+
+
+def chunks_ahead(prompts: Iterable[Chunk], *, limit: int, count: int) -> list[Chunk]:
+    """The chunks that come first of `prompts`, each given as all that is left of it.
+
+    One a prompt, of at most `limit` tokens, until there is enough for `count` such chunks.
+    """
+    found: list[Chunk] = []
+    room = count * limit
+    for prompt in prompts:
+        if room <= 0:
+            break
+        if prompt.tokens > 0:
+            chunk = prompt if prompt.tokens <= limit else Chunk(prompt.prefix, limit)
+            found.append(chunk)
+            room -= chunk.tokens
+    return found
 
 
 def look_ahead(

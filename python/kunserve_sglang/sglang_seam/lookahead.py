@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kunserve_sglang.policy.cost_model import Chunk, Work
-from kunserve_sglang.policy.formation import Outlook
+from kunserve_sglang.policy.formation import Outlook, chunks_ahead
 
 if TYPE_CHECKING:
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
@@ -27,30 +27,24 @@ def batch_work(batch: Any) -> Work:
 
 
 def prompts_ahead(scheduler: KunServeScheduler, chunks: int) -> list[Chunk]:
-    """The next prefill work, at most `chunks` times what SGLang takes at once.
+    """The next prefill work, at most `chunks` times what SGLang takes at once."""
+    limit = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+    return chunks_ahead(_prompts_left(scheduler), limit=limit, count=chunks)
+
+
+def _prompts_left(scheduler: KunServeScheduler) -> Iterator[Chunk]:
+    """Of the prompts that may come next, all that has not been computed.
 
     Cached prefixes of waiting requests are not looked up: that would cost a walk of the tree for
     each of them at each step.
     """
-    limit = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
-    found: list[Chunk] = []
-    room = chunks * limit
     chunked = scheduler.chunked_req
     if chunked is not None:
         done = chunked.extend_range.end
-        left = min(chunked.seqlen - done, limit)
-        if left > 0:
-            found.append(Chunk(done, left))
-            room -= left
-    if scheduler.running_batch.batch_is_full:
-        return found
-    for request in scheduler.waiting_queue:
-        if room <= 0:
-            break
-        tokens = min(request.seqlen, limit)
-        found.append(Chunk(0, tokens))
-        room -= tokens
-    return found
+        yield Chunk(done, chunked.seqlen - done)
+    if not scheduler.running_batch.batch_is_full:
+        for request in scheduler.waiting_queue:
+            yield Chunk(0, request.seqlen)
 
 
 @contextlib.contextmanager

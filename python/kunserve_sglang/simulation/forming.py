@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kunserve_sglang.policy.cost_model import Chunk, Work
-from kunserve_sglang.policy.formation import Outlook, PeerWork, look_ahead
+from kunserve_sglang.policy.formation import Outlook, PeerWork, chunks_ahead, look_ahead
 from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs, work_of
 from kunserve_sglang.simulation.job import Job
@@ -138,7 +138,11 @@ class Formation:
             if p is not member and p.announced is not None and not self._silent(p, now)
         ]
         owner = member.owner
-        prompts = _prompts_ahead(owner, len(self._members))
+        prompts = chunks_ahead(
+            _prompts_left(owner),
+            limit=owner.limits.chunked_prefill_size,
+            count=len(self._members),
+        )
         return look_ahead(
             self._costs.estimate,
             Work(decodes=owner.count, context=owner.context),
@@ -154,23 +158,11 @@ class Formation:
         return now - member.launched_at >= _SILENT_ROUNDS * rounds / 1e3
 
 
-def _prompts_ahead(owner: Owner, chunks: int) -> list[Chunk]:
-    """As `sglang_seam.lookahead.prompts_ahead`."""
-    limit = owner.limits.chunked_prefill_size
-    found: list[Chunk] = []
-    room = chunks * limit
+def _prompts_left(owner: Owner) -> Iterator[Chunk]:
+    """As in `sglang_seam.lookahead`."""
     job = owner.chunked
     if job is not None:
-        left = min(job.known - job.computed, limit)
-        if left > 0:
-            found.append(Chunk(job.computed, left))
-            room -= left
-    if owner.full:
-        return found
-    for job in owner.waiting:
-        if room <= 0:
-            break
-        tokens = min(job.known, limit)
-        found.append(Chunk(0, tokens))
-        room -= tokens
-    return found
+        yield Chunk(job.computed, job.known - job.computed)
+    if not owner.full:
+        for waiting in owner.waiting:
+            yield Chunk(0, waiting.known)
