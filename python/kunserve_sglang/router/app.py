@@ -79,7 +79,7 @@ class RouterApp:
         except asyncio.CancelledError:
             # Only the end of the router cancels a call; this is for one that has no answer yet.
             if not exchange.started:
-                await exchange.answer(retry_later("router_stopping", "the router is stopping"))
+                exchange.answer(retry_later("router_stopping", "the router is stopping"))
 
 
 def build_app(

@@ -117,7 +117,7 @@ class Exchange:
         if not self.gone:
             self._connection.answered(self)
 
-    async def answer(self, response: Response) -> None:
+    def answer(self, response: Response) -> None:
         """An answer of our own."""
         self.start(response.status_code, response.raw_headers)
         self.write(bytes(response.body))
@@ -271,10 +271,7 @@ class ClientConnection(asyncio.Protocol):
         if not busy:
             scope = {"method": "GET", "http_version": "1.1"}
             refused = self._exchange = Exchange(self, scope, b"", keep_alive=False)
-            response = error_answer(status, code, message)
-            refused.start(response.status_code, response.raw_headers)
-            refused.write(bytes(response.body))
-            refused.end()
+            refused.answer(error_answer(status, code, message))
 
     # --- what the parser finds ---
 

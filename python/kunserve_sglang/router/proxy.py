@@ -76,7 +76,7 @@ class Proxy:
                 self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
             elif not exchange.started:
                 # Only the end of the router cancels us otherwise, and only after a grace.
-                await exchange.answer(retry_later("router_stopping", "the router is stopping"))
+                exchange.answer(retry_later("router_stopping", "the router is stopping"))
         else:
             self.stats.answers[exchange.status] += 1
 
@@ -88,7 +88,7 @@ class Proxy:
             async with self._queue.admitted(exchange.scope):
                 await self._dispatch(exchange, weight)
         except TurnedAway as refusal:
-            await exchange.answer(refusal.answer)
+            exchange.answer(refusal.answer)
 
     async def _dispatch(self, exchange: Exchange, weight: Weight) -> None:
         """Try instances until one has taken the request."""
@@ -101,10 +101,10 @@ class Proxy:
                     return
             tried.add(instance.number)
         if exchange.refusal is not None:
-            await exchange.answer(exchange.refusal)
+            exchange.answer(exchange.refusal)
             return
         known = len(self._registry.instances)
-        await exchange.answer(
+        exchange.answer(
             retry_later("no_instance", f"none of {known} instances can take requests now")
         )
 
@@ -118,7 +118,7 @@ class Proxy:
         try:
             request = request_head(exchange.scope, exchange.body, instance.url)
         except ValueError as error:
-            await exchange.answer(error_answer(400, "bad_path", str(error)))
+            exchange.answer(error_answer(400, "bad_path", str(error)))
             return True
         try:
             connection = await self._connections.get(instance.url)
@@ -132,9 +132,9 @@ class Proxy:
         try:
             bodiless = exchange.scope["method"] == "HEAD"
             await connection.ask(request, exchange.body, relay, bodiless=bodiless)
-            return relay.busy is None or await self._refused(relay.busy, exchange)
+            return relay.busy is None or self._refused(relay.busy, exchange)
         except BrokenOff as error:
-            await self._broken_off(instance, exchange, error)
+            self._broken_off(instance, exchange, error)
             return True
         finally:
             # Unless it has all of the answer, this closes it: how an instance learns that nobody
@@ -142,19 +142,19 @@ class Proxy:
             self._connections.put(connection)
             relay.close()
 
-    async def _refused(self, busy: BusyAnswer, exchange: Exchange) -> bool:
+    def _refused(self, busy: BusyAnswer, exchange: Exchange) -> bool:
         """Pass on that the instance is busy, unless another may still have room."""
         exchange.refusal = busy.response(self._queue.retry_after_s())
         if busy.queue_full:
             return False
-        await exchange.answer(exchange.refusal)
+        exchange.answer(exchange.refusal)
         return True
 
-    async def _broken_off(self, instance: Instance, exchange: Exchange, error: BrokenOff) -> None:
+    def _broken_off(self, instance: Instance, exchange: Exchange, error: BrokenOff) -> None:
         if not exchange.started:
             message = f"instance {instance.number} {error}"
             logger.warning("%s", message)
-            await exchange.answer(error_answer(502, "upstream_lost", message))
+            exchange.answer(error_answer(502, "upstream_lost", message))
             return
         # Too late for a status: the client sees its connection closed before the end.
         self.stats.cut += 1
