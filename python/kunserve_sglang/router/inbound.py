@@ -10,7 +10,7 @@ import asyncio
 import http
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, cast
 from urllib.parse import unquote
 
@@ -19,10 +19,9 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from kunserve_sglang.router.answers import Code, error_answer
+from kunserve_sglang.router.heads import BODILESS, Headers
 
 logger = logging.getLogger(__name__)
-
-Headers = Sequence[tuple[bytes, bytes]]
 
 _MAX_HEAD_BYTES = 1 << 16
 """Of a request line and its headers, after the first read; more is no request but an attack."""
@@ -32,7 +31,6 @@ _QUIET_S = 75.0
 
 _SWEEP_S = 5.0
 _CANCEL_S = 0.5
-_BODILESS = frozenset({204, 304})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {int(s): b"HTTP/1.1 %d %b\r\n" % (s, s.phrase.encode()) for s in http.HTTPStatus}
 
@@ -93,7 +91,7 @@ class Exchange:
         self.status = status
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
         lines += [b"%b: %b\r\n" % header for header in headers]
-        if self.scope["method"] == "HEAD" or status in _BODILESS:
+        if self.scope["method"] == "HEAD" or status in BODILESS:
             self._bodiless = True
         elif all(name != b"content-length" for name, _ in headers):
             if self.scope["http_version"] == "1.0":

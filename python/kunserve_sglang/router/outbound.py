@@ -9,15 +9,13 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Sequence
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
+from kunserve_sglang.router.heads import BODILESS, Headers
 from kunserve_sglang.router.upstream import CONNECT_TIMEOUT_S, KEEP_ALIVE_S
-
-_BODILESS = frozenset({204, 304})
 
 
 class BrokenOff(ConnectionError):
@@ -30,7 +28,7 @@ class Sink(Protocol):
     `body` gets what has arrived together as one piece.
     """
 
-    def head(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None: ...
+    def head(self, status: int, headers: Headers) -> None: ...
 
     def body(self, data: bytes) -> None: ...
 
@@ -165,7 +163,7 @@ class InstanceConnection(asyncio.Protocol):
         headers, self._headers = self._headers, []
         self._sink.head(status, headers)
         self._ended = self._bodiless
-        self._until_closed = status not in _BODILESS and not any(
+        self._until_closed = status not in BODILESS and not any(
             name in (b"content-length", b"transfer-encoding") for name, _ in headers
         )
 

@@ -1,20 +1,19 @@
-"""What goes to the instances: header rules, and questions of our own with small whole answers."""
+"""Questions of our own to instances, with small whole answers; what their refusals mean."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Scope
 from yarl import URL
 
+from kunserve_sglang.router.heads import request_headers, target
 from kunserve_sglang.router.registry import Instance
 
 REFUSED = "connection refused"
@@ -34,27 +33,6 @@ QUEUE_FULL = (
 )
 """What SGLang says of a request that it has not run, because of `--max-queued-requests`."""
 
-_HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-
-_BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
-
-# The body has been read and its length is known, and `Host` names whom we talk to.
-_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
-
-Headers = Iterable[tuple[bytes, bytes]]
-
 
 def open_session() -> aiohttp.ClientSession:
     """For our own questions; adds nothing to them and limits nothing but connects."""
@@ -67,56 +45,9 @@ def open_session() -> aiohttp.ClientSession:
     )
 
 
-def request_headers(headers: Headers) -> list[tuple[str, str]]:
-    """A client's headers as they go to an instance."""
-    return [
-        (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
-        for name, value in _without(headers, _NOT_FORWARDED)
-    ]
-
-
-def request_head(scope: Scope, body: bytes, url: str) -> bytes:
-    """A client's request line and headers as they go to the instance at `url`.
-
-    Raises `ValueError` unless its path is absolute: any other could name another host.
-    """
-    path, query, method = scope["raw_path"], scope["query_string"], scope["method"]
-    _check_path(path)
-    target = b"%b?%b" % (path, query) if query else path
-    lines = [
-        b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), target, urlsplit(url).netloc.encode())
-    ]
-    lines += [b"%b: %b\r\n" % header for header in _without(scope["headers"], _NOT_FORWARDED)]
-    if body or method in _BODY_EXPECTED:
-        lines.append(b"content-length: %d\r\n" % len(body))
-    lines.append(b"\r\n")
-    return b"".join(lines)
-
-
-def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """An instance's headers, names in lower case, as they go to the client."""
-    return _without(headers, _HOP_BY_HOP)
-
-
-def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
-    pairs = list(headers)
-    for name, value in pairs:
-        if name == b"connection":
-            # This header may name further ones that are meant for one hop only.
-            left_out |= {token.strip().lower() for token in value.split(b",")}
-    return [pair for pair in pairs if pair[0] not in left_out]
-
-
 def instance_url(instance: Instance, path: bytes, query: bytes) -> URL:
     """Raises `ValueError` unless `path` is absolute: any other could name another host."""
-    _check_path(path)
-    target = path + b"?" + query if query else path
-    return URL(instance.url.rstrip("/") + target.decode("latin-1"), encoded=True)
-
-
-def _check_path(path: bytes) -> None:
-    if not path.startswith(b"/"):
-        raise ValueError(f"{path!r} is no absolute path")
+    return URL(instance.url.rstrip("/") + target(path, query).decode("latin-1"), encoded=True)
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -1,0 +1,79 @@
+"""Request lines and headers on their way through, and what HTTP/1.1 says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.types import Scope
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+BODILESS = frozenset({204, 304})
+"""Answers with these statuses end with their headers."""
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+
+_BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
+
+# The body has been read and its length is known, and `Host` names whom we talk to.
+_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+
+
+def request_headers(headers: Headers) -> list[tuple[str, str]]:
+    """A client's headers as they go to an instance."""
+    return [
+        (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+        for name, value in _without(headers, _NOT_FORWARDED)
+    ]
+
+
+def request_head(scope: Scope, body: bytes, url: str) -> bytes:
+    """A client's request line and headers as they go to the instance at `url`.
+
+    Raises `ValueError` as `target` does.
+    """
+    method, where = scope["method"], target(scope["raw_path"], scope["query_string"])
+    lines = [
+        b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), where, urlsplit(url).netloc.encode())
+    ]
+    lines += [b"%b: %b\r\n" % header for header in _without(scope["headers"], _NOT_FORWARDED)]
+    if body or method in _BODY_EXPECTED:
+        lines.append(b"content-length: %d\r\n" % len(body))
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """An instance's headers, names in lower case, as they go to the client."""
+    return _without(headers, _HOP_BY_HOP)
+
+
+def target(path: bytes, query: bytes) -> bytes:
+    """The target of a request line.
+
+    Raises `ValueError` unless `path` is absolute: any other could name another host.
+    """
+    if not path.startswith(b"/"):
+        raise ValueError(f"{path!r} is no absolute path")
+    return path + b"?" + query if query else path
+
+
+def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+    for name, value in headers:
+        if name == b"connection":
+            # This header may name further ones that are meant for one hop only.
+            left_out |= {token.strip().lower() for token in value.split(b",")}
+    return [pair for pair in headers if pair[0] not in left_out]
