@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 
@@ -75,3 +76,21 @@ def check_table(checks: Iterable[Mapping[str, Any]]) -> Table:
 
 def failed(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [c for c in checks if not c["ok"]]
+
+
+def check(
+    what: str, value: float, *, most: float | None = None, least: float | None = None
+) -> dict[str, Any]:
+    """A check of a benchmark whose claims have no numbers, as it is written down."""
+    ok = (most is None or value <= most) and (least is None or value >= least)
+    bar = f"<= {most:g}" if most is not None else f">= {least:g}"
+    return {"what": what, "value": value, "bar": bar, "ok": ok}
+
+
+def conclude(checks: Sequence[Mapping[str, Any]], console: Console) -> int:
+    """Say which checks hold, a line each; returns the exit status."""
+    for found in checks:
+        verdict = "ok " if found["ok"] else "NOT"
+        line = f"{verdict} {found['what']}: {found['value']} {found['bar']}"
+        console.print(line, markup=False, soft_wrap=True)
+    return int(bool(failed(checks)))

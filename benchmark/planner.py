@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from benchmark.checks import check, conclude
 from benchmark.exhaustive import every_outcome, stages_of
 from benchmark.growth import draw_growth
 from benchmark.made_up import carried_out, instance, memory, with_demand
@@ -75,10 +76,7 @@ def run(flags: argparse.Namespace, console: Console) -> int:
     flags.output.mkdir(parents=True, exist_ok=True)
     (flags.output / "planner.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_growth(rows, flags.output / "planner.png")
-    for check in checks:
-        verdict = "ok " if check["ok"] else "NOT"
-        console.print(f"{verdict} {check['what']}: {check['value']} {check['bar']}", markup=False)
-    return 0 if all(check["ok"] for check in checks) else 1
+    return conclude(checks, console)
 
 
 # --- how long -----------------------------------------------------------------------------------
@@ -286,12 +284,6 @@ def noise_checks(rows: Sequence[Row]) -> list[Row]:
         check(f"transitions in ten minutes ({r['asked']})", r["drops"] + r["restores"], most=10)
         for r in rows
     ]
-
-
-def check(what: str, value: float, *, most: float | None = None, least: float | None = None) -> Row:
-    ok = (most is None or value <= most) and (least is None or value >= least)
-    bar = f"<= {most:g}" if most is not None else f">= {least:g}"
-    return {"what": what, "value": value, "bar": bar, "ok": ok}
 
 
 if __name__ == "__main__":

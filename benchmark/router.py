@@ -16,7 +16,6 @@ import math
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,15 +25,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import uvloop
+from rich.console import Console
 
+from benchmark.checks import check, conclude
+from benchmark.experiment import RunError
 from benchmark.noise import Noise
-from benchmark.planner import check
+from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from benchmark.router_load import BurstClient, Client, MockInstance, StreamClient, Tally
 from benchmark.routers import UPSTREAM, Router, UpstreamRouter, install_upstream
 from kunserve_sglang.processes import divide_cpus
 
-ROOT = Path(__file__).resolve().parent.parent
 INSTANCES = 4
 STEP_S = 0.02
 """A decode step of the mock instances: the time between the chunks of a stream."""
@@ -78,11 +79,7 @@ class Target:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
-        prog="python -m benchmark.router",
-        description="Latency and throughput of the router, beside SGLang's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    flags = flags_of("router", "Latency and throughput of the router, beside SGLang's.")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
     flags.add_argument("--rounds", type=int, default=3, help="of each measurement; median counts")
     flags.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
@@ -93,6 +90,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> NoReturn:
     """Exit status 0 if every check holds."""
     flags = parser().parse_args()
+    run_program("router", lambda console: run(flags, console))
+
+
+def run(flags: argparse.Namespace, console: Console) -> int:
     install_upstream()
     load_before = os.getloadavg()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -112,10 +113,9 @@ def main() -> NoReturn:
     flags.output.mkdir(parents=True, exist_ok=True)
     (flags.output / "router.json").write_text(json.dumps(results, indent=1) + "\n")
     for found in rows:
-        print("  ".join(f"{key} {value}" for key, value in found.items()))
-    for found in checks:
-        print(f"{'ok ' if found['ok'] else 'NOT'} {found['what']}: {found['value']} {found['bar']}")
-    sys.exit(0 if all(found["ok"] for found in checks) else 1)
+        line = "  ".join(f"{key} {value}" for key, value in found.items())
+        console.print(line, markup=False, soft_wrap=True)
+    return conclude(checks, console)
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def main() -> NoReturn:
 async def measure(rounds: int, seconds: float, chance: random.Random) -> tuple[list[Row], float]:
     """The rows, and the share of the cores that other programs took meanwhile.
 
-    Raises `ClusterError` if a router does not start, `RuntimeError` if one does not answer well.
+    Raises `ClusterError` if a router does not start, `RunError` if one does not answer well.
     """
     instances = [MockInstance() for _ in range(INSTANCES)]
     for instance in instances:
@@ -188,7 +188,7 @@ async def _sample(
     for step in steps:
         step.cancel()
     if tally.errors or counted.errors:
-        raise RuntimeError(f"{target.name}: {(tally.errors + counted.errors)[0]}")
+        raise RunError(f"{target.name}: {(tally.errors + counted.errors)[0]}")
     return figures(counted, took, cpu, own)
 
 

@@ -16,10 +16,11 @@ from typing import Any, Self
 import psutil
 
 from benchmark.cluster import Cluster, ClusterError, router_command
+from benchmark.program import ROOT
 from kunserve_sglang.processes import free_port
 
 UPSTREAM = "sglang-router==0.3.2"
-_ENVIRONMENTS = Path(__file__).resolve().parent.parent / "build"
+_ENVIRONMENTS = ROOT / "build"
 _INSTALL_TIMEOUT_S = 600.0
 _SERVING_TIMEOUT_S = 30.0
 

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmark.checks import Section, at_least, at_most, check_table, failed, merge
+from benchmark.checks import (
+    Section,
+    at_least,
+    at_most,
+    check,
+    check_table,
+    conclude,
+    failed,
+    merge,
+)
 
 NAN = float("nan")
 
@@ -70,3 +79,10 @@ def test_the_table_says_what_failed() -> None:
     assert lines["1"] == ["fast", "1.25", ">=", "1", "ok"]
     assert lines["2"] == ["slow", "3", "<=", "1", "failed"]
     assert lines["3"] == ["none", "not", "measured", "<=", "1", "failed"]
+
+
+def test_one_failed_check_is_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    met, unmet = check("time, ms", 5, most=5), check("rate", 0.6, least=0.7)
+    assert conclude([met], Console()) == 0
+    assert conclude([met, unmet], Console()) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT rate: 0.6 >= 0.7"
