@@ -8,10 +8,10 @@ import time
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import psutil
-
 from kunserve_sglang.config import InstanceConfig
 from kunserve_sglang.console import Console
+from kunserve_sglang.launching import StopSignals
+from kunserve_sglang.processes import kill_descendants
 
 _POLL_S = 0.1
 
@@ -76,11 +76,15 @@ class Fleet:
             else:
                 self._console.note(f"instance {number} has left")
 
-    def terminate(self) -> None:
-        """Ask all of them to end."""
+    def ask_to_end(self, seconds: float, signals: StopSignals) -> None:
+        """Ask all of them, and wait so long for it, unless `signals` say not to."""
         for process in self._processes.values():
             if process.is_alive():
                 process.terminate()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.wait(_POLL_S):
+            if signals.at_once:
+                break
 
     def wait(self, seconds: float) -> bool:
         """Until all have ended; false if that takes longer."""
@@ -91,20 +95,8 @@ class Fleet:
             time.sleep(min(_POLL_S, seconds))
         return True
 
-    def reap(self) -> None:
-        """After `kill_descendants`."""
+    def end(self) -> None:
+        """Now, with everything else that this process has started."""
+        kill_descendants()
         for process in self._processes.values():
             process.join(5)
-
-
-def kill_descendants() -> None:
-    """SIGKILL to everything this process has started, children of children included.
-
-    Python's resource trackers are spared: they remove what others leave, then end themselves.
-    """
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if not any("resource_tracker" in word for word in child.cmdline()):
-                child.kill()
-        except psutil.NoSuchProcess:
-            continue

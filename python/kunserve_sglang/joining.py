@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from urllib.parse import urlsplit
 from kunserve_sglang.cli.client import RouterClient
 from kunserve_sglang.cli.errors import CommandError, Refused
 from kunserve_sglang.config import InstanceConfig
-from kunserve_sglang.console import Console
+from kunserve_sglang.console import Console, Step
 from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.fleet import Fleet, kill_descendants
+from kunserve_sglang.fleet import Fleet
+from kunserve_sglang.launching import GRACE_S, StopSignals, wait_until_ready
 from kunserve_sglang.processes import (
     address_towards,
     clean_up_after,
@@ -27,8 +27,6 @@ from kunserve_sglang.processes import (
 )
 from kunserve_sglang.router.api import ClusterStatus, JoinBody, Membership, Workers
 
-_READY_TIMEOUT_S = 600.0
-_GRACE_S = 10.0
 _LOOK_S = 0.5
 _POLL_S = 0.1
 
@@ -55,7 +53,7 @@ class Joiner:
         self._options = options
         self._argv = sglang_argv
         self._host_id = options.host_id or this_host()
-        self._stopping = 0
+        self._signals = StopSignals()
         self._console = Console()
         self._fleet = Fleet("", self._console)
 
@@ -68,14 +66,13 @@ class Joiner:
         folder = tempfile.mkdtemp(prefix="kunserve-")
         clean_up_after(folder)
         self._fleet = Fleet(folder, self._console)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        self._signals.listen()
         try:
             self._start(folder)
             if not self._wait_until_ready():
-                return 0 if self._stopping else 1
+                return 0 if self._signals.stop else 1
             status = self._watch()
-            if self._stopping == 1:
+            if self._signals.stop and not self._signals.at_once:
                 self._drain()
             return status
         finally:
@@ -139,25 +136,26 @@ class Joiner:
 
     def _wait_until_ready(self) -> bool:
         total = len(self._fleet)
-        deadline = time.monotonic() + _READY_TIMEOUT_S
-        with self._console.step(f"starting {total} instance{'s' if total > 1 else ''}") as step:
-            while not self._stopping and time.monotonic() < deadline:
-                if failure := self._fleet.failure():
-                    self._console.error(failure)
-                    return False
-                serving = self._serving()
-                step.update(f"{len(serving)} of {total} serving")
-                if len(serving) == total:
-                    for number, url in serving.items():
-                        self._console.ready(
-                            f"KunServe instance {number} is ready: {url}  "
-                            f"(joined {self._router.url})"
-                        )
-                    return True
-                time.sleep(_LOOK_S)
-        if not self._stopping:
-            self._console.error(f"not ready within {_READY_TIMEOUT_S:.0f} s")
-        return False
+        return wait_until_ready(
+            f"starting {total} instance{'s' if total > 1 else ''}",
+            self._ready,
+            self._fleet.failure,
+            console=self._console,
+            signals=self._signals,
+            poll_s=_LOOK_S,
+        )
+
+    def _ready(self, step: Step) -> bool:
+        """Whether all are serving; then it says so."""
+        serving, total = self._serving(), len(self._fleet)
+        step.update(f"{len(serving)} of {total} serving")
+        if len(serving) < total:
+            return False
+        for number, url in serving.items():
+            self._console.ready(
+                f"KunServe instance {number} is ready: {url}  (joined {self._router.url})"
+            )
+        return True
 
     def _serving(self) -> dict[int, str]:
         """Number and address of those that the router sends requests to."""
@@ -172,7 +170,7 @@ class Joiner:
 
     def _watch(self) -> int:
         """The router may come and go meanwhile: instances serve what they have."""
-        while not self._stopping:
+        while not self._signals.stop:
             self._fleet.report()
             if not self._fleet.running:
                 return int(self._fleet.crashed)
@@ -183,7 +181,7 @@ class Joiner:
         """Leave the cluster in good order; a second signal, or a lost router, cuts it short."""
         deadline = time.monotonic() + self._options.drain_timeout_s
         with self._console.step("draining (once more to end at once)") as step:
-            while self._fleet.running and self._stopping == 1:
+            while self._fleet.running and not self._signals.at_once:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     self._console.error("requests are still under way; ending all the same")
@@ -204,20 +202,10 @@ class Joiner:
         workers = self._router.call("workers").read(Workers).workers
         return [w.id for w in workers if w.id in self._fleet.running and not w.draining]
 
-    def _on_signal(self, _number: int, _frame: object) -> None:
-        self._stopping += 1
-        if self._stopping > 1:
-            kill_descendants()
-
     def _stop(self) -> None:
         with self._console.step("stopping"):
-            self._fleet.terminate()
-            deadline = time.monotonic() + _GRACE_S
-            while time.monotonic() < deadline and not self._fleet.wait(_POLL_S):
-                if self._stopping > 1:
-                    break
-            kill_descendants()
-            self._fleet.reap()
+            self._fleet.ask_to_end(GRACE_S, self._signals)
+            self._fleet.end()
 
 
 def _check_reachable(membership: Membership) -> None:

@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import NoReturn
-
-import psutil
 
 from kunserve_sglang.cli.client import RouterClient
 from kunserve_sglang.cli.errors import CommandError
-from kunserve_sglang.config import format_size, parse_size
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.joining import Joiner, JoinOptions
-
-_MEMORY_SHARE = 0.5
-"""Share of the free memory that instances take together when no budget is given."""
+from kunserve_sglang.launching import add_budget_flag, end_with, memory_budget
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,12 +29,7 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("KunServe")
     group.add_argument("--router", required=True, metavar="URL", help="of the cluster to join")
     group.add_argument("--num-instances", type=int, default=1, help="how many to start")
-    group.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="parameters + KV of one instance, e.g. 448MiB (default: half of the free memory, "
-        "divided among the instances)",
-    )
+    add_budget_flag(group)
     group.add_argument(
         "--admin-api-key",
         default=os.environ.get("KUNSERVE_ADMIN_API_KEY"),
@@ -73,15 +62,9 @@ def build_options(flags: argparse.Namespace) -> JoinOptions:
         raise ConfigurationError("--num-instances must be at least 1")
     if flags.drain_timeout_s < 0:
         raise ConfigurationError("--drain-timeout-s must not be negative")
-    if flags.memory_budget:
-        budget = parse_size(flags.memory_budget)
-    else:
-        free = psutil.virtual_memory().available
-        budget = int(free * _MEMORY_SHARE / flags.num_instances)
-        print(f"kunserve: --memory-budget not given, using {format_size(budget)} an instance")
     return JoinOptions(
         num_instances=flags.num_instances,
-        memory_budget=budget,
+        memory_budget=memory_budget(flags),
         drain_timeout_s=flags.drain_timeout_s,
         host=flags.host,
         host_id=flags.host_id,
@@ -91,15 +74,12 @@ def build_options(flags: argparse.Namespace) -> JoinOptions:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Join and serve until a signal; exits 2 if that cannot be, with one line that says why."""
     flags, sglang_argv = parser().parse_known_args(argv)
-    try:
+
+    def join() -> int:
         options = build_options(flags)
-        status = Joiner(RouterClient(flags.router, flags.admin_api_key), options, sglang_argv).run()
-    except (ConfigurationError, CommandError) as error:
-        print(f"kunserve: {error}", file=sys.stderr)
-        status = 2
-    sys.stdout.flush()
-    # Not sys.exit: nothing that SGLang registered for the end of its own processes may run here.
-    os._exit(status)
+        return Joiner(RouterClient(flags.router, flags.admin_api_key), options, sglang_argv).run()
+
+    end_with(join, CommandError)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
-import psutil
 
 from kunserve_sglang.config import (
     ClusterConfig,
     ExchangeMode,
     MicroBatches,
     OverloadPolicy,
-    format_size,
-    parse_size,
 )
-from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.launching import add_budget_flag, end_with, memory_budget
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.supervisor import Supervisor
-
-_CPU_SHARE = 0.5
-"""Share of the free memory that instances take together when no budget is given."""
 
 
 def kunserve_parser() -> argparse.ArgumentParser:
@@ -55,12 +49,7 @@ def kunserve_parser() -> argparse.ArgumentParser:
         help="which instance gets a request: by turns, the least loaded, or the one with the least "
         "product of tokens to prefill and batch size",
     )
-    group.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="parameters + KV of one instance, e.g. 448MiB (default: half of the free memory, "
-        "divided among the instances)",
-    )
+    add_budget_flag(group)
     group.add_argument(
         "--overload-policy",
         choices=[p.value for p in OverloadPolicy],
@@ -142,13 +131,12 @@ def kunserve_parser() -> argparse.ArgumentParser:
 
 def build_config(flags: argparse.Namespace) -> ClusterConfig:
     """Raises `ConfigurationError` for values that make no sense."""
-    budget = parse_size(flags.memory_budget) if flags.memory_budget else _default_budget(flags)
     return ClusterConfig(
         num_instances=flags.num_instances,
         host=flags.host,
         port=flags.port,
         dispatch=DispatchPolicy(flags.dispatch),
-        memory_budget=budget,
+        memory_budget=memory_budget(flags),
         overload_policy=OverloadPolicy(flags.overload_policy),
         drop_threshold=flags.drop_threshold,
         restore_threshold=flags.restore_threshold,
@@ -169,25 +157,13 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Start the cluster and serve until a signal; exits 2 on a configuration error."""
     flags, sglang_argv = kunserve_parser().parse_known_args(argv)
-    try:
+
+    def serve() -> int:
         if flags.help_sglang:
             _print_sglang_help()
-        config = build_config(flags)
-        status = Supervisor(config, sglang_argv).run()
-    except (ConfigurationError, msgspec.ValidationError) as error:
-        print(f"kunserve: {error}", file=sys.stderr)
-        status = 2
-    sys.stdout.flush()
-    # Not sys.exit: nothing that SGLang registered for the end of its own processes may run here.
-    os._exit(status)
+        return Supervisor(build_config(flags), sglang_argv).run()
 
-
-def _default_budget(flags: Any) -> int:
-    if flags.num_instances < 1:
-        return 0
-    budget = int(psutil.virtual_memory().available * _CPU_SHARE / flags.num_instances)
-    print(f"kunserve: --memory-budget not given, using {format_size(budget)} an instance")
-    return budget
+    end_with(serve, msgspec.ValidationError)
 
 
 def _print_sglang_help() -> NoReturn:

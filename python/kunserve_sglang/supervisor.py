@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,17 +16,16 @@ import time
 from typing import Any
 
 from kunserve_sglang.config import ClusterConfig, InstanceConfig, PromptFormat
-from kunserve_sglang.console import Console
+from kunserve_sglang.console import Console, Step
 from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.fleet import Fleet, kill_descendants
+from kunserve_sglang.fleet import Fleet
 from kunserve_sglang.identity import ModelIdentity
 from kunserve_sglang.keys import new_keys
+from kunserve_sglang.launching import GRACE_S, StopSignals, wait_until_ready
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.processes import divide_cpus, free_port
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 
-_READY_TIMEOUT_S = 600.0
-_GRACE_S = 10.0
 _POLL_S = 0.1
 
 
@@ -39,7 +37,7 @@ class Supervisor:
         self._argv = sglang_argv
         self._folder = ""
         self._router: subprocess.Popen[bytes] | None = None
-        self._stopping = 0
+        self._signals = StopSignals()
         self._console = Console()
         self._fleet = Fleet("", self._console)
         self._keys = new_keys() if config.control_address else None
@@ -54,15 +52,14 @@ class Supervisor:
         _check_port_free(self._config.host, self._config.port)
         self._folder = tempfile.mkdtemp(prefix="kunserve-")
         self._fleet = Fleet(self._folder, self._console)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        self._signals.listen()
         try:
             if alone:
                 self._start_router(api_key)
             else:
                 self._start_all()
             if not self._wait_until_ready():
-                return 0 if self._stopping else 1
+                return 0 if self._signals.stop else 1
             return self._watch()
         finally:
             self._stop()
@@ -130,25 +127,26 @@ class Supervisor:
 
     def _wait_until_ready(self) -> bool:
         total = self._config.num_instances
-        deadline = time.monotonic() + _READY_TIMEOUT_S
-        title = f"starting {total} instances" if total else "starting the router"
-        with self._console.step(title) as step:
-            while not self._stopping and time.monotonic() < deadline:
-                failure = self._failure()
-                if failure:
-                    self._console.error(failure)
-                    return False
-                status = self._ask("/kunserve/status")
-                own = [i for i in status["instances"] if not i["plain"]] if status else []
-                serving = [i for i in own if i["serving"]]
-                step.update(f"{len(own)} of {total} loaded, {len(serving)} serving")
-                if status is not None and len(serving) == total:
-                    self._announce(own)
-                    return True
-                time.sleep(_POLL_S)
-        if not self._stopping:
-            self._console.error(f"not ready within {_READY_TIMEOUT_S:.0f} s")
-        return False
+        return wait_until_ready(
+            f"starting {total} instances" if total else "starting the router",
+            self._ready,
+            self._failure,
+            console=self._console,
+            signals=self._signals,
+            poll_s=_POLL_S,
+        )
+
+    def _ready(self, step: Step) -> bool:
+        """Whether the router answers and all instances are serving; then it says so."""
+        total = self._config.num_instances
+        status = self._ask("/kunserve/status")
+        own = [i for i in status["instances"] if not i["plain"]] if status else []
+        serving = [i for i in own if i["serving"]]
+        step.update(f"{len(own)} of {total} loaded, {len(serving)} serving")
+        if status is None or len(serving) < total:
+            return False
+        self._announce(own)
+        return True
 
     def _announce(self, instances: list[dict[str, Any]]) -> None:
         slots = [i["slots"]["capacity"] for i in instances if "slots" in i]
@@ -164,7 +162,7 @@ class Supervisor:
     # -- watch -----------------------------------------------------------------------------------
 
     def _watch(self) -> int:
-        while not self._stopping:
+        while not self._signals.stop:
             if self._router is not None and self._router.poll() is not None:
                 self._console.error(f"the router ended with status {self._router.returncode}")
                 return 1
@@ -198,27 +196,18 @@ class Supervisor:
 
     # -- stop ------------------------------------------------------------------------------------
 
-    def _on_signal(self, _number: int, _frame: object) -> None:
-        self._stopping += 1
-        if self._stopping > 1:
-            kill_descendants()
-
     def _stop(self) -> None:
         """End all processes: ask, wait a little, then insist; remove the runtime folder."""
         with self._console.step("stopping"):
             if self._router is not None and self._router.poll() is None:
                 self._router.terminate()
-            self._fleet.terminate()
-            deadline = time.monotonic() + _GRACE_S
-            while time.monotonic() < deadline and not self._fleet.wait(_POLL_S):
-                if self._stopping > 1:
-                    break
+            deadline = time.monotonic() + GRACE_S
+            self._fleet.ask_to_end(GRACE_S, self._signals)
             if self._router is not None:
                 # Answers of servers that are not ours may still be under way.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._router.wait(max(0.0, deadline - time.monotonic()))
-            kill_descendants()
-            self._fleet.reap()
+            self._fleet.end()
             if self._router is not None:
                 self._router.wait(5)
         shutil.rmtree(self._folder, ignore_errors=True)
