@@ -171,9 +171,10 @@ class RouterCluster(Client):
         return events[0] if events else None
 
     def stop_router(self) -> None:
-        """End the router; its instances go on without it."""
+        """End the router, and all that it has begun; its instances go on without it."""
         self._background.loop.call_soon_threadsafe(self._stop.set)
         self._serving.result(10)
+        assert not self._background.run(_tasks_of_the_router())
 
     def start_router(self) -> None:
         """After `stop_router`: another one at the same port."""
@@ -191,3 +192,10 @@ class RouterCluster(Client):
     def _serve(self, listener: socket.socket) -> Future[None]:
         work = serve(self.config, listener, self._stop)
         return asyncio.run_coroutine_threadsafe(work, self._background.loop)
+
+
+async def _tasks_of_the_router() -> list[str]:
+    """Those that are still there; mock instances run on the same event loop."""
+    return [
+        name for task in asyncio.all_tasks() if "kunserve_sglang/router/" in (name := repr(task))
+    ]

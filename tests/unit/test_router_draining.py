@@ -112,6 +112,15 @@ def test_what_takes_too_long_puts_it_back(router: RouterCluster) -> None:
     connection.close()
 
 
+def test_it_ends_with_the_router(router: RouterCluster) -> None:
+    """What it waits for may never come; `stop_router` looks for what is left of it."""
+    connection, busy = stream(router)
+    assert drain(router, busy.number, "?wait=false").status == 202
+    router.stop_router()
+    assert busy.obeyed["Leave"] == 0
+    connection.close()
+
+
 def test_the_group_comes_apart_first(router: RouterCluster) -> None:
     cooperate(router)
     assert drain(router, 1).status == 200

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -24,6 +22,7 @@ from kunserve_sglang.router.api import (
     PolicyBody,
     RestoreBody,
 )
+from kunserve_sglang.router.background import Background
 from kunserve_sglang.router.bodies import (
     check_instances,
     read_body,
@@ -32,17 +31,14 @@ from kunserve_sglang.router.bodies import (
 )
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
-from kunserve_sglang.router.events import Event
-
-logger = logging.getLogger(__name__)
 
 
 class Admin:
     """Endpoints under `/kunserve/`."""
 
-    def __init__(self, control: ControlPlane) -> None:
+    def __init__(self, control: ControlPlane, background: Background) -> None:
         self._control = control
-        self._background: set[asyncio.Task[Event]] = set()
+        self._background = background
 
     async def status(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         return json_answer(self._control.status())
@@ -111,21 +107,11 @@ class Admin:
         if (running := self._control.coordinator.running) is not None:
             raise TransitionRunning(f"transition {running.epoch} ({running.kind}) is still running")
         plan = self._control.plan(kind, **target)
-        # A task of its own: a transition is never ended half-way by whoever asked for it.
-        task = asyncio.create_task(self._control.transition(kind, **target))
-        self._background.add(task)
-        task.add_done_callback(self._ended)
-        if wait:
-            return json_answer(await asyncio.shield(task))
-        await asyncio.sleep(0)  # let it begin: another call may have come first
+        transition = self._control.transition(kind, **target)
+        task = await self._background.begin(transition, "transition asked for by hand", wait=wait)
         if task.done():
             return json_answer(task.result())
         return json_answer(AcceptedPlan(**_described(plan)), 202)
-
-    def _ended(self, task: asyncio.Task[Event]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("transition asked for by hand: %s", error)
 
 
 def _described(plan: Plan) -> dict[str, Any]:

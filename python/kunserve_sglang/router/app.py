@@ -21,6 +21,7 @@ from kunserve_sglang.router.admin import Admin
 from kunserve_sglang.router.answers import Code, RequestError, error_answer, retry_later
 from kunserve_sglang.router.asgi import run_asgi
 from kunserve_sglang.router.audit import Audited
+from kunserve_sglang.router.background import Background
 from kunserve_sglang.router.calls import CALLS, Access
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
@@ -50,10 +51,11 @@ _ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
 class RouterApp:
     """Our own paths go to Starlette; every other is SGLang's and takes the shortest way there."""
 
-    def __init__(self, routes: list[Route], proxy: Proxy) -> None:
+    def __init__(self, routes: list[Route], proxy: Proxy, background: Background) -> None:
         self.routes = routes
         self._paths = {route.path for route in routes}
         self._proxy = proxy
+        self._background = background
         self._starlette = Starlette(
             routes=routes,
             exception_handlers={
@@ -81,6 +83,10 @@ class RouterApp:
             if not exchange.started:
                 exchange.answer(retry_later("router_stopping", "the router is stopping"))
 
+    async def close(self) -> None:
+        """To be called when no request is under way any more."""
+        await self._background.close()
+
 
 def build_app(
     config: RouterConfig,
@@ -93,15 +99,17 @@ def build_app(
     policy = POLICIES[config.cluster.dispatch]
     proxy = Proxy(control.registry, connections, policy, control.latency, control.queue, dispatcher)
     docs = Docs(keys)
+    background = Background()
+    admin, members = Admin(control, background), Members(control, config, background)
     routes = [
         *_probe_routes(Probes(control.registry, session)),
-        *_admin_routes(Admin(control), Members(control, config), Tracing(control), docs, keys),
+        *_admin_routes(admin, members, Tracing(control), docs, keys),
         *_fanout_routes(Fanout(control, session, config.api_key, keys), keys),
         Route("/docs", docs.page),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
         *dashboard_routes(),
     ]
-    return RouterApp(routes, proxy)
+    return RouterApp(routes, proxy, background)
 
 
 def _prompt_reader(config: RouterConfig, control: ControlPlane) -> PromptReader | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from starlette.requests import Request
@@ -19,6 +18,7 @@ from kunserve_sglang.router.api import (
     Workers,
     WorkerStats,
 )
+from kunserve_sglang.router.background import Background
 from kunserve_sglang.router.bodies import read_body, read_timeout, read_wait, read_worker_id
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.draining import Draining
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 class Members:
     """Endpoints by which instances and plain servers come and go."""
 
-    def __init__(self, control: ControlPlane, config: RouterConfig) -> None:
+    def __init__(self, control: ControlPlane, config: RouterConfig, background: Background) -> None:
         self._control = control
         self._config = config
         self._model = config.model
         self._registry = control.registry
         self._draining = Draining(control)
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = background
 
     async def workers(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         instances = sorted(self._registry.instances.items())
@@ -88,23 +88,9 @@ class Members:
         instance = self._registry.instances.get(number)
         if instance is None:
             raise RequestError(404, "unknown_worker", f"there is no worker {number}", "id")
-        # A task of its own: it is not left half-way because whoever asked has gone.
-        task = asyncio.create_task(self._draining.drain(instance, timeout_s))
-        self._background.add(task)
-        task.add_done_callback(self._ended)
-        if wait:
-            await asyncio.shield(task)
-            return json_answer(_describe(instance))
-        await asyncio.sleep(0)  # let it begin: it may be refused
-        if task.done():
-            task.result()
-            return json_answer(_describe(instance))
-        return json_answer(_describe(instance), 202)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("not drained: %s", error)
+        draining = self._draining.drain(instance, timeout_s)
+        task = await self._background.begin(draining, "not drained", wait=wait)
+        return json_answer(_describe(instance), 200 if task.done() else 202)
 
 
 def _describe(instance: Instance) -> Worker:

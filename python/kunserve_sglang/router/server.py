@@ -50,7 +50,8 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
     try:
         connections = InstanceConnections()
         async with open_session() as session, asyncio.TaskGroup() as tasks:
-            http = HttpServer(build_app(config, control, session, connections))
+            app = build_app(config, control, session, connections)
+            http = HttpServer(app)
             watch = HealthWatch(control.registry, session, config.api_key)
             background = [tasks.create_task(control.run()), tasks.create_task(watch.run())]
             await http.start(listener, _BACKLOG)
@@ -58,6 +59,7 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
             await stop.wait()
             control.queue.close()
             await http.stop(_GRACE_S)
+            await app.close()
             connections.close()
             for task in background:
                 task.cancel()
