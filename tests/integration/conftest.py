@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from benchmark.cluster import Cluster, ClusterOptions
+from tests.support.leftovers import files_in_shared_memory, left_in_shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,12 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def plain_sglang() -> Iterator[None]:
     """Cleans up behind SGLang without KunServe, which leaves shared memory when it ends."""
-    shared = Path("/dev/shm")
-    before = set(shared.iterdir())
+    before = files_in_shared_memory()
     yield
-    for pattern in ("sglang_loads_*", "sem.mp-*"):
-        for file in set(shared.glob(pattern)) - before:
-            file.unlink(missing_ok=True)
+    for path in left_in_shared_memory(before):
+        if path.match("sglang_loads_*") or path.match("sem.mp-*"):
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,12 @@ import pytest
 
 from benchmark.cluster import Cluster, ClusterOptions, log_tail
 from tests.integration.conftest import BUDGET, FLAGS, Client
+from tests.support.leftovers import (
+    files_in_shared_memory,
+    held_in_shared_memory,
+    left_in,
+    left_in_shared_memory,
+)
 
 LAUNCH = (sys.executable, "-m", "kunserve_sglang.launch_server")
 
@@ -103,7 +109,7 @@ def test_nothing_is_left_behind(
     temporary = tmp_path / "t"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
-    shared_before = set(Path("/dev/shm").iterdir())
+    shared_before = files_in_shared_memory()
     options = ClusterOptions(
         model_path=model, memory_budget=BUDGET, overload_policy="drop", sglang_flags=FLAGS
     )
@@ -113,18 +119,14 @@ def test_nothing_is_left_behind(
         launcher = psutil.Process(cluster.pid)
         family = [launcher, *launcher.children(recursive=True)]
         assert len(family) >= 8
+        known = {*shared_before, *held_in_shared_memory(except_by=[p.pid for p in family])}
         launcher.send_signal(end)
         _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, (alive, log_tail(tmp_path / "log"))
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        left = {*_left_in(temporary), *Path("/dev/shm").iterdir()} - shared_before
+        left = {*left_in(temporary), *left_in_shared_memory(known)}
         if not left:
             break
         time.sleep(0.1)
     assert not left
-
-
-def _left_in(folder: Path) -> list[Path]:
-    """Everything but the cache that torch keeps for the next process."""
-    return [path for path in folder.iterdir() if not path.name.startswith("torchinductor")]

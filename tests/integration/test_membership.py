@@ -21,6 +21,7 @@ import pytest
 from benchmark.cluster import Cluster, ClusterOptions, log_tail
 from kunserve_sglang.processes import die_with_parent
 from tests.integration.conftest import BUDGET, FLAGS, Client
+from tests.support.leftovers import left_in
 
 KEY = "one-for-all"
 PROMPTS = (
@@ -65,11 +66,6 @@ class Joined:
     def family(self) -> list[psutil.Process]:
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
-
-    def left_behind(self) -> list[Path]:
-        """Everything but the cache that torch keeps for the next process."""
-        files = self.temporary.iterdir()
-        return [path for path in files if not path.name.startswith("torchinductor")]
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -144,7 +140,7 @@ def test_one_that_joins_takes_part(alone: Client, model: Path, tmp_path: Path, w
     assert numbers(alone) == {0}
     assert f"instance {number} has left" in instance.log.read_text()
     assert "Traceback" not in instance.log.read_text()
-    assert not instance.left_behind()
+    assert not left_in(instance.temporary)
 
 
 def test_ctrl_c_lets_requests_end(alone: Client, model: Path, tmp_path: Path) -> None:
@@ -168,7 +164,7 @@ def test_nothing_is_left_of_one_that_is_killed(alone: Client, model: Path, tmp_p
         instance.process.kill()
         _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive
-        wait_for(lambda: not instance.left_behind())
+        wait_for(lambda: not left_in(instance.temporary))
     wait_for(lambda: any(i.get("lost") for i in alone.status()["instances"]))
     assert alone.call("DELETE", f"/workers/{number}")[0] == 200
     assert numbers(alone) == {0}
@@ -194,4 +190,4 @@ def test_who_does_not_fit_is_refused_in_one_line(
     (line,) = [x for x in lines if x.startswith("kunserve: ") and not x.endswith(" s")]
     assert word in line
     assert numbers(alone) == {0}
-    wait_for(lambda: not instance.left_behind())
+    wait_for(lambda: not left_in(instance.temporary))
