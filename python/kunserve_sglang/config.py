@@ -46,6 +46,21 @@ class ExchangeMode(StrEnum):
     STOP = "stop"
 
 
+class Transport(StrEnum):
+    """How tensors travel between instances.
+
+    `auto` takes what is fastest for each pair: `shm` within a host, `cuda-ipc` on one GPU, `nccl`
+    between GPUs of a host, and `tcp`, which is encrypted, between hosts and where nothing else can
+    be.
+    """
+
+    AUTO = "auto"
+    SHM = "shm"
+    CUDA_IPC = "cuda-ipc"
+    NCCL = "nccl"
+    TCP = "tcp"
+
+
 class PromptFormat(msgspec.Struct, frozen=True, kw_only=True):
     """How instances make tokens of prompts: the tokenizer's folder, and SGLang's `--chat-template`.
 
@@ -76,6 +91,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     join_room: int = 0
     tpot_limit_ms: float | None = None
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
+    transport: Transport = Transport.AUTO
     exchange: ExchangeMode = ExchangeMode.COORDINATED
     max_in_flight: int | None = None
     max_queued: int = 10_000
@@ -110,6 +126,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError("--join-room must not be negative")
         if self.control_address is not None:
             _check_control_address(self.control_address)
+            if self.transport in (Transport.SHM, Transport.CUDA_IPC):
+                raise ConfigurationError(
+                    f"--transport {self.transport} ends at this host, and --control-address lets "
+                    "instances of other hosts join"
+                )
 
     @property
     def largest_group(self) -> int:
@@ -120,8 +141,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def data_host(self) -> str:
-        """The address at which instances of this host listen for others; empty: not at all."""
-        return (self.control_address or "").removeprefix("tcp://").rpartition(":")[0]
+        """The address at which instances of this host listen with keys; empty: not at all."""
+        if self.control_address is not None:
+            return self.control_address.removeprefix("tcp://").rpartition(":")[0]
+        return "127.0.0.1" if self.transport is Transport.TCP else ""
 
 
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +167,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_bytes: int = 0
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
+    transport: Transport = Transport.AUTO
     peer_timeout_s: float = 60.0
     data_address: str = ""
     keys: MemberKeys | None = None

@@ -84,6 +84,7 @@ class Joiner:
     def _start(self, folder: str) -> None:
         with self._console.step("importing SGLang"):
             from kunserve_sglang.sglang_seam import server
+            from kunserve_sglang.sglang_seam.compatibility import check_transport
             from kunserve_sglang.sglang_seam.identity import identity_of
 
             server.preload()
@@ -91,6 +92,7 @@ class Joiner:
         body = JoinBody(model=identity_of(server_args))
         for cpus in divide_cpus(self._options.num_instances):
             membership = self._router.call("join", body).read(Membership)
+            check_transport(membership.transport, server_args.device)
             instance = self._instance(membership, folder, cpus)
             self._fleet.start(_with_key(server_args, membership.api_key), instance)
             if membership.owners < 2:
@@ -120,6 +122,7 @@ class Joiner:
             cpus=cpus,
             overload_policy=membership.overload_policy,
             micro_batches=membership.micro_batches,
+            transport=membership.transport,
             peer_timeout_s=membership.peer_timeout_s,
             data_address=f"tcp://{_bracketed(data)}:*" if data else "",
             keys=membership.keys,

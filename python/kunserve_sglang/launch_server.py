@@ -17,6 +17,7 @@ from kunserve_sglang.config import (
     ExchangeMode,
     MicroBatches,
     OverloadPolicy,
+    Transport,
 )
 from kunserve_sglang.launching import add_budget_flag, end_with, memory_budget
 from kunserve_sglang.policy.dispatch import DispatchPolicy
@@ -96,6 +97,13 @@ def kunserve_parser() -> argparse.ArgumentParser:
         help="in a group: as many as keep all stages busy, of equal time, or one an owner",
     )
     group.add_argument(
+        "--transport",
+        choices=[t.value for t in Transport],
+        default=Transport.AUTO.value,
+        help="how tensors travel between instances: by the fastest way for each pair, or always in "
+        "one way (nccl is not encrypted)",
+    )
+    group.add_argument(
         "--exchange",
         choices=[m.value for m in ExchangeMode],
         default=ExchangeMode.COORDINATED.value,
@@ -145,6 +153,7 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         control_address=flags.control_address,
         tpot_limit_ms=flags.tpot_limit_ms,
         micro_batches=MicroBatches(flags.micro_batches),
+        transport=Transport(flags.transport),
         exchange=ExchangeMode(flags.exchange),
         max_in_flight=flags.max_in_flight,
         max_queued=flags.max_queued,

@@ -40,7 +40,7 @@ class Supervisor:
         self._signals = StopSignals()
         self._console = Console()
         self._fleet = Fleet("", self._console)
-        self._keys = new_keys() if config.control_address else None
+        self._keys = new_keys() if config.data_host else None
 
     def run(self) -> int:
         """Serve until a signal or until nothing is left to serve; returns the exit status.
@@ -73,10 +73,12 @@ class Supervisor:
     def _start_all(self) -> None:
         with self._console.step("importing SGLang"):
             from kunserve_sglang.sglang_seam import server
+            from kunserve_sglang.sglang_seam.compatibility import check_transport
             from kunserve_sglang.sglang_seam.identity import identity_of
 
             server.preload()
             server_args = server.parse_server_args(self._argv)
+            check_transport(self._config.transport, server_args.device)
         prompts = None
         if self._config.dispatch is DispatchPolicy.LMETRIC:
             prompts = server.prompt_format(server_args)
@@ -97,6 +99,7 @@ class Supervisor:
             cpus=cpus,
             overload_policy=config.overload_policy,
             micro_batches=config.micro_batches,
+            transport=config.transport,
             peer_timeout_s=config.peer_timeout_s,
             data_address=f"tcp://{config.data_host}:*" if keys else "",
             keys=keys.members if keys else None,

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from kunserve_sglang.config import ClusterConfig, ExchangeMode, InstanceConfig
+from kunserve_sglang.config import ClusterConfig, ExchangeMode, InstanceConfig, Transport
 from kunserve_sglang.messages import TransitionKind, to_json_types
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
@@ -81,6 +81,7 @@ class ScriptedCluster:
         vote_timeout_s: float = 20.0,
         exchange: ExchangeMode = ExchangeMode.COORDINATED,
         dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD,
+        transport: Transport = Transport.AUTO,
         **server: Any,
     ) -> None:
         config = ClusterConfig(
@@ -104,6 +105,7 @@ class ScriptedCluster:
                 owners=size,
                 page_bytes=page_bytes,
                 peer_timeout_s=30.0,
+                transport=transport,
             )
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, instance, server), daemon=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kunserve_sglang.config import Transport
 from kunserve_sglang.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.events import Event, Outcome
@@ -210,6 +211,18 @@ def test_two_cycles_with_overlap_scheduling(
             events, differences = _play(cluster, random_scripts(seed, 2, PAIR_GATES))
             assert differences == [], seed
             assert len(events) >= 2
+
+
+def test_two_cycles_over_lanes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tensors pass by `torch.distributed`, as between GPUs; without any it is gloo that carries."""
+    folder = tmp_path_factory.mktemp("lanes")
+    with _cluster(folder, 2, tiny_model, transport=Transport.NCCL) as cluster:
+        for seed in range(600, 603):
+            scripts = random_scripts(seed, 2, PAIR_GATES)
+            events, differences = _play(cluster, scripts, standing=seed % 3 == 0)
+            assert differences == [], seed
+            assert len(events) >= 2
+        assert sum(e.exchanged_bytes for e in cluster.control.plane.events.latest()) > 0
 
 
 def test_slots_follow_the_load_of_one_owner(

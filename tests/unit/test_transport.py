@@ -12,6 +12,7 @@ import pytest
 import torch
 import zmq
 
+from kunserve_sglang.config import Transport
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.keys import MemberKeys, new_keys
 from kunserve_sglang.memory.cuda_driver import CudaDevice
@@ -26,7 +27,7 @@ WAIT_S = 10.0
 MakePlane = Callable[[str], DataPlane]
 
 
-@pytest.fixture(params=["shared memory", "tcp", "gpu"])
+@pytest.fixture(params=["shared memory", "tcp", "gpu", "lanes"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePlane]:
     """Makes planes that reach each other in one way, by host names alike or not."""
     keys = new_keys().members
@@ -37,6 +38,8 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakePlane]:
         if request.param == "gpu":
             fake = partial(CudaDevice, 0, FakeCuda())
             plane = LocalDataPlane(str(tmp_path / name), rings=CudaRings(fake, torch.device("cpu")))
+        elif request.param == "lanes":
+            plane = HostAwareDataPlane(str(tmp_path / name), transport=Transport.NCCL)
         elif request.param == "tcp":
             plane = HostAwareDataPlane(
                 str(tmp_path / name), tcp="tcp://127.0.0.1:*", keys=keys, host=name
@@ -144,14 +147,14 @@ def test_memory_is_shared_on_one_gpu_only(tmp_path: Path, monkeypatch: pytest.Mo
     )
     devices = [*gpus, torch.device("cuda", 0), torch.device("cpu")]
     planes = [
-        HostAwareDataPlane(str(tmp_path / str(n)), device=device)
+        HostAwareDataPlane(str(tmp_path / str(n)), device=device, transport=Transport.CUDA_IPC)
         for n, device in enumerate(devices)
     ]
     planes[0].connect({2: planes[2].address})
     planes[0].send(2, b"hello", [torch.ones(3)])
     assert torch.equal(received(planes[2]).tensors[0], torch.ones(3))
     for other in (1, 3):
-        with pytest.raises(PeerLost, match="share no memory with us"):
+        with pytest.raises(PeerLost, match="cannot be reached with --transport cuda-ipc"):
             planes[0].connect({other: planes[other].address})
     for plane in planes:
         plane.close()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from kunserve_sglang.config import MicroBatches, OverloadPolicy
+from kunserve_sglang.config import MicroBatches, OverloadPolicy, Transport
 from kunserve_sglang.identity import ModelIdentity
 from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.layout import LayerRange
@@ -235,6 +235,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     owners: int
     overload_policy: OverloadPolicy
     micro_batches: MicroBatches
+    transport: Transport
     peer_timeout_s: float
 
 

@@ -79,6 +79,7 @@ class Members:
             owners=cluster.largest_group,
             overload_policy=cluster.overload_policy,
             micro_batches=cluster.micro_batches,
+            transport=cluster.transport,
             peer_timeout_s=cluster.peer_timeout_s,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kunserve_sglang.config import Transport
 from kunserve_sglang.errors import ConfigurationError
 
 _OFF = {
@@ -59,6 +60,18 @@ def check_server_args(server_args: Any) -> None:
         raise ConfigurationError(f"--device {server_args.device}: {why}; use --device cpu")
     if server_args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
         raise ConfigurationError("--kv-cache-dtype: KunServe does not support quantized KV yet")
+
+
+def check_transport(transport: Transport, device: str) -> None:
+    """Raises `ConfigurationError` for a way that tensors on such a device cannot take."""
+    elsewhere = {
+        Transport.SHM: ("cuda", "shares memory of the host; on GPUs use cuda-ipc"),
+        Transport.CUDA_IPC: ("cpu", "shares memory of a GPU; on CPUs use shm"),
+        Transport.NCCL: ("cpu", "goes between GPUs; on CPUs use tcp"),
+    }
+    where, why = elsewhere.get(transport, ("", ""))
+    if device == where:
+        raise ConfigurationError(f"--transport {transport}: {why}")
 
 
 def with_defaults(argv: list[str]) -> list[str]:

@@ -32,12 +32,18 @@ class KunServeModelRunner(ModelRunner):
         self.instance = instance
         super().__init__(*args, **kwargs)
 
+    @property
+    def place(self) -> torch.device:
+        """Where its tensors are."""
+        return (
+            torch.device("cpu") if self.device == "cpu" else torch.device(self.device, self.gpu_id)
+        )
+
     def load_model(self) -> None:
-        device = torch.device(self.device, self.gpu_id)
-        budget = memory_budget(self.instance, device, self.mem_fraction_static)
+        budget = memory_budget(self.instance, self.place, self.mem_fraction_static)
         super().load_model()
         layers = decoder_layers(self.model)
-        self.memory = adopt_model(self.instance, self.model, layers, device, budget)
+        self.memory = adopt_model(self.instance, self.model, layers, self.place, budget)
 
     @torch.no_grad()
     def reload_layers(self, layers: Sequence[int]) -> None:

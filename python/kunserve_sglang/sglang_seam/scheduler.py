@@ -227,6 +227,8 @@ class KunServeScheduler(upstream.Scheduler):
             tcp=instance.data_address,
             keys=instance.keys,
             host=instance.host,
+            device=runner.place,
+            transport=instance.transport,
         )
         hello = Hello(
             version=PROTOCOL_VERSION,

@@ -1,4 +1,4 @@
-"""The data plane of an instance: shared memory to peers of this host, TCP to the others.
+"""The data plane of an instance: shared memory, NCCL or TCP, whatever suits each peer.
 
 On a GPU, memory of that GPU is shared, among the instances that it serves.
 """
@@ -15,26 +15,21 @@ import msgspec
 import torch
 import zmq
 
+from kunserve_sglang.config import Transport
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.memory.cuda_driver import CudaDevice
-from kunserve_sglang.processes import this_host, within_reach
+from kunserve_sglang.processes import this_host
+from kunserve_sglang.transport.choice import PeerAddress, Way, way_between
 from kunserve_sglang.transport.cuda_ring import CudaRings
 from kunserve_sglang.transport.data import DataPlane, Packet
 from kunserve_sglang.transport.local import LocalDataPlane
+from kunserve_sglang.transport.nccl import NcclDataPlane
 from kunserve_sglang.transport.ring import HostRings, Rings
 from kunserve_sglang.transport.tcp import TcpDataPlane
 
 _CPU = torch.device("cpu")
-
-
-class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an instance can be reached; travels as JSON in the members' `address`."""
-
-    host: str
-    path: str
-    tcp: str = ""
-    gpu: str = ""
+_LOOPBACK = "127.0.0.1"
 
 
 def gpu_of(device: torch.device) -> str:
@@ -50,11 +45,7 @@ def rings_on(device: torch.device) -> Rings:
 
 
 class HostAwareDataPlane:
-    """Chooses the way to each peer by its address.
-
-    A peer is local if it runs on the same kernel, on the same GPU if on any, and its socket is
-    visible here: two containers of one machine with folders of their own talk TCP.
-    """
+    """Chooses the way to each peer by its address (`choice.way_between`)."""
 
     def __init__(
         self,
@@ -64,21 +55,29 @@ class HostAwareDataPlane:
         keys: MemberKeys | None = None,
         host: str = "",
         device: torch.device = _CPU,
+        transport: Transport = Transport.AUTO,
     ) -> None:
         """`tcp` is an address to listen at for members on other hosts, who show `keys`.
 
         Without both there are none. `host` stands for this host if it is given. Tensors are
         received on `device`.
         """
-        self._host = host or this_host()
-        self._gpu = gpu_of(device)
-        self._local = LocalDataPlane(path, rings=rings_on(device))
+        self._wanted = transport
         self._context: zmq.Context[Any] = zmq.Context()
+        self._local = LocalDataPlane(path, rings=rings_on(device))
         self._tcp = TcpDataPlane(self._context, tcp, keys, device) if tcp and keys else None
-        address = PeerAddress(
-            host=self._host, path=path, tcp=self._tcp.address if self._tcp else "", gpu=self._gpu
+        self._nccl: NcclDataPlane | None = None
+        # With host memory it is there for those who ask for it: shared memory is faster.
+        if transport is Transport.NCCL or (transport is Transport.AUTO and device.type == "cuda"):
+            self._nccl = _nccl(path, tcp, keys, device)
+        self._address = PeerAddress(
+            host=host or this_host(),
+            path=path,
+            tcp=self._tcp.address if self._tcp else "",
+            gpu=gpu_of(device),
+            nccl=self._nccl.address if self._nccl else "",
         )
-        self.address = msgspec.json.encode(address).decode()
+        self.address = msgspec.json.encode(self._address).decode()
         self._ways: dict[int, DataPlane] = {}
         self._poller = zmq.Poller()
         for handle in self.poll_handles():
@@ -88,15 +87,14 @@ class HostAwareDataPlane:
         addresses = {
             peer: msgspec.json.decode(address, type=PeerAddress) for peer, address in peers.items()
         }
-        local = {peer: a.path for peer, a in addresses.items() if self._is_local(a)}
-        distant = {peer: a.tcp for peer, a in addresses.items() if peer not in local}
-        if distant and (self._tcp is None or not all(distant.values())):
-            raise PeerLost(f"instances {sorted(distant)} share no memory with us, and TCP is off")
-        self._local.connect(local)
-        self._ways = dict.fromkeys(local, self._local)
-        if self._tcp is not None:
-            self._tcp.connect(distant)
-            self._ways |= dict.fromkeys(distant, self._tcp)
+        ways = {p: way_between(self._address, a, self._wanted) for p, a in addresses.items()}
+        if unreachable := sorted(peer for peer, way in ways.items() if way is None):
+            raise PeerLost(f"instances {unreachable} {self._why_not()}")
+        self._ways = {}
+        for way, plane in self._planes().items():
+            mine = {p: a.at(way) for p, a in addresses.items() if ways[p] is way}
+            plane.connect(mine)
+            self._ways |= dict.fromkeys(mine, plane)
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
         if peer not in self._ways:
@@ -107,10 +105,10 @@ class HostAwareDataPlane:
         return self._ways[peer].room(peer)
 
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
-        if self._tcp is None:
+        if self._tcp is None and self._nccl is None:
             return self._local.receive(timeout_s)
         deadline = time.monotonic() + timeout_s
-        while (packet := self._local.receive() or self._tcp.receive()) is None:
+        while (packet := self._next()) is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
@@ -118,16 +116,30 @@ class HostAwareDataPlane:
         return packet
 
     def poll_handles(self) -> list[Any]:
-        return [handle for way in self._all() for handle in way.poll_handles()]
+        return [handle for plane in self._planes().values() for handle in plane.poll_handles()]
 
     def close(self) -> None:
-        for way in self._all():
-            way.close()
+        for plane in self._planes().values():
+            plane.close()
         self._context.term()
 
-    def _all(self) -> list[DataPlane]:
-        return [self._local, *([self._tcp] if self._tcp else [])]
+    def _next(self) -> Packet | None:
+        packets = (plane.receive() for plane in self._planes().values())
+        return next((packet for packet in packets if packet is not None), None)
 
-    def _is_local(self, address: PeerAddress) -> bool:
-        reachable = within_reach(address.host, self._host, address.path)
-        return reachable and address.gpu == self._gpu
+    def _planes(self) -> dict[Way, DataPlane]:
+        planes = {Way.MEMORY: self._local, Way.NCCL: self._nccl, Way.TCP: self._tcp}
+        return {way: plane for way, plane in planes.items() if plane is not None}
+
+    def _why_not(self) -> str:
+        if self._wanted is Transport.AUTO:
+            return "share no memory with us, and TCP is off"
+        return f"cannot be reached with --transport {self._wanted}"
+
+
+def _nccl(path: str, tcp: str, keys: MemberKeys | None, device: torch.device) -> NcclDataPlane:
+    """Listening to other hosts only where TCP does."""
+    if tcp and keys:
+        host = tcp.removeprefix("tcp://").rpartition(":")[0]
+        return NcclDataPlane(f"tcp://{host}:*", keys=keys, device=device, host=host.strip("[]"))
+    return NcclDataPlane(f"ipc://{path}-news", keys=None, device=device, host=_LOOPBACK)

@@ -1,7 +1,6 @@
 """Data plane between hosts: ZMQ over TCP, one copy in and one copy out.
 
-Encrypted, and for members of the cluster only: the thread that checks who connects wakes for that
-alone.
+Encrypted, and for members of the cluster only.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from typing import Any
 import msgspec
 import torch
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from kunserve_sglang.errors import InternalError
-from kunserve_sglang.keys import Admission, MemberKeys
+from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.transport.data import Packet, TensorSpec
+from kunserve_sglang.transport.sockets import PacketSockets
 
 _PIECE_BYTES = 64 << 20
 
@@ -35,17 +34,9 @@ class TcpDataPlane:
         `context` must have no other plane: it takes one checker of keys. Tensors are received on
         `device`.
         """
-        self._context = context
         self._device = device
-        self._keys = keys
-        self._doorkeeper = ThreadAuthenticator(context)
-        self._doorkeeper.start()
-        self._doorkeeper.configure_curve_callback("*", credentials_provider=Admission(keys))
-        self._inbox = context.socket(zmq.PULL)
-        self._inbox.setsockopt(zmq.RCVHWM, 0)
-        self._inbox.setsockopt(zmq.LINGER, 0)
-        keys.secure_inbox(self._inbox)
-        self._inbox.bind(address)
+        self._sockets = PacketSockets(context, keys)
+        self._inbox = self._sockets.inbox(address)
         self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
         self._outboxes: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
 
@@ -55,13 +46,7 @@ class TcpDataPlane:
                 self._outboxes.pop(peer)[1].close()
         for peer, address in peers.items():
             if peer not in self._outboxes:
-                socket = self._context.socket(zmq.PUSH)
-                # Sends must never block a scheduler: what bounds the queue is the protocol.
-                socket.setsockopt(zmq.SNDHWM, 0)
-                socket.setsockopt(zmq.LINGER, 0)
-                self._keys.secure_outbox(socket)
-                socket.connect(address)
-                self._outboxes[peer] = (address, socket)
+                self._outboxes[peer] = (address, self._sockets.outbox(address))
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
         if peer not in self._outboxes:
@@ -92,7 +77,7 @@ class TcpDataPlane:
     def close(self) -> None:
         self.connect({})
         self._inbox.close()
-        self._doorkeeper.stop()
+        self._sockets.close()
 
 
 def _tensor(spec: TensorSpec, frame: zmq.Frame) -> torch.Tensor:

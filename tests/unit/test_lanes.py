@@ -1,0 +1,129 @@
+"""Lanes between two processes: what passes, what waits, and what is lost with a peer.
+
+Without GPUs they run over gloo; `tests/gpu` has the same over NCCL.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kunserve_sglang.config import Transport
+from kunserve_sglang.errors import PeerLost
+from kunserve_sglang.keys import MemberKeys, new_keys
+from kunserve_sglang.transport import HostAwareDataPlane, Packet, nccl
+
+WAIT_S = 30.0
+
+
+@pytest.fixture(params=["one host", "another host"])
+def keys(request: pytest.FixtureRequest) -> MemberKeys | None:
+    """Members that listen to other hosts show keys where they hear of packets."""
+    return new_keys().members if request.param == "another host" else None
+
+
+def plane(folder: Path, name: str, keys: MemberKeys | None) -> HostAwareDataPlane:
+    return HostAwareDataPlane(
+        str(folder / name),
+        tcp="tcp://127.0.0.1:*" if keys else "",
+        keys=keys,
+        host=name if keys else "",
+        transport=Transport.NCCL,
+    )
+
+
+def echo(folder: Path, keys: MemberKeys | None, peer: str) -> None:
+    """A process that sends back what it gets, one larger."""
+    there = plane(folder, "there", keys)
+    there.connect({0: peer})
+    there.send(0, there.address.encode())
+    while (packet := there.receive(WAIT_S)) is not None and packet.header != b"end":
+        there.send(0, packet.header, [t + 1 for t in packet.tensors])
+    there.close()
+
+
+def received(here: HostAwareDataPlane) -> Packet:
+    packet = here.receive(WAIT_S)
+    assert packet is not None
+    return packet
+
+
+def send_in_vain(here: HostAwareDataPlane) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        here.send(1, b"anybody?", [torch.zeros(100_000)])
+        here.receive(0.01)
+
+
+@pytest.fixture
+def here(tmp_path: Path, keys: MemberKeys | None) -> Iterator[HostAwareDataPlane]:
+    here = plane(tmp_path, "here", keys)
+    yield here
+    here.close()
+
+
+@pytest.fixture
+def other(
+    here: HostAwareDataPlane, tmp_path: Path, keys: MemberKeys | None
+) -> Iterator[mp.process.BaseProcess]:
+    """The process that echoes; `here` is connected to it."""
+    other = mp.get_context("spawn").Process(target=echo, args=(tmp_path, keys, here.address))
+    other.start()
+    here.connect({1: received(here).header.decode()})
+    yield other
+    other.kill()
+    other.join()
+
+
+@pytest.mark.timeout(120)
+def test_packets_pass_in_both_directions_at_once(
+    here: HostAwareDataPlane, other: mp.process.BaseProcess
+) -> None:
+    """More than there is room for on the device, so that some waits in host memory."""
+    sizes = [0, 1, 999, 4 * nccl.ROOM_BYTES // 8, 17, nccl.ROOM_BYTES // 4]
+    for number, size in enumerate(sizes * 2):
+        here.send(1, str(number).encode(), [torch.full((size,), number), torch.tensor(0.5)])
+    here.send(1, b"end")
+    for number, size in enumerate(sizes * 2):
+        packet = received(here)
+        assert packet.header == str(number).encode()
+        whole, fraction = packet.tensors
+        assert torch.equal(whole, torch.full((size,), number + 1))
+        assert fraction.item() == 1.5
+    other.join(WAIT_S)
+    assert other.exitcode == 0
+
+
+@pytest.mark.timeout(120)
+def test_who_sends_finds_out_that_a_peer_is_gone(
+    here: HostAwareDataPlane, other: mp.process.BaseProcess
+) -> None:
+    here.send(1, b"hello", [torch.zeros(3)])
+    assert received(here).header == b"hello"
+    address = here._nccl._outboxes[1].address if here._nccl else ""
+    other.kill()
+    other.join()
+    with pytest.raises(PeerLost):
+        send_in_vain(here)
+    assert here._nccl is not None
+    with pytest.raises(PeerLost, match="no instance answers"):
+        here._nccl.connect({2: address})
+
+
+def test_room_is_what_has_not_passed_yet(tmp_path: Path) -> None:
+    a, b = plane(tmp_path, "a", None), plane(tmp_path, "b", None)
+    a.connect({1: b.address})
+    assert a.room(1) == nccl.ROOM_BYTES
+    a.send(1, b"", [torch.zeros(3 * nccl.ROOM_BYTES, dtype=torch.uint8)])
+    assert received(b).tensors[0].nbytes == 3 * nccl.ROOM_BYTES
+    deadline = time.monotonic() + WAIT_S
+    while a.room(1) < nccl.ROOM_BYTES:
+        assert time.monotonic() < deadline
+        b.receive(0.01)
+    a.close()
+    b.close()
