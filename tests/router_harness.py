@@ -8,8 +8,7 @@ import json
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,7 @@ from kunserve_sglang.keys import MemberKeys, new_keys
 from kunserve_sglang.router.server import listen, serve
 from kunserve_sglang.router.settings import RouterConfig
 from tests.mock_worker import Background, MockInstance
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
-    """Returns once `condition` holds; fails if it does not in time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
+from tests.support.waiting import until
 
 
 @dataclass(frozen=True)

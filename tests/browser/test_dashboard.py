@@ -11,7 +11,8 @@ from playwright.sync_api import Locator, Page, expect
 from kunserve_sglang.messages import Load, Prepare, Slots, Vote
 from tests.browser.conftest import PATIENCE_MS, Visit
 from tests.mock_worker import CAPACITY, LAYERS, PROFILE
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 Open = Callable[..., Visit]

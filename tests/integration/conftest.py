@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmark.cluster import Cluster, ClusterOptions
+from benchmark.cluster import Cluster, ClusterOptions, log_tail
 from tests.support.leftovers import files_in_shared_memory, left_in_shared_memory
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,13 +109,12 @@ class Client:
 
     def wait_until_idle(self, timeout: float = 30) -> None:
         """Until no instance runs or queues anything and no slot is held by a request."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
+
+        def idle() -> bool:
             instances = self.status()["instances"]
-            if not any(i["running"] + i["waiting"] + i["slots"]["used"] for i in instances):
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"not idle: {self.status()}")
+            return not any(i["running"] + i["waiting"] + i["slots"]["used"] for i in instances)
+
+        until(idle, timeout, poll_s=0.05, about=self.status)
 
     def _transition(self, kind: str) -> dict[str, Any]:
         status, event = self.call("POST", f"/kunserve/{kind}", {})
@@ -131,16 +131,23 @@ def _decode(body: bytes) -> Any:
         return body.decode(errors="replace")
 
 
+@contextmanager
+def running(options: ClusterOptions, folder: Path, key: str = "") -> Iterator[Client]:
+    """A cluster, whose log must have no traceback when it has ended."""
+    log = folder / "log"
+    with Cluster(options.command, log) as cluster:
+        yield Client(cluster.url, key)
+    assert "Traceback" not in log.read_text(), log_tail(log)
+
+
 @pytest.fixture(scope="session")
 def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Two instances that change their layout only when told to."""
     options = ClusterOptions(
         model_path=model, memory_budget=BUDGET, overload_policy="none", sglang_flags=FLAGS
     )
-    log = tmp_path_factory.mktemp("cluster") / "log"
-    with Cluster(options.command, log) as running:
-        yield Client(running.url)
-    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+    with running(options, tmp_path_factory.mktemp("cluster")) as client:
+        yield client
 
 
 @pytest.fixture(scope="module", params=["before", "during", "after"])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmark.cluster import Cluster, ClusterOptions
-from tests.integration.conftest import FLAGS, Client
+from benchmark.cluster import ClusterOptions
+from tests.integration.conftest import FLAGS, Client, running
+from tests.support.waiting import until
 
 TEXT = max(pydoc_data.topics.topics.values(), key=len).split()
 
@@ -25,10 +25,8 @@ def lmetric(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         sglang_flags=FLAGS,
         kunserve_flags=("--dispatch", "lmetric"),
     )
-    log = tmp_path_factory.mktemp("lmetric") / "log"
-    with Cluster(options.command, log) as running:
-        yield Client(running.url)
-    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+    with running(options, tmp_path_factory.mktemp("lmetric")) as client:
+        yield client
 
 
 def words(number: int) -> str:
@@ -57,10 +55,12 @@ def cached(client: Client) -> dict[int, int]:
 
 
 def wait_for_cached(client: Client, empty: bool) -> dict[int, int]:
-    deadline = time.monotonic() + 20
-    while any(found := cached(client).values()) is empty:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
+    until(
+        lambda: any(cached(client).values()) is not empty,
+        20,
+        poll_s=0.05,
+        about=lambda: cached(client),
+    )
     return cached(client)
 
 

@@ -8,7 +8,6 @@ how two cores can fill the KV of four instances.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from benchmark.cluster import Cluster, ClusterOptions
-from tests.integration.conftest import FLAGS, Client
+from benchmark.cluster import ClusterOptions
+from tests.integration.conftest import FLAGS, Client, running
+from tests.support.waiting import until
 
 SIZE = 4
 BUDGET = "540MiB"
@@ -59,10 +59,8 @@ def four(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clie
         sglang_flags=FLAGS,
         kunserve_flags=("--max-group-size", str(SIZE)),
     )
-    log = tmp_path_factory.mktemp("four") / "log"
-    with Cluster(options.command, log) as running:
-        yield Client(running.url)
-    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+    with running(options, tmp_path_factory.mktemp("four")) as client:
+        yield client
 
 
 class Asking:
@@ -120,10 +118,12 @@ def groups(client: Client) -> list[tuple[int, ...]]:
 
 
 def wait_for_groups(client: Client, sizes: list[int]) -> None:
-    deadline = time.monotonic() + PHASE_S
-    while sorted(map(len, found := groups(client))) != sizes:
-        assert time.monotonic() < deadline, (found, transitions(client))
-        time.sleep(0.05)
+    until(
+        lambda: sorted(map(len, groups(client))) == sizes,
+        PHASE_S,
+        poll_s=0.05,
+        about=lambda: (groups(client), transitions(client)),
+    )
 
 
 def capacity(client: Client) -> int:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -21,6 +20,7 @@ from tests.support.leftovers import (
     left_in,
     left_in_shared_memory,
 )
+from tests.support.waiting import until
 
 LAUNCH = (sys.executable, "-m", "kunserve_sglang.launch_server")
 
@@ -123,10 +123,8 @@ def test_nothing_is_left_behind(
         launcher.send_signal(end)
         _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, (alive, log_tail(tmp_path / "log"))
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        left = {*left_in(temporary), *left_in_shared_memory(known)}
-        if not left:
-            break
-        time.sleep(0.1)
-    assert not left
+
+    def left() -> list[Path]:
+        return [*left_in(temporary), *left_in_shared_memory(known)]
+
+    until(lambda: not left(), 10, poll_s=0.1, about=left)

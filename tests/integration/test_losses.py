@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import psutil
 
 from benchmark.cluster import Cluster, ClusterOptions, log_tail
 from tests.integration.conftest import BUDGET, FLAGS, Client
+from tests.support.waiting import until
 
 PROMPTS = ("The capital of France is", "Once upon a time,", "def quicksort(numbers):")
 DEAD = 1
@@ -26,13 +26,6 @@ def family_of(launcher: int, url: str) -> list[psutil.Process]:
     raise AssertionError(f"nobody listens at {url}")
 
 
-def wait_for(client: Client, modes: set[str], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while client.modes() != modes:
-        assert time.monotonic() < deadline, client.status()
-        time.sleep(0.05)
-
-
 def test_the_cluster_goes_on_with_the_others(model: Path, tmp_path: Path) -> None:
     options = ClusterOptions(
         model_path=model, memory_budget=BUDGET, overload_policy="none", sglang_flags=FLAGS
@@ -43,10 +36,12 @@ def test_the_cluster_goes_on_with_the_others(model: Path, tmp_path: Path) -> Non
         expected = [client.generate(prompt, 12)["text"] for prompt in PROMPTS]
         client.drop()
         answers = [pool.submit(_generate, client, PROMPTS[i % 3]) for i in range(8)]
-        deadline = time.monotonic() + 30
-        while not all(i["running"] for i in client.status()["instances"]):
-            assert time.monotonic() < deadline, client.status()
-            time.sleep(0.02)
+        until(
+            lambda: all(i["running"] for i in client.status()["instances"]),
+            30,
+            poll_s=0.02,
+            about=client.status,
+        )
         family = family_of(cluster.pid, client.status()["instances"][DEAD]["url"])
         for process in family:
             process.kill()
@@ -54,7 +49,12 @@ def test_the_cluster_goes_on_with_the_others(model: Path, tmp_path: Path) -> Non
         ended = [answer.result(60) for answer in answers]
         assert {status for status, _ in ended} == {502, 503}, ended
         assert any("were lost" in str(body) for status, body in ended if status == 503)
-        wait_for(client, {"independent", "dead"})
+        until(
+            lambda: client.modes() == {"independent", "dead"},
+            30,
+            poll_s=0.05,
+            about=client.status,
+        )
         assert [client.generate(prompt, 12)["text"] for prompt in PROMPTS] == expected
         psutil.wait_procs(family, timeout=10)
         text = log.read_text()

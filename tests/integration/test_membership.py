@@ -7,21 +7,20 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from benchmark.cluster import Cluster, ClusterOptions, log_tail
+from benchmark.cluster import ClusterOptions, log_tail
 from kunserve_sglang.processes import die_with_parent
-from tests.integration.conftest import BUDGET, FLAGS, Client
+from tests.integration.conftest import BUDGET, FLAGS, Client, running
 from tests.support.leftovers import left_in
+from tests.support.waiting import until
 
 KEY = "one-for-all"
 PROMPTS = (
@@ -74,11 +73,7 @@ class Joined:
         self.process.wait(30)
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.1)
+wait_for = partial(until, timeout_s=WAIT_S, poll_s=0.1)
 
 
 @contextmanager
@@ -101,10 +96,8 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli
         kunserve_flags=("--join-room", "1", "--control-address", "tcp://127.0.0.1:*"),
         sglang_flags=(*FLAGS, "--api-key", KEY),
     )
-    log = tmp_path_factory.mktemp("alone") / "log"
-    with Cluster(options.command, log) as running:
-        yield Client(running.url, key=KEY)
-    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+    with running(options, tmp_path_factory.mktemp("alone"), KEY) as client:
+        yield client
 
 
 def texts(cluster: Client) -> list[str]:

@@ -8,7 +8,6 @@ import multiprocessing as mp
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
 from kunserve_sglang.router.upstream import REFUSED
 from tests.support.member import Action, Gate, Output, serve
+from tests.support.waiting import until
 
 READY_S = 120.0
 
@@ -253,10 +253,7 @@ class ScriptedCluster:
 
     def wait_until(self, true: Callable[[list[dict[str, Any]]], bool], timeout: float = 20) -> None:
         """Until what the router knows of the instances is as wanted."""
-        deadline = time.monotonic() + timeout
-        while not true(self.status()):
-            assert time.monotonic() < deadline, self.status()
-            time.sleep(0.01)
+        until(lambda: true(self.status()), timeout, poll_s=0.01, about=self.status)
 
     def status(self) -> list[dict[str, Any]]:
         instances: list[dict[str, Any]] = to_json_types(self.control.plane.status().instances)
@@ -282,10 +279,9 @@ class ScriptedCluster:
         return value
 
     def _wait_for_status(self, size: int) -> None:
-        deadline = time.monotonic() + READY_S
-        while time.monotonic() < deadline:
-            known = self.control.plane.registry.instances.values()
-            if sum(i.status is not None for i in known) == size:
-                return
-            time.sleep(0.01)
-        raise TimeoutError("members did not report")
+        known = self.control.plane.registry.instances
+
+        def reported() -> bool:
+            return sum(i.status is not None for i in known.values()) == size
+
+        until(reported, READY_S, poll_s=0.01, about=lambda: "members did not report")

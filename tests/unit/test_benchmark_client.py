@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 
 from benchmark.client import LoadGenerator, Progress, RequestResult
 from benchmark.workload import Request
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from tests.support.serving import Handler, serving
 
 
 def event(tokens: int, **fields: object) -> bytes:
@@ -26,13 +23,9 @@ def serve(handler: Handler, requests: list[Request]) -> tuple[list[RequestResult
     seen: list[Progress] = []
 
     async def run() -> list[RequestResult]:
-        app = web.Application()
-        app.router.add_post("/generate", handler)
-        async with TestServer(app) as server:
+        async with serving(handler) as url:
             generator = LoadGenerator(
-                str(server.make_url("")).rstrip("/"),
-                timeout_s=20,
-                on_progress=lambda p: seen.append(copy.copy(p)),
+                url, timeout_s=20, on_progress=lambda p: seen.append(copy.copy(p))
             )
             return await generator.run(requests)
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +18,7 @@ from benchmark.conversations import Conversation, Mix, Turn, conversations, hold
 from benchmark.dispatch import checks, row, summarise
 from benchmark.prompts import PromptSource
 from kunserve_sglang.policy.dispatch import DispatchPolicy
-from tests.mock_worker import Background
+from tests.support.serving import serving
 
 MIX = Mix(
     conversations=6,
@@ -71,28 +70,15 @@ class Server:
         return response
 
 
-@pytest.fixture
-def background() -> Iterator[Background]:
-    background = Background()
-    yield background
-    background.stop()
-
-
-def test_a_turn_repeats_all_that_was_said_and_a_failure_ends_it(background: Background) -> None:
+def test_a_turn_repeats_all_that_was_said_and_a_failure_ends_it() -> None:
     server = Server()
-
-    async def serve() -> tuple[web.AppRunner, str]:
-        app = web.Application()
-        app.router.add_post("/generate", server.generate)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
-
-    runner, url = background.run(serve())
     talk = Conversation(0.0, "S", ("one", "two", "three", "four"), (0.0,) * 4)
-    turns = asyncio.run(hold(url, [talk], answer_len=4))
-    background.run(runner.cleanup())
+
+    async def run() -> list[Turn]:
+        async with serving(server.generate) as url:
+            return await hold(url, [talk], answer_len=4)
+
+    turns = asyncio.run(run())
     first = "S\n\nQuestion: one\nAnswer:"
     assert server.prompts[:2] == [first, f"{first} a1\n\nQuestion: two\nAnswer:"]
     assert len(server.prompts) == 3

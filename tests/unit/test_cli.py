@@ -18,7 +18,8 @@ from kunserve_sglang.cli.client import RouterClient
 from kunserve_sglang.cli.errors import Unreachable
 from kunserve_sglang.messages import Prepare, Vote
 from tests.mock_worker import CAPACITY, Canned, MockWorker
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 Run = Callable[..., "Done"]

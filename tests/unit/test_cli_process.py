@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.mock_worker import Canned, MockWorker
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 START_S = 30.0
 """For a process to start on a machine that is busy with other things."""

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from kunserve_sglang.messages import Prepare, Vote
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 from tests.unit.test_router_metrics import Samples, scrape
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -17,7 +17,8 @@ from kunserve_sglang.router.calls import CALLS, Access
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.supervisor import Supervisor
 from tests.mock_worker import Canned
-from tests.router_harness import Answer, RouterCluster, until
+from tests.router_harness import Answer, RouterCluster
+from tests.support.waiting import until
 from tests.unit.test_router_calls import path_of
 
 Start = Callable[..., RouterCluster]

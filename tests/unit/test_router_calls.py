@@ -15,7 +15,8 @@ import pytest
 
 from kunserve_sglang.router.calls import CALLS, Access, Call
 from tests.mock_worker import MODEL
-from tests.router_harness import Answer, RouterCluster, until
+from tests.router_harness import Answer, RouterCluster
+from tests.support.waiting import until
 from tests.unit.test_router_docs import ADMIN, Checker
 
 Start = Callable[..., RouterCluster]

@@ -25,7 +25,8 @@ from kunserve_sglang.router.outbound import InstanceConnections
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.upstream import open_session
 from tests.mock_worker import MODEL
-from tests.router_harness import Answer, RouterCluster, until
+from tests.router_harness import Answer, RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 

@@ -10,7 +10,8 @@ import pytest
 
 from kunserve_sglang.messages import Prepare, Vote
 from tests.mock_worker import CAPACITY, MockInstance
-from tests.router_harness import Answer, RouterCluster, until
+from tests.router_harness import Answer, RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 

@@ -8,7 +8,8 @@ import pytest
 
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL
 from tests.mock_worker import Canned
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 

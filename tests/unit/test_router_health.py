@@ -8,7 +8,8 @@ import pytest
 
 from kunserve_sglang.router import health, registry
 from tests.mock_worker import Background, Canned, MockWorker
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 

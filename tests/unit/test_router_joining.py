@@ -19,7 +19,8 @@ from kunserve_sglang.processes import this_host
 from kunserve_sglang.router.registry import FIRST_WORKER, Registry
 from kunserve_sglang.router.settings import RouterConfig
 from tests.mock_worker import CAPACITY, LAYERS, MODEL, PROFILE
-from tests.router_harness import Answer, RouterCluster, until
+from tests.router_harness import Answer, RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 

@@ -9,7 +9,8 @@ import pytest
 from kunserve_sglang.messages import to_json_types
 from kunserve_sglang.router.latency import WINDOW_S, Latency, StreamTimer
 from tests.mock_worker import Canned
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 from tests.unit.test_router_metrics import scrape, value
 
 Start = Callable[..., RouterCluster]

@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kunserve_sglang.router.exposition import merge_expositions
 from tests.mock_worker import CAPACITY, PROFILE, Canned
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

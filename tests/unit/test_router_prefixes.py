@@ -20,7 +20,8 @@ from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.router.prefix_index import Prompt
 from kunserve_sglang.router.prompts import PromptReader
 from tests.mock_worker import Background, Canned, MockWorker
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 SHARED = tuple(range(3 * BLOCK_TOKENS))
 

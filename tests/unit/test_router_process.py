@@ -20,7 +20,8 @@ import pytest
 from kunserve_sglang.config import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 from tests.mock_worker import Background, MockInstance
-from tests.router_harness import Client, until
+from tests.router_harness import Client
+from tests.support.waiting import until
 
 SLACK_S = 4.0
 """For a machine that is busy with other things."""

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.mock_worker import Canned, MockInstance
-from tests.router_harness import RouterCluster, until
+from tests.router_harness import RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 

@@ -15,7 +15,8 @@ from kunserve_sglang.config import ClusterConfig
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.router.upstream import QUEUE_FULL
 from tests.mock_worker import CAPACITY, Canned
-from tests.router_harness import Answer, RouterCluster, until
+from tests.router_harness import Answer, RouterCluster
+from tests.support.waiting import until
 from tests.unit.test_router_metrics import scrape, value
 
 Start = Callable[..., RouterCluster]

@@ -18,7 +18,8 @@ from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.processes import free_port
 from kunserve_sglang.router.registry import FIRST_WORKER
 from tests.mock_worker import Background, Canned, MockWorker
-from tests.router_harness import Client, RouterCluster, until
+from tests.router_harness import Client, RouterCluster
+from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 
