@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
-from msgspec import UNSET
 
 from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
 from kunserve_sglang.keys import ClusterKeys
@@ -30,9 +29,10 @@ from kunserve_sglang.policy.queueing import with_held
 from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.state import ClusterState
-from kunserve_sglang.router.api import ClusterStatus, InstanceStatus, Policy
+from kunserve_sglang.router.api import ClusterStatus, Policy
 from kunserve_sglang.router.coordinator import Coordinator, TransitionRunning
-from kunserve_sglang.router.events import Event, EventLog, Outcome
+from kunserve_sglang.router.descriptions import status_of
+from kunserve_sglang.router.events import Event, EventLog, Outcome, declined
 from kunserve_sglang.router.hub import ControlHub
 from kunserve_sglang.router.latency import Latency
 from kunserve_sglang.router.losses import Losses
@@ -218,7 +218,7 @@ class ControlPlane:
             transition=self.coordinator.running,
             latency=self.latency.summary(),
             queue=self.queue.status(),
-            instances=[_describe(i) for _, i in sorted(self.registry.instances.items())],
+            instances=[status_of(i) for _, i in sorted(self.registry.instances.items())],
         )
 
     def _on_hello(self, hello: Hello) -> Welcome | Leave:
@@ -271,20 +271,8 @@ class ControlPlane:
             return
         state = self.registry.snapshot()
         logger.warning("%s: %s", reason, error)
-        self.events.add(
-            Event(
-                epoch=self.coordinator.next_epoch(self.registry.latest_epoch),
-                kind=TransitionKind.DROP,
-                reason=reason,
-                instances=sorted(s.instance for s in state.instances),
-                status=Outcome.DECLINED,
-                time=time.time(),
-                capacity_before=state.capacity,
-                capacity_after=state.capacity,
-                error=error,
-                decision=decision,
-            )
-        )
+        epoch = self.coordinator.next_epoch(self.registry.latest_epoch)
+        self.events.add(declined(epoch, reason, state, error, decision))
 
     def _may_act_on(self, need: Need) -> bool:
         """A group is one pool whoever made it; parameters go and come by policy only."""
@@ -302,32 +290,3 @@ def _wanted(need: Need) -> dict[str, Any]:
         "instances": need.instances,
         "stages": need.stages,
     }
-
-
-def _describe(instance: Instance) -> InstanceStatus:
-    hello, status = instance.hello, instance.status
-    described = InstanceStatus(
-        id=instance.number,
-        url=instance.url,
-        plain=instance.plain,
-        mode=instance.mode,
-        serving=instance.serving,
-        in_flight=instance.in_flight,
-        draining=instance.draining,
-        layer_count=UNSET if hello is None else hello.layer_count,
-        lost=instance.lost or UNSET,
-    )
-    if status is None:
-        return described
-    return msgspec.structs.replace(
-        described,
-        epoch=status.epoch,
-        group=status.layout.ids,
-        layers=status.layout.member(instance.number).layers,
-        pages=status.pages,
-        slots=status.load.slots,
-        running=status.load.running,
-        waiting=status.load.waiting,
-        demand=status.load.demand,
-        counters=status.counters,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from enum import StrEnum
 
@@ -9,6 +10,7 @@ import msgspec
 
 from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.policy.decision import Decision
+from kunserve_sglang.policy.state import ClusterState
 
 
 class Outcome(StrEnum):
@@ -44,6 +46,22 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     capacity_after: int = 0
     error: str = ""
     decision: Decision | None = None
+
+
+def declined(epoch: int, reason: str, state: ClusterState, error: str, decision: Decision) -> Event:
+    """The event of a drop that was needed for `reason`, and that no plan was good enough for."""
+    return Event(
+        epoch=epoch,
+        kind=TransitionKind.DROP,
+        reason=reason,
+        instances=sorted(s.instance for s in state.instances),
+        status=Outcome.DECLINED,
+        time=time.time(),
+        capacity_before=state.capacity,
+        capacity_after=state.capacity,
+        error=error,
+        decision=decision,
+    )
 
 
 class EventLog:

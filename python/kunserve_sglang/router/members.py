@@ -13,7 +13,6 @@ from kunserve_sglang.router.answers import RequestError, json_answer
 from kunserve_sglang.router.api import (
     JoinBody,
     Membership,
-    Worker,
     WorkerBody,
     Workers,
     WorkerStats,
@@ -21,8 +20,8 @@ from kunserve_sglang.router.api import (
 from kunserve_sglang.router.background import Background
 from kunserve_sglang.router.bodies import read_body, read_timeout, read_wait, read_worker_id
 from kunserve_sglang.router.control_plane import ControlPlane
+from kunserve_sglang.router.descriptions import worker_of
 from kunserve_sglang.router.draining import Draining
-from kunserve_sglang.router.registry import Instance
 from kunserve_sglang.router.settings import RouterConfig
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Members:
 
     async def workers(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         instances = sorted(self._registry.instances.items())
-        workers = [_describe(instance) for _, instance in instances]
+        workers = [worker_of(instance) for _, instance in instances]
         stats = WorkerStats(total=len(workers), healthy=sum(w.is_healthy for w in workers))
         return json_answer(Workers(workers=workers, total=len(workers), stats=stats))
 
@@ -53,7 +52,7 @@ class Members:
                 raise RequestError(409, "worker_exists", message, "url")
         worker = self._registry.add_worker(url)
         logger.info("worker %d: plain SGLang at %s", worker.number, url)
-        return json_answer(_describe(worker), 201)
+        return json_answer(worker_of(worker), 201)
 
     async def join(self, request: Request) -> Response:
         model = (await read_body(request, JoinBody)).model
@@ -91,19 +90,7 @@ class Members:
             raise RequestError(404, "unknown_worker", f"there is no worker {number}", "id")
         draining = self._draining.drain(instance, timeout_s)
         task = await self._background.begin(draining, "not drained", wait=wait)
-        return json_answer(_describe(instance), 200 if task.done() else 202)
-
-
-def _describe(instance: Instance) -> Worker:
-    return Worker(
-        id=instance.number,
-        url=instance.url,
-        plain=instance.plain,
-        is_healthy=instance.available,
-        draining=instance.draining,
-        load=instance.in_flight,
-        mode=instance.mode,
-    )
+        return json_answer(worker_of(instance), 200 if task.done() else 202)
 
 
 def _server_url(text: str) -> str:
