@@ -29,10 +29,10 @@ from kunserve_sglang.router.dashboard import dashboard_routes
 from kunserve_sglang.router.dispatch import Dispatcher
 from kunserve_sglang.router.docs import Docs
 from kunserve_sglang.router.draining import DrainTimeout, NotDrained
+from kunserve_sglang.router.exchange import Exchange
 from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
 from kunserve_sglang.router.health import Probes
 from kunserve_sglang.router.hub import NoAnswer
-from kunserve_sglang.router.inbound import Exchange
 from kunserve_sglang.router.members import Members
 from kunserve_sglang.router.metrics import Metrics
 from kunserve_sglang.router.outbound import InstanceConnections

@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Message
 
-from kunserve_sglang.router.inbound import Exchange
+from kunserve_sglang.router.exchange import Exchange
 
 
 async def run_asgi(app: ASGIApp, exchange: Exchange) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.answers import error_answer, retry_later
 from kunserve_sglang.router.dispatch import Dispatcher, Weight
+from kunserve_sglang.router.exchange import Exchange
 from kunserve_sglang.router.heads import Headers, answer_headers, request_head
-from kunserve_sglang.router.inbound import Exchange
 from kunserve_sglang.router.latency import Latency, StreamTimer
 from kunserve_sglang.router.outbound import BrokenOff, InstanceConnections
 from kunserve_sglang.router.queueing import RequestQueue, TurnedAway
