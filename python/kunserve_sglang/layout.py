@@ -65,6 +65,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def cooperative(self) -> bool:
         return len(self.members) > 1
 
+    @property
+    def placement(self) -> list[tuple[int, LayerRange]]:
+        """Which layers are where, whatever the capacities."""
+        return [(m.instance, m.layers) for m in self.members]
+
     def member(self, instance: int) -> Member:
         """Raises `KeyError` for an instance that is not in the group."""
         for m in self.members:

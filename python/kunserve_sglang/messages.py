@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from kunserve_sglang.layout import LayerRange, Layout, MemoryProfile
+from kunserve_sglang.layout import Layout, MemoryProfile
 from kunserve_sglang.policy.cost_model import CostModel
 
 PROTOCOL_VERSION = 1
@@ -92,14 +92,10 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
     def grows(self) -> bool:
         """Nothing but capacities changes, and none becomes smaller."""
         return len(self.before) == len(self.after) and all(
-            _placed(old) == _placed(new)
+            old.placement == new.placement
             and all(n.capacity >= o.capacity for o, n in zip(old.members, new.members, strict=True))
             for old, new in zip(self.before, self.after, strict=True)
         )
-
-
-def _placed(layout: Layout) -> list[tuple[int, LayerRange]]:
-    return [(m.instance, m.layers) for m in layout.members]
 
 
 class TransitionStats(msgspec.Struct, frozen=True, kw_only=True):

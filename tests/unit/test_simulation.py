@@ -18,7 +18,7 @@ from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.policy.cost_model import CostModel, Work
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.simulation import Cluster, Outcome, Profile
-from kunserve_sglang.simulation import cluster as cluster_module
+from kunserve_sglang.simulation import instances as instances_module
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.group import Group
 from kunserve_sglang.simulation.job import Job
@@ -370,7 +370,7 @@ def test_every_request_is_served_once_and_in_order(
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
         Watched.log = {}
-        patched.setattr(cluster_module, "Owner", Watched)
+        patched.setattr(instances_module, "Owner", Watched)
         outcome = simulate(rows, instances, policy, profile(chunk=chunk))
     assert len(outcome.jobs) == len(rows)  # none is longer than the slots
     for job in outcome.jobs:
