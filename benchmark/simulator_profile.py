@@ -1,22 +1,26 @@
 """Measures a profile for `kunserve_sglang.simulate` on this machine.
 
 `python -m benchmark.simulator_profile --output profile.toml` loads the model into one scheduler on
-one core, takes the profile that an instance takes, and what a step costs besides.
+one core, takes the profile that an instance takes, and what a step costs besides. Then it starts
+two instances, for what surrounds them: the way of a request, a stage, frontends that compute.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-import msgspec
 from rich.console import Console
 
+from benchmark.bench import Bench
 from benchmark.cost_model import best_of
+from benchmark.host_cost import surroundings, with_surroundings
 from benchmark.local_scheduler import local_scheduler
 from benchmark.noise import Noise
 from benchmark.program import ROOT, flags_of, run_program, small_model
+from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine
 from benchmark.step_cost import fit_step_cost, play
 from kunserve_sglang.config import parse_size
@@ -35,7 +39,7 @@ LINKS = Links(
 
 
 def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, float]:
-    """The profile, and the share of the cores that other programs took meanwhile."""
+    """What one instance shows, and the share of the cores that other programs took meanwhile."""
     import torch
 
     from kunserve_sglang.instance.profiling import measure, shapes
@@ -55,7 +59,6 @@ def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, fl
             ]
             costs = fit(best_of(passes))
             step = fit_step_cost(play(scheduler), costs, scheduler.engine.layer_count)
-        step = msgspec.structs.replace(step, stage_ms=flags.stage_ms)
         runner: Any = scheduler.tp_worker.model_runner
         memory = runner.kv_cache_configurator.profile
         layers = scheduler.engine.layer_count
@@ -71,7 +74,6 @@ def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, fl
             * scheduler.model_config.hidden_size
             * runner.dtype.itemsize,
             page_bytes=memory.page_bytes,
-            frontend_ms=flags.frontend_ms,
             chunked_prefill_size=flags.chunked_prefill_size,
             max_running_requests=scheduler.max_running_requests,
             cost=costs,
@@ -108,18 +110,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
     flags.add_argument("--memory-budget", default="288MiB", help="of the simulated instances")
     flags.add_argument("--chunked-prefill-size", type=int, default=256)
-    flags.add_argument(
-        "--frontend-ms",
-        type=float,
-        default=80.0,
-        help="HTTP and tokenizer; an idle server shows it",
-    )
-    flags.add_argument(
-        "--stage-ms",
-        type=float,
-        default=9.0,
-        help="a micro-batch; TPOT in a group shows it",
-    )
     flags.add_argument("--core", type=int, default=0)
     flags.add_argument("--passes", type=int, default=3, help="the best of so many counts")
     flags.add_argument(
@@ -128,17 +118,33 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def _bench(flags: argparse.Namespace, model: Path, logs: Path, console: Console) -> Bench:
+    return Bench(
+        model_path=model,
+        memory_budget=flags.memory_budget,
+        trace=Path(),
+        prompts=PromptSource(load_tokenizer(model), 1),
+        repeat=flags.passes,
+        seed=1,
+        output=logs,
+        console=console,
+    )
+
+
 def main() -> NoReturn:
     flags = parser().parse_args()
     run_program("simulator_profile", lambda console: run(flags, console))
 
 
 def run(flags: argparse.Namespace, console: Console) -> int:
-    profile, noise = measure_profile(flags, flags.model_path or small_model())
+    model = flags.model_path or small_model()
+    alone, noise = measure_profile(flags, model)
+    with tempfile.TemporaryDirectory() as logs:
+        section = _bench(flags, model, Path(logs), console).by_hand("profile", surroundings)
+    profile = with_surroundings(alone, section.figures["seen"])
     comment = (
-        "One instance on one core: cost, sizes and step are measured. links, frontend_ms and\n"
-        "step.stage_ms are what real clusters on such cores showed (benchmark/results/demo.json).\n"
-        f"Other programs took {noise:.0%} of the cores meanwhile."
+        "Instances on one core each: everything but links is measured.\n"
+        f"Other programs took {max(noise, section.figures['noise']):.0%} of the cores meanwhile."
     )
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(to_toml(profile, comment))

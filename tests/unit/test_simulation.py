@@ -21,9 +21,10 @@ from kunserve_sglang.simulation import Cluster, Outcome, Profile
 from kunserve_sglang.simulation import instances as instances_module
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.group import Group
+from kunserve_sglang.simulation.host import Host
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
-from kunserve_sglang.simulation.profile import Links, StepCost
+from kunserve_sglang.simulation.profile import HostCost, Links, StepCost
 from kunserve_sglang.simulation.solo import Solo
 from kunserve_sglang.traces import TraceRow
 
@@ -122,6 +123,33 @@ def test_the_owners_part_of_a_step_counts() -> None:
     assert job.end - job.first == pytest.approx(0.010 + 0.003 + 0.002 + 0.0005)
 
 
+def test_instances_of_one_core_halve_their_speed() -> None:
+    """Three instances on two cores: the first and the last share one, as `divide_cpus` says."""
+    machine = profile(host=HostCost(cores=2))
+    first, second, last = simulate([TraceRow(0.0, 16, 1)] * 3, 3, machine=machine).jobs
+    assert second.ttft == pytest.approx(0.011)
+    assert last.ttft == pytest.approx(2 * 0.011)
+    assert first.ttft == pytest.approx(0.011)  # the last began after it
+
+
+def test_frontends_take_idle_cores_first() -> None:
+    """A core and a half of frontends on two cores: half a core is left, if no other is idle."""
+    host = Host(HostCost(cores=2, token_ms=1.0))
+    host.delivered(1.0, 750)  # averaged over half a second
+    assert host.begin(0, 1.0, 0.1) == pytest.approx(0.1 / 0.5)
+    assert host.begin(1, 1.0, 0.1) == pytest.approx(0.1 / 0.25)
+    host.end(0)
+    host.end(1)
+    assert host.begin(1, 5.0, 0.1) == pytest.approx(0.1)  # long ago
+
+
+def test_steps_get_slower_when_frontends_have_much_to_do() -> None:
+    rows = [TraceRow(0.001 * i, 16, 40) for i in range(8)]
+    machine = profile(host=HostCost(cores=2, token_ms=1.0))
+    alone, shared = (simulate(rows, 2, machine=m).jobs for m in (profile(), machine))
+    assert all(b.tpot > 1.1 * a.tpot for a, b in zip(alone, shared, strict=True))
+
+
 def test_a_full_pool_makes_requests_wait() -> None:
     """400 slots: two of 150 + 40 are admitted, the third when one of them has ended."""
     jobs = simulate([TraceRow(0.0, 150, 40), TraceRow(0.0, 150, 41), TraceRow(0.0, 150, 40)]).jobs
@@ -143,7 +171,7 @@ def test_a_pipeline_of_two_stages(position: int) -> None:
             for i in range(2)
         ),
     )
-    group = Group(layout, owners, Costs(machine), machine.links, 8)
+    group = Group(layout, owners, Costs(machine), Host(machine.host), machine.links, 8)
     job = Job(0, 0.0, 16, 2)
     owners[position].add(job)
     group.arrived(position, 0.0)
@@ -255,7 +283,7 @@ def test_slots_of_a_group_follow_demand() -> None:
 
 def test_the_largest_request_is_known_while_it_runs() -> None:
     owner = Owner(0, 400, profile())
-    solo = Solo(owner, Costs(profile()))
+    solo = Solo(owner, Costs(profile()), Host(HostCost()))
     for i, output in enumerate((30, 5, 10)):
         owner.add(Job(i, 0.0, 10, output))
     assert owner.load().largest == 0
@@ -274,7 +302,7 @@ def test_demand_follows_the_answers_there_were() -> None:
     for i in range(6):
         owner.add(Job(i, 0.0, 10, 20))
     assert owner.demand() == 6 * (10 + 14)
-    solo = Solo(owner, Costs(profile()))
+    solo = Solo(owner, Costs(profile()), Host(HostCost()))
     for i in range(6, 20):
         owner.add(Job(i, 0.0, 10, 20))
     solo.resume(0.0)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from kunserve_sglang.layout import Layout
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.forming import Formation, Member, MicroBatch
+from kunserve_sglang.simulation.host import Host
 from kunserve_sglang.simulation.owner import Owner
 from kunserve_sglang.simulation.profile import Links
 
@@ -29,6 +30,7 @@ class Group:
         layout: Layout,
         owners: Sequence[Owner],
         costs: Costs,
+        host: Host,
         links: Links,
         activation_bytes: int,
         *,
@@ -38,6 +40,7 @@ class Group:
         self.queued = math.inf
         self.stopping = False
         self._costs = costs
+        self._host = host
         self._hop_s = links.hop_ms / 1e3
         self._token_s = activation_bytes / links.activations_bytes_per_s
         self._events: list[tuple[float, int, Member, MicroBatch | None]] = []
@@ -105,7 +108,7 @@ class Group:
         if member.returned:
             batch = member.returned.popleft()
             rows = len(batch.pieces) or len(batch.jobs)
-            self._do(member, "finish", batch, now + self._costs.finish(rows))
+            self._do(member, "finish", batch, now, self._costs.finish(rows))
             return
         launched = None if self.stopping else self._formation.next(member, now)
         if launched is not None:
@@ -114,29 +117,34 @@ class Group:
             if member.position == 0:  # the own layers come first
                 seconds += member.layers * launched.seconds
                 launched.position = 1
-            self._do(member, "pass", launched, now + seconds)
+            self._do(member, "pass", launched, now, seconds)
         elif member.inbox:
             batch = member.inbox.popleft()
             batch.position += 1
             seconds = self._costs.stage + member.layers * batch.seconds
-            self._do(member, "pass", batch, now + seconds)
+            self._do(member, "pass", batch, now, seconds)
         elif not member.flights and not member.owner.running:
             member.owner.rest()
 
-    def _do(self, member: Member, doing: str, batch: MicroBatch, until: float) -> None:
+    def _do(
+        self, member: Member, doing: str, batch: MicroBatch, now: float, seconds: float
+    ) -> None:
         member.busy = True
         member.doing = doing
         member.batch = batch
-        self._push(until, member, None)
+        lasts = self._host.begin(member.owner.number, now, seconds)
+        self._push(now + lasts, member, None)
 
     def _done(self, member: Member, now: float) -> None:
         batch, member.batch, member.busy = member.batch, None, False
         assert batch is not None
+        self._host.end(member.owner.number)
         if member.doing == "pass":
             self._pass_on(member, batch, now)
             return
         member.flights -= 1
         owner = member.owner
+        self._host.delivered(now, len(batch.pieces) or len(batch.jobs))
         if batch.pieces:
             owner.ready.extend(owner.prefilled(batch.pieces, now))
         else:

@@ -13,6 +13,7 @@ from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.dispatch import Dispatch
 from kunserve_sglang.simulation.group import Group
+from kunserve_sglang.simulation.host import Host
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 from kunserve_sglang.simulation.profile import Profile
@@ -36,14 +37,18 @@ class Instances:
         self._profile = profile
         self._split = config.micro_batches is MicroBatches.LOOKAHEAD
         self._costs = Costs(profile)
+        self._host = Host(profile.host)
         self._dispatch = Dispatch(config.dispatch, count)
-        self._runners: list[Runner] = [Solo(owner, self._costs) for owner in self.owners]
+        self._runners: list[Runner] = [self._solo(owner) for owner in self.owners]
         self._layouts = [Layout(epoch=0, members=(self._alone(i, layers),)) for i in range(count)]
         self._states: list[InstanceState | None] = [None] * count
         self._heap: list[tuple[float, int, Runner]] = []
         self._sequence = 0
         for owner in self.owners:
             self._dispatch.update(owner.number, 0, 0, owner.capacity)
+
+    def _solo(self, owner: Owner) -> Solo:
+        return Solo(owner, self._costs, self._host)
 
     def _alone(self, number: int, layers: LayerRange) -> Member:
         return Member(instance=number, layers=layers, capacity=self.capacity, address="")
@@ -69,6 +74,7 @@ class Instances:
 
     def arrive(self, job: Job, now: float) -> None:
         """A request goes to the instance that the router chooses."""
+        self._host.arrived(now)
         number = self._dispatch.choose()
         runner = self._runners[number]
         owner = self.owners[number]
@@ -181,12 +187,13 @@ class Instances:
                 layout,
                 owners,
                 self._costs,
+                self._host,
                 self._profile.links,
                 self._profile.activation_bytes_per_token,
                 split=self._split,
             )
         else:
-            runner = Solo(owners[0], self._costs)
+            runner = self._solo(owners[0])
         for owner in owners:
             self._runners[owner.number] = runner
 

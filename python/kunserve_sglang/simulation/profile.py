@@ -44,6 +44,18 @@ class Links(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     transition_ms: float = 0.0
 
 
+class HostCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One host whose `cores` all instances share, with the processes around them.
+
+    `request_ms` and `token_ms` are what router, tokenizers and clients compute for a request and
+    for each token of its answer. 0 cores: nobody takes anything from an instance.
+    """
+
+    cores: int = 0
+    request_ms: float = 0.0
+    token_ms: float = 0.0
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of instance. Sizes are bytes; `memory_budget` holds parameters and KV.
 
@@ -64,6 +76,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cost: CostModel
     links: Links
     step: StepCost = StepCost()
+    host: HostCost = HostCost()
     page_bytes: int = 2 << 20
     frontend_ms: float = 0.0
     chunked_prefill_size: int = 8192

@@ -2,6 +2,7 @@
 
 A run of decode steps is one event. It ends when a request finishes or slots run out, and is cut
 short at the next step boundary when an arrival could be admitted or a transition wants to begin.
+On a host whose cores are shared every step is an event, because the next one may be slower.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 
 from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs
+from kunserve_sglang.simulation.host import Host
 from kunserve_sglang.simulation.owner import Owner
 
 IDLE = math.inf
@@ -23,6 +25,7 @@ class Solo:
 
     __slots__ = (
         "_costs",
+        "_host",
         "_pieces",
         "_shrunk",
         "_start",
@@ -33,12 +36,13 @@ class Solo:
         "stopping",
     )
 
-    def __init__(self, owner: Owner, costs: Costs) -> None:
+    def __init__(self, owner: Owner, costs: Costs, host: Host) -> None:
         self.owner = owner
         self.due = IDLE
         self.queued = IDLE
         self.stopping = False
         self._costs = costs
+        self._host = host
         self._pieces: list[Piece] = []
         self._steps = 0
         self._start = 0.0
@@ -75,13 +79,16 @@ class Solo:
     def fire(self, now: float) -> Owner:
         """What was due is done; begin the next batch. Returns whose load has changed."""
         owner = self.owner
+        self._host.end(owner.number)
         if self._pieces:
+            self._host.delivered(now, len(self._pieces))
             alone = not owner.count
             owner.begin_decoding(owner.prefilled(self._pieces, now))
             if alone:
                 owner.full = False  # SGLang goes on with the new batch, which is not marked full
             self._pieces = []
         elif self._steps:
+            self._host.delivered(now, self._steps * owner.count)
             # SGLang sees that a batch has shrunk when it prepares the next decode step.
             self._shrunk |= owner.advance(self._steps, now)
             self._steps = 0
@@ -92,7 +99,7 @@ class Solo:
 
     def steps_done(self, now: float) -> int:
         """Decode steps of the current run that are complete."""
-        if not self._steps:
+        if self._steps <= 1:
             return 0
         owner = self.owner
         done = self._costs.steps_within(owner.count, owner.context, now - self._start)
@@ -116,7 +123,7 @@ class Solo:
         self._start = now
         if pieces:
             self._pieces = pieces
-            self.due = now + self._costs.prefill(pieces)
+            self._due_after(self._costs.prefill(pieces))
         elif owner.count:
             self._decode(now)
         else:
@@ -134,7 +141,11 @@ class Solo:
             if not steps:
                 self._next(now)
                 return
-        if owner.may_admit:
+        if owner.may_admit or self._host.shared:
             steps = 1  # there is room again: the next batch may be a prefill
         self._steps = steps
-        self.due = now + self._costs.decode_run(owner.count, owner.context, steps)
+        self._due_after(self._costs.decode_run(owner.count, owner.context, steps))
+
+    def _due_after(self, seconds: float) -> None:
+        """Computing takes so many seconds of a core."""
+        self.due = self._start + self._host.begin(self.owner.number, self._start, seconds)
