@@ -14,8 +14,10 @@ import pytest
 
 from kunserve_sglang.policy.cost_model import CostModel
 from kunserve_sglang.simulation.costs import Costs
+from kunserve_sglang.simulation.host import Host
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
+from kunserve_sglang.simulation.profile import HostCost
 from kunserve_sglang.simulation.solo import Solo
 from tests.support.schedule_of_sglang import CHUNK, MAX_RUNNING
 from tests.unit.test_simulation import LAYERS, profile
@@ -54,7 +56,7 @@ class Recorder(Solo):
     """Remembers its batches, in the form of `tests.support.schedule_of_sglang`."""
 
     def __init__(self, owner: Owner, costs: Costs) -> None:
-        super().__init__(owner, costs)
+        super().__init__(owner, costs, Host(HostCost()))
         self.batches: list[Any] = []
 
     def fire(self, now: float) -> Owner:

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,29 @@ def test_who_waits_for_a_prompt_in_chunks_goes_on_when_it_is_aborted(
         assert len(got["waits"].tokens) == output
     pair.wait_until(lambda instances: all(i["slots"]["used"] == 0 for i in instances))
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+
+
+def test_a_prompt_whose_rest_fits_does_not_stand_in_the_way_of_a_running_request(
+    pair: ScriptedCluster,
+) -> None:
+    """Its prefix is known and, from its first chunk on, cannot be evicted for who runs.
+
+    Were it parked behind that chunk, the running request would use up what is left and be ended.
+    """
+    capacity = pair.status()[0]["slots"]["capacity"]
+    rng = random.Random(8)
+    known = request(rng, "known", capacity - 127, 1)
+    grows = request(rng, "grows", 10, 90)
+    added = request(rng, "added", 100, 1)
+    added = replace(added, prompt=known.prompt + added.prompt)
+    script: Script = [(0, known), (4, grows), (6, added)]
+    got, _ = pair.play([script, []])
+    assert got["added"].cached == len(known.prompt)
+    assert {rid: len(output.tokens) for rid, output in got.items()} == {
+        "known": 1,
+        "grows": 90,
+        "added": 1,
+    }
 
 
 FOUR_GATES = (

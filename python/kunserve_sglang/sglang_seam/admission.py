@@ -18,9 +18,17 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     until running requests have freed slots. Taking all would leave the running requests nothing
     but to be retracted, and the last of them to be aborted. Nobody else is admitted meanwhile:
     there can be only one prompt in chunks.
+
+    A prompt whose whole rest still fits is not held back: at its end it can be retracted like any
+    other, while a parked one keeps its slots from the last running request.
     """
     room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
-    room -= max(map(most_output, adder.running_batch.reqs), default=0)
+    running = adder.running_batch.reqs
+    rest = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+    steps = -(-rest // max(1, adder.rem_chunk_tokens))
+    if rest + steps * len(running) <= room:
+        return original(adder, req)
+    room -= max(map(most_output, running), default=0)
     if room <= 0:
         adder.rem_chunk_tokens = 0
         return req
