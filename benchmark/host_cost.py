@@ -1,13 +1,13 @@
-"""What surrounds the schedulers of a CPU host: frontends, router, client, and the way between.
+"""What surrounds the layers on a CPU host: steps, frontends, a busy neighbour, and the way between.
 
 Measured on a real cluster of two instances, for a profile of `kunserve_sglang.simulate`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -16,16 +16,17 @@ import psutil
 from benchmark.bench import Bench
 from benchmark.checks import Section
 from benchmark.control import Control
-from benchmark.rounds import Round, fresh, median, requests
+from benchmark.rounds import fresh, median, requests, send
 from benchmark.workload import Shape
-from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.job import Job
-from kunserve_sglang.simulation.profile import HostCost, Profile
+from kunserve_sglang.policy.cost_model import Chunk, Work
+from kunserve_sglang.simulation.profile import HostCost, Profile, StepCost
 
-_SHAPES = (Shape(48, 2), Shape(48, 16), Shape(48, 64))
+_BATCHES = (1, 4, 8, 16)
+_PROMPT, _OUTPUT = 48, 32
+_PROMPTS = (_PROMPT, 240)
+_FRONTENDS = (Shape(_PROMPT, 2), Shape(_PROMPT, 64))
 _COUNT = 16
-_ALONE = Shape(prompt_len=48, output_len=24)
-_ALONE_COUNT = 5
+
 _SCHEDULER = "scheduler"
 """In the title of a process that computes."""
 
@@ -38,69 +39,112 @@ class Usage(msgspec.Struct, frozen=True):
 
     requests: int
     tokens: int
-    elapsed_s: float
     frontends_s: float
 
 
 class Surroundings(msgspec.Struct, frozen=True):
-    """What a cluster showed; latencies are medians of single requests, in milliseconds."""
+    """What a cluster showed: medians, in milliseconds.
+
+    `ttft_ms` by the length of the prompt and `tpot_ms` by the size of the batch, while the other
+    instance is idle; `both_tpot_ms` while it has the same to do. `cooperative_tpot_ms` is that of
+    one request in a group.
+    """
 
     usage: list[Usage]
-    ttft_ms: float
-    tpot_ms: float
+    cores: int
+    ttft_ms: dict[int, float]
+    tpot_ms: dict[int, float]
+    both_tpot_ms: dict[int, float]
     cooperative_tpot_ms: float
 
 
 def with_surroundings(profile: Profile, seen: Surroundings) -> Profile:
-    """The profile with what only a real cluster shows."""
-    prefill = 1e3 * Costs(profile).prefill([(_job(), 0, _ALONE.prompt_len)])
-    passing = seen.cooperative_tpot_ms - seen.tpot_ms - 2 * profile.links.hop_ms
+    """The profile with what only a real cluster shows. Nothing gets negative."""
+    layers, model = profile.layers, profile.cost
+    fixed, request = _line(
+        {n: t - layers * model.predict(_decode(n)) for n, t in seen.tpot_ms.items()}
+    )
+    before, token = _line(
+        {n: t - layers * model.predict(_prefill(n)) for n, t in seen.ttft_ms.items()}
+    )
+    # With overlap scheduling the first token leaves when the step after its own is through.
+    late = seen.tpot_ms[1] if profile.step.delayed else 0.0
+    passing = seen.cooperative_tpot_ms - seen.tpot_ms[1] - 2 * profile.links.hop_ms
     return msgspec.structs.replace(
         profile,
-        frontend_ms=max(0.0, seen.ttft_ms - prefill),
-        step=msgspec.structs.replace(profile.step, stage_ms=max(0.0, passing / _RECEIVED)),
-        host=fit_host_cost(seen.usage, len(os.sched_getaffinity(0))),
+        frontend_ms=max(0.0, before - fixed - request - late),
+        step=StepCost(
+            fixed_ms=fixed,
+            request_ms=request,
+            token_ms=token,
+            stage_ms=max(0.0, passing / _RECEIVED),
+            delayed=profile.step.delayed,
+        ),
+        host=host_cost(seen),
     )
 
 
-def fit_host_cost(usage: Sequence[Usage], cores: int) -> HostCost:
-    """By least squares, beside what idle processes do in that time. Never negative."""
-    features = np.array([(u.requests, u.tokens, u.elapsed_s) for u in usage])
-    request, token, _ = np.linalg.lstsq(features, [u.frontends_s for u in usage])[0]
-    return HostCost(cores=cores, request_ms=max(0.0, 1e3 * request), token_ms=max(0.0, 1e3 * token))
+def host_cost(seen: Surroundings) -> HostCost:
+    """What instances and frontends on the same cores take from each other."""
+    features = np.array([(u.requests, u.tokens) for u in seen.usage])
+    found, *_ = np.linalg.lstsq(features, [1e3 * u.frontends_s for u in seen.usage])
+    request_ms, token_ms = (max(0.0, float(ms)) for ms in found)
+    slower = []
+    for batch, both_ms in seen.both_tpot_ms.items():
+        frontends = 2 * batch * token_ms / both_ms / seen.cores
+        slower.append((1 - frontends) * both_ms / seen.tpot_ms[batch] - 1)
+    return HostCost(
+        cores=seen.cores,
+        request_ms=request_ms,
+        token_ms=token_ms,
+        contention=max(0.0, median(slower)),
+    )
 
 
 async def surroundings(bench: Bench, cluster: Control) -> Section:
     """For `Bench.by_hand`; `figures["seen"]` are `Surroundings`."""
-    await fresh(cluster, requests(bench.prompts, _COUNT, _ALONE))  # warm up
-    usage = [await _usage(bench, cluster, shape) for shape in _SHAPES for _ in range(bench.repeat)]
-    independent = await _alone(bench, cluster)
+    urls = await cluster.owner_urls()
+    await fresh(cluster, requests(bench.prompts, _COUNT, _FRONTENDS[0]))  # warm up
+    usage = [await _usage(bench, cluster, s) for s in _FRONTENDS for _ in range(bench.repeat)]
+    ttft = {n: await _ttft(bench, cluster, n) for n in _PROMPTS}
+    alone = {n: await _tpot(bench, cluster, urls[:1], n) for n in _BATCHES}
+    both = {n: await _tpot(bench, cluster, urls, n) for n in _BATCHES}
     await cluster.drop()
-    cooperative = await _alone(bench, cluster)
     seen = Surroundings(
         usage=usage,
-        ttft_ms=median([r.median_ttft_ms for r in independent]),
-        tpot_ms=median([r.median_tpot_ms for r in independent]),
-        cooperative_tpot_ms=median([r.median_tpot_ms for r in cooperative]),
+        cores=len(os.sched_getaffinity(0)),
+        ttft_ms=ttft,
+        tpot_ms=alone,
+        both_tpot_ms=both,
+        cooperative_tpot_ms=await _tpot(bench, cluster, urls[:1], 1),
     )
     return Section({"seen": seen})
 
 
 async def _usage(bench: Bench, cluster: Control, shape: Shape) -> Usage:
     load = requests(bench.prompts, _COUNT, shape)
-    started, before = time.perf_counter(), _frontends_s()
-    await fresh(cluster, load)
-    return Usage(
-        requests=len(load),
-        tokens=len(load) * shape.output_len,
-        elapsed_s=time.perf_counter() - started,
-        frontends_s=_frontends_s() - before,
-    )
+    await cluster.forget()
+    before = _frontends_s()
+    await send(cluster.url, load)
+    return Usage(len(load), len(load) * shape.output_len, _frontends_s() - before)
 
 
-async def _alone(bench: Bench, cluster: Control) -> list[Round]:
-    """Requests one after the other."""
-    return [await fresh(cluster, requests(bench.prompts, 1, _ALONE)) for _ in range(_ALONE_COUNT)]
+async def _ttft(bench: Bench, cluster: Control, prompt: int) -> float:
+    """Of requests one after the other."""
+    shape = Shape(prompt, 4)
+    rounds = [await fresh(cluster, requests(bench.prompts, 1, shape)) for _ in range(bench.repeat)]
+    return median([r.median_ttft_ms for r in rounds])
+
+
+async def _tpot(bench: Bench, cluster: Control, urls: Sequence[str], batch: int) -> float:
+    """Of batches of one size, one at each of these instances."""
+    found = []
+    for _ in range(bench.repeat):
+        await cluster.forget()
+        loads = [requests(bench.prompts, batch, Shape(_PROMPT, _OUTPUT)) for _ in urls]
+        rounds = await asyncio.gather(*map(send, urls, loads))
+        found += [r.median_tpot_ms for r in rounds]
+    return median(found)
 
 
 def _frontends_s() -> float:
@@ -108,8 +152,21 @@ def _frontends_s() -> float:
     own = psutil.Process()
     family = (own, *own.children(recursive=True))
     times = (p.cpu_times() for p in family if _SCHEDULER not in " ".join(p.cmdline()))
-    return sum(t.user + t.system for t in times)
+    return float(sum(t.user + t.system for t in times))
 
 
-def _job() -> Job:
-    return Job(0, 0.0, _ALONE.prompt_len, _ALONE.output_len)
+def _decode(batch: int) -> Work:
+    """The step in the middle of a measured answer."""
+    return Work(decodes=batch, context=batch * (_PROMPT + _OUTPUT // 2))
+
+
+def _prefill(tokens: int) -> Work:
+    return Work(chunks=(Chunk(0, tokens),))
+
+
+def _line(points: Mapping[int, float]) -> tuple[float, float]:
+    """Intercept and slope by least squares, neither below zero."""
+    slope, intercept = np.polyfit(list(points), list(points.values()), 1)
+    if slope < 0:
+        return max(0.0, median(list(points.values()))), 0.0
+    return max(0.0, float(intercept)), float(slope)

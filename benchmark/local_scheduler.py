@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 
@@ -37,6 +40,32 @@ def local_scheduler(
         os.environ[INSTANCE_ENVIRONMENT] = instance.to_environment()
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
         yield _scheduler(model, server)
+
+
+def add(scheduler: Any, rid: str, prompt: Iterable[int], new_tokens: int) -> None:
+    """Queue a request as the tokenizer would; greedy, and exactly `new_tokens` long."""
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_new_tokens=new_tokens)
+    sampling.normalize(None)
+    vocabulary = scheduler.model_config.vocab_size
+    values: dict[str, Any] = {
+        "rid": rid,
+        "input_text": "",
+        "input_ids": array("q", (token % vocabulary for token in prompt)),
+        "sampling_params": sampling,
+        "return_logprob": False,
+        "logprob_start_len": -1,
+        "top_logprobs_num": 0,
+        "stream": True,
+        "time_stats": APIServerReqTimeStats(),
+    }
+    for field in msgspec.structs.fields(TokenizedGenerateReqInput):
+        if field.required and field.name not in values:
+            values[field.name] = None
+    scheduler.handle_generate_request(TokenizedGenerateReqInput(**values))
 
 
 def _scheduler(model: Path, server: dict[str, Any]) -> KunServeScheduler:

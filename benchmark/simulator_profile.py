@@ -1,8 +1,8 @@
 """Measures a profile for `kunserve_sglang.simulate` on this machine.
 
-`python -m benchmark.simulator_profile --output profile.toml` loads the model into one scheduler on
-one core, takes the profile that an instance takes, and what a step costs besides. Then it starts
-two instances, for what surrounds them: the way of a request, a stage, frontends that compute.
+`python -m benchmark.simulator_profile --output profile.toml` starts two instances, for what
+surrounds the layers: the rest of a step, frontends, the way of a request. Then it loads the model
+into one scheduler on one core and takes the profile of the layers that an instance takes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from benchmark.noise import Noise
 from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine
-from benchmark.step_cost import fit_step_cost, play
 from kunserve_sglang.config import parse_size
 from kunserve_sglang.policy.cost_model import fit
-from kunserve_sglang.simulation.profile import Links, Profile, load_profile
+from kunserve_sglang.simulation.profile import Links, Profile, StepCost, load_profile
 
 LINKS = Links(
     # Shared memory of one host: what demo.json's drop and restore moved in the time they stood
@@ -39,7 +38,7 @@ LINKS = Links(
 
 
 def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, float]:
-    """What one instance shows, and the share of the cores that other programs took meanwhile."""
+    """What one scheduler shows, and the share of the cores that other programs took meanwhile."""
     import torch
 
     from kunserve_sglang.instance.profiling import measure, shapes
@@ -58,7 +57,6 @@ def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, fl
                 measure(scheduler.engine, work, budget_s=float("inf")) for _ in range(flags.passes)
             ]
             costs = fit(best_of(passes))
-            step = fit_step_cost(play(scheduler), costs, scheduler.engine.layer_count)
         runner: Any = scheduler.tp_worker.model_runner
         memory = runner.kv_cache_configurator.profile
         layers = scheduler.engine.layer_count
@@ -77,7 +75,7 @@ def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, fl
             chunked_prefill_size=flags.chunked_prefill_size,
             max_running_requests=scheduler.max_running_requests,
             cost=costs,
-            step=step,
+            step=StepCost(delayed=True),
             links=LINKS,
         )
         return profile, noise.share()
@@ -100,6 +98,8 @@ def to_toml(profile: Profile, comment: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(v) for v in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -138,9 +138,9 @@ def main() -> NoReturn:
 
 def run(flags: argparse.Namespace, console: Console) -> int:
     model = flags.model_path or small_model()
-    alone, noise = measure_profile(flags, model)
     with tempfile.TemporaryDirectory() as logs:
         section = _bench(flags, model, Path(logs), console).by_hand("profile", surroundings)
+    alone, noise = measure_profile(flags, model)  # binds this process to its core
     profile = with_surroundings(alone, section.figures["seen"])
     comment = (
         "Instances on one core each: everything but links is measured.\n"

@@ -1,40 +1,59 @@
-"""What surrounds the schedulers, from figures that a cluster showed."""
+"""What surrounds the layers, from figures that a cluster showed."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from benchmark.host_cost import Surroundings, Usage, fit_host_cost, with_surroundings
-from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.job import Job
+from benchmark.host_cost import Surroundings, Usage, host_cost, with_surroundings
+from kunserve_sglang.policy.cost_model import Chunk, Work
+from kunserve_sglang.simulation.profile import HostCost, StepCost
 from tests.unit.test_simulation import profile
 
-
-def usage(requests: int, tokens: int, elapsed_s: float) -> Usage:
-    """5 ms a request, 0.5 ms a token, and 3 % of a core for nothing."""
-    spent = 5e-3 * requests + 5e-4 * tokens + 0.03 * elapsed_s
-    return Usage(requests, tokens, elapsed_s, spent)
+STEP = StepCost(fixed_ms=3.0, request_ms=0.5, token_ms=0.25, stage_ms=2.0, delayed=True)
+HOST = HostCost(cores=2, request_ms=5.0, token_ms=0.5, contention=0.05)
+FRONTEND_MS = 7.0
 
 
-LOADS = [usage(16, 32, 1.0), usage(16, 256, 2.5), usage(16, 1024, 7.0), usage(8, 64, 3.0)]
+def tpot(batch: int) -> float:
+    """32 tokens after a prompt of 48, in the middle."""
+    layers = 4 * profile().cost.predict(Work(decodes=batch, context=64 * batch))
+    return layers + STEP.fixed_ms + STEP.request_ms * batch
 
 
-def test_what_frontends_compute_is_found_again() -> None:
-    found = fit_host_cost(LOADS, cores=2)
-    assert found.cores == 2
-    assert found.request_ms == pytest.approx(5.0)
-    assert found.token_ms == pytest.approx(0.5)
+def both_tpot(batch: int) -> float:
+    """Two of them, slowed down by each other and by half a millisecond for each of the tokens."""
+    return tpot(batch) * (1 + HOST.contention) + 2 * batch * HOST.token_ms / HOST.cores
 
 
-def test_what_is_not_predicted_is_the_way_and_the_stages() -> None:
-    machine = profile()
-    prefill_ms = 1e3 * Costs(machine).prefill([(Job(0, 0.0, 48, 24), 0, 48)])
-    hops_ms = 2 * machine.links.hop_ms
-    seen = Surroundings(
-        usage=LOADS, ttft_ms=prefill_ms + 7.0, tpot_ms=20.0, cooperative_tpot_ms=23.0 + hops_ms
-    )
-    found = with_surroundings(machine, seen)
-    assert found.frontend_ms == pytest.approx(7.0)
-    assert found.step.stage_ms == pytest.approx(2.0)
-    assert found.step.fixed_ms == machine.step.fixed_ms
-    assert found.host.cores > 0
+def ttft(prompt: int) -> float:
+    layers = 4 * profile().cost.predict(Work(chunks=(Chunk(0, prompt),)))
+    own = layers + STEP.fixed_ms + STEP.request_ms + STEP.token_ms * prompt
+    return FRONTEND_MS + own + tpot(1)
+
+
+SEEN = Surroundings(
+    usage=[Usage(r, t, (5.0 * r + 0.5 * t) / 1e3) for r, t in ((16, 32), (16, 1024), (8, 64))],
+    cores=2,
+    ttft_ms={n: ttft(n) for n in (48, 240)},
+    tpot_ms={n: tpot(n) for n in (1, 4, 8)},
+    both_tpot_ms={n: both_tpot(n) for n in (1, 4, 8)},
+    cooperative_tpot_ms=tpot(1) + 1.5 * STEP.stage_ms + 2 * profile().links.hop_ms,
+)
+
+
+def test_what_was_put_in_is_found_again() -> None:
+    found = with_surroundings(profile(step=StepCost(delayed=True)), SEEN)
+    for step, expected in ((found.step, STEP), (found.host, HOST)):
+        assert msgspec.structs.astuple(step) == pytest.approx(msgspec.structs.astuple(expected))
+    assert found.frontend_ms == pytest.approx(FRONTEND_MS)
+
+
+def test_nothing_is_negative_where_a_measurement_disagrees() -> None:
+    quick = {n: 0.5 * ms for n, ms in SEEN.both_tpot_ms.items()}
+    assert host_cost(msgspec.structs.replace(SEEN, both_tpot_ms=quick)).contention == 0.0
+    falling = msgspec.structs.replace(SEEN, tpot_ms={1: 60.0, 4: 50.0, 8: 40.0})
+    step = with_surroundings(profile(), falling).step
+    assert step.request_ms == 0.0
+    assert step.fixed_ms >= 0.0
+    assert step.stage_ms == 0.0

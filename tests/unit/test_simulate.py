@@ -11,11 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark.simulator_profile import to_toml
-from benchmark.step_cost import Step, fit_step_cost
 from kunserve_sglang import simulate
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.layout import LayerRange
-from kunserve_sglang.policy.cost_model import Chunk, Work
 from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy
 from kunserve_sglang.simulation import load_profile
 from kunserve_sglang.simulation.dispatch import Dispatch
@@ -191,21 +189,3 @@ def test_bad_input_is_one_line_and_status_2(
         simulate.main([*given, *flags])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_step_costs_are_what_the_layers_leave() -> None:
-    model = profile().cost
-    work = [
-        *(Work(decodes=n, context=50 * n) for n in (1, 2, 4, 8)),
-        *(Work(chunks=(Chunk(0, 48),) * n) for n in (1, 2, 4)),
-    ]
-    steps = []
-    for w in work:
-        requests = w.decodes or len(w.chunks)
-        tokens = w.decodes or 48 * len(w.chunks)
-        ms = 4 * model.predict(w) + 3.0 + 0.5 * requests + 0.25 * tokens
-        steps += [Step(w, ms), Step(w, ms), Step(w, 10 * ms)]  # one of three is disturbed
-    found = fit_step_cost(steps, model, 4)
-    assert found.fixed_ms == pytest.approx(3.0)
-    assert found.request_ms == pytest.approx(0.5)
-    assert found.token_ms == pytest.approx(0.25)

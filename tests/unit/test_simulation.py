@@ -143,6 +143,15 @@ def test_frontends_take_idle_cores_first() -> None:
     assert host.begin(1, 5.0, 0.1) == pytest.approx(0.1)  # long ago
 
 
+def test_first_tokens_leave_a_step_later_where_results_wait_for_the_next() -> None:
+    """11 ms for the prompt; the step after it lasts 10 ms, and the answer of one token has none."""
+    machine = profile(step=StepCost(delayed=True))
+    longer, single = simulate([TraceRow(0.0, 16, 5), TraceRow(1.0, 16, 1)], machine=machine).jobs
+    assert longer.ttft == pytest.approx(0.021)
+    assert longer.end == pytest.approx(0.051)
+    assert single.ttft == pytest.approx(0.011)
+
+
 def test_steps_get_slower_when_frontends_have_much_to_do() -> None:
     rows = [TraceRow(0.001 * i, 16, 40) for i in range(8)]
     machine = profile(host=HostCost(cores=2, token_ms=1.0))

@@ -25,6 +25,7 @@ class Costs:
         self._request = profile.step.request_ms / 1e3
         self._token = profile.step.token_ms / 1e3
         self.stage = profile.step.stage_ms / 1e3
+        self.delayed = profile.step.delayed
         self._decode = step + self._fixed
         self._decode_request = request + self._request + self._token
         self._decode_context = context

@@ -29,6 +29,7 @@ class Host:
         self._cores = cost.cores
         self._request_s = cost.request_ms / 1e3
         self._token_s = cost.token_ms / 1e3
+        self._contention = cost.contention
         self._computing: Counter[int] = Counter()
         self._frontends = 0.0
         self._averaged = 0.0
@@ -58,7 +59,9 @@ class Host:
         busy = len(self._computing)
         # Frontends take idle cores first, and then of all others the same.
         of_each = max(0.0, self._load(now) - (self._cores - busy)) / busy
-        return seconds * self._computing[core] / max(_LEAST_SPEED, 1.0 - of_each)
+        speed = max(_LEAST_SPEED, 1.0 - of_each) / self._computing[core]
+        neighbours = (busy - 1) / max(1, self._cores - 1)
+        return seconds * (1.0 + self._contention * neighbours) / speed
 
     def end(self, number: int) -> None:
         """What it began is done."""

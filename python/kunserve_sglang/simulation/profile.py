@@ -21,13 +21,16 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Scheduling, launching and sampling; `request_ms` each request in the batch (head and sampling),
     `token_ms` each token (embedding). `stage_ms` is what a member of a group pays for each
-    micro-batch that it receives and passes on: unpacking, tables, packing.
+    micro-batch that it receives and passes on: unpacking, tables, packing. `delayed`: a first token
+    leaves when the step after its own is through. SGLang's overlap scheduling does that where
+    launching a step is computing it, on a CPU.
     """
 
     fixed_ms: float = 0.0
     request_ms: float = 0.0
     token_ms: float = 0.0
     stage_ms: float = 0.0
+    delayed: bool = False
 
 
 class Links(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,12 +51,14 @@ class HostCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """One host whose `cores` all instances share, with the processes around them.
 
     `request_ms` and `token_ms` are what router, tokenizers and clients compute for a request and
-    for each token of its answer. 0 cores: nobody takes anything from an instance.
+    for each token of its answer. `contention` is the part by which a step gets longer when all
+    cores compute, because they share memory. 0 cores: nobody takes anything from an instance.
     """
 
     cores: int = 0
     request_ms: float = 0.0
     token_ms: float = 0.0
+    contention: float = 0.0
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

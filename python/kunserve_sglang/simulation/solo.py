@@ -8,10 +8,12 @@ On a host whose cores are shared every step is an event, because the next one ma
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.host import Host
+from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 
 IDLE = math.inf
@@ -80,9 +82,11 @@ class Solo:
         """What was due is done; begin the next batch. Returns whose load has changed."""
         owner = self.owner
         self._host.end(owner.number)
+        answered: list[Job] = []
         if self._pieces:
             self._host.delivered(now, len(self._pieces))
             alone = not owner.count
+            answered = [job for job, _, _ in self._pieces]
             owner.begin_decoding(owner.prefilled(self._pieces, now))
             if alone:
                 owner.full = False  # SGLang goes on with the new batch, which is not marked full
@@ -95,7 +99,20 @@ class Solo:
         self.due = IDLE
         if not self.stopping:
             self._next(now)
+            if self._costs.delayed and self.busy:
+                self._delay(answered, now)
         return owner
+
+    def _delay(self, jobs: Iterable[Job], now: float) -> None:
+        """Their first tokens leave when the step that has begun is through."""
+        owner = self.owner
+        if self._steps > 1:
+            seconds = self._costs.decode_run(owner.count, owner.context, 1)
+        else:
+            seconds = self.due - now
+        for job in jobs:
+            if job.first == now:
+                job.first += seconds
 
     def steps_done(self, now: float) -> int:
         """Decode steps of the current run that are complete."""
