@@ -2,8 +2,8 @@
 
 `python -m benchmark.simulator --trace azure_llm_2023_conv.csv` serves a part of the trace on real
 clusters, simulates the same requests with a profile of this machine, and compares percentiles of
-TTFT; then it simulates a thousand instances for an hour. Instances need a core each, or they slow
-one another down in ways that the profile does not know.
+TTFT; then it simulates a thousand instances for an hour. All clusters get the same load. Before and
+after it a small one shows how fast the machine is at that time (`benchmark.pace`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,12 +24,13 @@ from benchmark.client import RequestResult
 from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, run_workload, warm_up_requests
+from benchmark.pace import expected_tpot_ms, measured_tpot_ms, slowed, steady_load
 from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine, dumps
 from benchmark.simulator_picture import draw
 from benchmark.traces import to_requests
-from benchmark.workload import Workload
+from benchmark.workload import Request, Workload
 from kunserve_sglang import simulation
 from kunserve_sglang.config import ClusterConfig, OverloadPolicy
 from kunserve_sglang.messages import TransitionKind
@@ -90,9 +92,14 @@ def checks(rows: Sequence[dict[str, Any]], hour: dict[str, Any] | None) -> list[
 
 
 def serve(
-    count: int, policy: str, workload: Workload, flags: argparse.Namespace, model: Path
-) -> Run:
-    """The workload on a real cluster."""
+    count: int,
+    policy: str,
+    workload: Workload,
+    steady: list[Request],
+    flags: argparse.Namespace,
+    model: Path,
+) -> tuple[Run, float]:
+    """The workload on a real cluster, and its TPOT under `steady` before and after (ms)."""
     options = ClusterOptions(
         model_path=model,
         memory_budget=flags.memory_budget,
@@ -107,8 +114,10 @@ def serve(
             options.command, flags.output / f"simulator-{name}.log", on_wait=display.starting
         ) as cluster,
     ):
+        measured_tpot_ms(cluster.url, steady)  # warm up
+        before = measured_tpot_ms(cluster.url, steady)
         display.started()
-        return asyncio.run(
+        run = asyncio.run(
             run_workload(
                 cluster.url,
                 workload,
@@ -117,6 +126,7 @@ def serve(
                 on_progress=display.progress,
             )
         )
+        return run, (before + measured_tpot_ms(cluster.url, steady)) / 2
 
 
 def simulate(profile: Profile, count: int, policy: str, rows: Sequence[TraceRow]) -> Outcome:
@@ -131,29 +141,31 @@ def accuracy(flags: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
     prompts = PromptSource(load_tokenizer(model), flags.seed)
     trace = window(load_trace(flags.trace), flags.start, flags.duration)
     trace = scale(trace, prompt=0.1, output=0.3, max_total=700)
+    trace = multiply(trace, flags.rate, seed=flags.seed)
+    workload = Workload(tuple(to_requests(trace, prompts)), 0.0, 0.0)
+    sent = [TraceRow(r.arrival_s, r.prompt_len, r.output_len) for r in workload.requests]
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    for count in flags.instances:
-        load = multiply(trace, flags.rate * count, seed=flags.seed)
-        workload = Workload(tuple(to_requests(load, prompts)), 0.0, 0.0)
-        sent = [TraceRow(r.arrival_s, r.prompt_len, r.output_len) for r in workload.requests]
-        for policy in ("none", "drop"):
-            real = serve(count, policy, workload, flags, model)
-            outcome = simulate(profile, count, policy, sent)
-            rows += compare(real.results, outcome)
-            runs.append(
-                {
-                    "instances": count,
-                    "policy": policy,
-                    "requests": len(sent),
-                    "failed": len(real.errors),
-                    "noise": real.noise,
-                    "drops": len(real.committed("drop")),
-                    "simulated_drops": len(outcome.committed(TransitionKind.DROP)),
-                    "measured_ttft_s": [r.ttft_s for r in real.results if r.ok],
-                    "simulated_ttft_s": [j.ttft for j in outcome.jobs if not j.failed],
-                }
-            )
+    for count, policy in product(flags.instances, ("none", "drop")):
+        steady = steady_load(prompts, count)
+        real, tpot_ms = serve(count, policy, workload, steady, flags, model)
+        pace = tpot_ms / expected_tpot_ms(profile, count)
+        outcome = simulate(slowed(profile, pace), count, policy, sent)
+        rows += compare(real.results, outcome)
+        runs.append(
+            {
+                "instances": count,
+                "policy": policy,
+                "requests": len(sent),
+                "failed": len(real.errors),
+                "noise": real.noise,
+                "pace": pace,
+                "drops": len(real.committed("drop")),
+                "simulated_drops": len(outcome.committed(TransitionKind.DROP)),
+                "measured_ttft_s": [r.ttft_s for r in real.results if r.ok],
+                "simulated_ttft_s": [j.ttft for j in outcome.jobs if not j.failed],
+            }
+        )
     return rows, runs
 
 
@@ -204,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--instances", type=_counts, default=(2, 4), help="of the real clusters")
     flags.add_argument("--start", type=float, default=0.0, help="seconds into the trace")
     flags.add_argument("--duration", type=float, default=90.0, help="seconds of the trace")
-    flags.add_argument("--rate", type=float, default=0.2, help="share of the trace an instance")
+    flags.add_argument("--rate", type=float, default=0.4, help="share of the trace's requests")
     flags.add_argument("--seed", type=int, default=1)
     flags.add_argument("--large-profile", type=Path, default=profiles / "qwen2.5-14b-a800.toml")
     flags.add_argument("--large-rate", type=float, default=180.0, help="times the trace")
