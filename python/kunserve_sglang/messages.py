@@ -239,6 +239,8 @@ class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
     @property
     def reason(self) -> str:
         """What has happened, in words."""
+        if not self.instances:
+            return "the group has come apart"
         names, many = ", ".join(map(str, self.instances)), len(self.instances) > 1
         return f"instance{'s' * many} {names} {'are' if many else 'is'} gone"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kunserve_sglang.messages import Lost
 from kunserve_sglang.router import health
 from tests.mock_worker import MockInstance
 from tests.router_harness import RouterCluster
@@ -115,3 +116,12 @@ def test_a_new_process_under_the_number_of_a_dead_one_is_no_member(group: Router
     until(lambda: survivor.lost)
     assert survivor.lost[0].instances == (1,)
     until(lambda: modes(group) == ["independent", "independent"])
+
+
+def test_what_a_loss_is_called() -> None:
+    losses = (Lost(epoch=2, broken=1, instances=gone) for gone in ((1,), (1, 3), ()))
+    assert [lost.reason for lost in losses] == [
+        "instance 1 is gone",
+        "instances 1, 3 are gone",
+        "the group has come apart",
+    ]
