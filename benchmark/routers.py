@@ -34,7 +34,8 @@ class Router(Cluster):
         self._workers = workers
 
     def command(self, port: int) -> list[str]:
-        return router_command(port)
+        # Upstream's has its cheapest policy, too: nobody reads prompts here.
+        return [*router_command(port), "--dispatch", "least_load"]
 
     def __enter__(self) -> Self:
         """Raises `ClusterError` unless all workers are found healthy."""

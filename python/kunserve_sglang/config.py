@@ -82,7 +82,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_instances: int = 2
     host: str = "127.0.0.1"
     port: int = 30000
-    dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD
+    dispatch: DispatchPolicy = DispatchPolicy.LMETRIC
     memory_budget: int = 0
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     drop_threshold: float = 0.95

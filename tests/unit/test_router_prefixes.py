@@ -138,7 +138,8 @@ def test_plain_servers_are_known_by_what_was_sent_there(
         router.start_router()
 
 
-def test_other_policies_ask_for_no_reports(router: RouterCluster) -> None:
+def test_other_policies_ask_for_no_reports(start_router: Callable[..., RouterCluster]) -> None:
+    router = start_router(2, dispatch=DispatchPolicy.LEAST_LOAD)
     router.instances[0].cache(blocks())
     until(lambda: router.instances[0].cached)
     assert not any(i.obeyed["Welcome"] for i in router.instances)
