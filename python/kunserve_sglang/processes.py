@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -13,6 +15,10 @@ from pathlib import Path
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+
+_LEAST_PORT = 2048
+_PORTS = 16_384
+_given_ports: set[int] = set()
 
 
 def die_with_parent(number: signal.Signals) -> None:
@@ -83,8 +89,23 @@ def clean_up_after(folder: str) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port on an address of this host that nobody listens on now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on an address of this host that nobody listens on now; another one each time.
+
+    It is below those that the kernel hands out: instances load a model before they listen, while
+    processes beside them open many sockets on whatever port they are given.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = [*range(max(_LEAST_PORT, lowest - _PORTS), lowest)]
+    random.shuffle(candidates)
+    for port in (*candidates, 0):
+        if port in _given_ports:
+            continue
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe,
+        ):
+            probe.bind((host, port))
+            found: int = probe.getsockname()[1]
+            _given_ports.add(found)
+            return found
+    raise OSError(f"no free port at {host}")
