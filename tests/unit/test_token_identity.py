@@ -7,7 +7,6 @@ replayed with `pytest -k 'seed-7'`.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,14 +16,12 @@ import pytest
 
 from kunserve_sglang.config import Transport
 from kunserve_sglang.messages import Mode, TransitionKind
-from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.events import Event, Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
-from tests.support.member import AbortRequest, Gate, Output, Pause
+from tests.support.identity import PAIR_GATES, play_both, same, small_cluster
+from tests.support.member import AbortRequest, Gate, Pause
 from tests.support.schedules import Script, random_scripts, request
 
-PAGE = 4096
-PAIR_GATES = ("drop 0,1", "restore 0,1", "drop 0,1", "restore 0,1")
 SEEDS = range(24)
 
 
@@ -37,90 +34,8 @@ def played() -> set[int]:
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedCluster]:
     folder = tmp_path_factory.mktemp("pair")
-    with _cluster(folder, 2, tiny_model) as cluster:
+    with small_cluster(folder, 2, tiny_model) as cluster:
         yield cluster
-
-
-def _cluster(
-    folder: Path, size: int, model: Path, *, memory_budget: int = 2_600_000, **server: object
-) -> ScriptedCluster:
-    """Budgets so small that requests queue and are retracted without a drop."""
-    return ScriptedCluster(
-        folder,
-        size,
-        memory_budget=memory_budget,
-        page_bytes=PAGE,
-        model_path=str(model),
-        chunked_prefill_size=64,
-        max_running_requests=16,
-        dtype="float32",
-        schedule_conservativeness=0.1,
-        context_length=1024,
-        **server,
-    )
-
-
-def _play(
-    cluster: ScriptedCluster, scripts: list[Script], *, standing: bool = False
-) -> tuple[list[Event], list[str]]:
-    """Play undisturbed and with transitions; returns the events and what differs.
-
-    The members go on while a transition runs, or stand at their gates until it has ended. A
-    restore for which requests hold too many slots is refused, as it must be; the layers then come
-    back at the end.
-    """
-    events: list[Event] = []
-    running: list[Future[Event]] = []
-
-    def wait() -> None:
-        while running:
-            try:
-                event = running.pop().result(READY_S)
-            except NoPlan:
-                continue
-            if event.status is Outcome.ABORTED and "slots" in event.error:
-                continue
-            assert event.status is Outcome.COMMITTED, event
-            events.append(event)
-
-    def at_gate(name: str) -> None:
-        wait()
-        kind, instances, *stages = name.split()
-        numbers = [int(i) for i in instances.split(",")]
-        running.append(cluster.begin(TransitionKind(kind), numbers, *map(int, stages)))
-        if standing:
-            wait()
-
-    expected = cluster.play(scripts)
-    got = cluster.play(scripts, at_gate)
-    wait()
-    if any(i["mode"] == Mode.COOPERATIVE for i in cluster.status()):
-        events.append(_restored(cluster))
-    return events, [
-        f"member {m} request {rid}: {want} != {have[rid]}"
-        for m, (wants, have) in enumerate(zip(expected, got, strict=True))
-        for rid, want in wants.items()
-        if not _same(want, have[rid])
-    ]
-
-
-def _restored(cluster: ScriptedCluster) -> Event:
-    """All have ended, but the router may not know it yet: its status records are older."""
-    deadline = time.monotonic() + READY_S
-    while True:
-        try:
-            return cluster.transition(TransitionKind.RESTORE)
-        except NoPlan:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-
-
-def _same(want: Output, have: Output) -> bool:
-    if "abort" in (want.reason, have.reason):
-        shorter = min(len(want.tokens), len(have.tokens))
-        return want.tokens[:shorter] == have.tokens[:shorter]
-    return want.tokens == have.tokens and want.reason == have.reason
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda s: f"seed-{s}")
@@ -129,7 +44,7 @@ def test_two_cycles_in_a_random_schedule(
 ) -> None:
     played.add(seed)
     scripts = random_scripts(seed, 2, PAIR_GATES)
-    events, differences = _play(pair, scripts, standing=seed % 4 == 0)
+    events, differences = play_both(pair, scripts, standing=seed % 4 == 0)
     assert differences == []
     assert len(events) >= 2
     assert events[0].capacity_after > events[0].capacity_before
@@ -153,7 +68,7 @@ def test_running_requests_take_their_kv_along(pair: ScriptedCluster) -> None:
         assert all(i["mode"] == Mode.COOPERATIVE for i in pair.status())
     assert running[0].result(READY_S).status is Outcome.COMMITTED
     for wants, have in zip(expected, got, strict=True):
-        assert all(_same(want, have[rid]) for rid, want in wants.items())
+        assert all(same(want, have[rid]) for rid, want in wants.items())
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
 
 
@@ -185,8 +100,8 @@ def test_a_restore_is_given_up_when_demand_returns(pair: ScriptedCluster) -> Non
         assert after["pages"] == before["pages"]
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
     for wants, have, later in zip(expected, during, pair.play(scripts), strict=True):
-        assert all(_same(want, have[rid]) for rid, want in wants.items())
-        assert all(_same(want, later[rid]) for rid, want in wants.items())
+        assert all(same(want, have[rid]) for rid, want in wants.items())
+        assert all(same(want, later[rid]) for rid, want in wants.items())
 
 
 def test_pressure_was_real(pair: ScriptedCluster, played: set[int]) -> None:
@@ -207,9 +122,9 @@ def test_two_cycles_with_overlap_scheduling(
 ) -> None:
     """A transition finds a step whose results have not been applied yet."""
     folder = tmp_path_factory.mktemp("overlap")
-    with _cluster(folder, 2, tiny_model, disable_overlap_schedule=False) as cluster:
+    with small_cluster(folder, 2, tiny_model, disable_overlap_schedule=False) as cluster:
         for seed in range(200, 206):
-            events, differences = _play(cluster, random_scripts(seed, 2, PAIR_GATES))
+            events, differences = play_both(cluster, random_scripts(seed, 2, PAIR_GATES))
             assert differences == [], seed
             assert len(events) >= 2
 
@@ -217,10 +132,10 @@ def test_two_cycles_with_overlap_scheduling(
 def test_two_cycles_over_lanes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tensors pass by `torch.distributed`, as between GPUs; without any it is gloo that carries."""
     folder = tmp_path_factory.mktemp("lanes")
-    with _cluster(folder, 2, tiny_model, transport=Transport.NCCL) as cluster:
+    with small_cluster(folder, 2, tiny_model, transport=Transport.NCCL) as cluster:
         for seed in range(600, 603):
             scripts = random_scripts(seed, 2, PAIR_GATES)
-            events, differences = _play(cluster, scripts, standing=seed % 3 == 0)
+            events, differences = play_both(cluster, scripts, standing=seed % 3 == 0)
             assert differences == [], seed
             assert len(events) >= 2
         assert sum(e.exchanged_bytes for e in cluster.control.plane.events.latest()) > 0
@@ -235,13 +150,15 @@ def test_slots_follow_the_load_of_one_owner(
     rng = random.Random(9)
     busy: Script = [(0, request(rng, f"small{i}", 60, 30)) for i in range(12)]
     busy += [(5, request(rng, "large", 200, equal - 150))]
-    with _cluster(tmp_path_factory.mktemp("alone"), 1, tiny_model, memory_budget=20_000_000) as one:
+    with small_cluster(
+        tmp_path_factory.mktemp("alone"), 1, tiny_model, memory_budget=20_000_000
+    ) as one:
         (expected,) = one.play([busy])
     for member in (0, 1):
         scripts: list[Script] = [[], []]
         scripts[member] = busy
         got = pair.play(scripts)[member]
-        assert all(_same(want, got[rid]) for rid, want in expected.items())
+        assert all(same(want, got[rid]) for rid, want in expected.items())
         capacities = [i["slots"]["capacity"] for i in pair.status()]
         assert capacities[member] >= 0.9 * sum(capacities)
         assert max(pair.numbers(member)) > equal
@@ -260,7 +177,7 @@ def test_a_pause_while_cooperating(pair: ScriptedCluster, mode: str) -> None:
     got = pair.play([*paused, scripts[1]])
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
     for wants, have in zip(expected, got, strict=True):
-        assert all(_same(want, have[rid]) for rid, want in wants.items())
+        assert all(same(want, have[rid]) for rid, want in wants.items())
 
 
 @pytest.mark.parametrize("cooperating", [False, True])
@@ -278,7 +195,7 @@ def test_a_retracted_request_is_aborted_while_it_waits(
         assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
     assert got["leaves"].reason == "abort"
     assert 0 < len(got["leaves"].tokens) < len(expected["leaves"].tokens)
-    assert _same(expected["leaves"], got["leaves"])
+    assert same(expected["leaves"], got["leaves"])
     assert got["stays"].tokens == expected["stays"].tokens
 
 
@@ -347,9 +264,9 @@ def test_four_instances_merge_step_by_step(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """1+1, 2+2 and 1+2 merges, and groups back, to smaller groups or at once."""
-    with _cluster(tmp_path_factory.mktemp("four"), 4, tiny_model) as cluster:
+    with small_cluster(tmp_path_factory.mktemp("four"), 4, tiny_model) as cluster:
         for seed in (100, 101, 102):
-            events, differences = _play(cluster, random_scripts(seed, 4, FOUR_GATES))
+            events, differences = play_both(cluster, random_scripts(seed, 4, FOUR_GATES))
             assert differences == []
             assert max(len(e.instances) for e in events) == 4
         assert {tuple(i["group"]) for i in cluster.status()} == {(0,), (1,), (2,), (3,)}

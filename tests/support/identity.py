@@ -1,0 +1,99 @@
+"""Playing schedules with and without transitions, and comparing the tokens (invariant 1)."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+from kunserve_sglang.messages import Mode, TransitionKind
+from kunserve_sglang.policy.planner import NoPlan
+from kunserve_sglang.router.events import Event, Outcome
+from tests.support.cluster import READY_S, ScriptedCluster
+from tests.support.member import Output
+from tests.support.schedules import Script
+
+PAGE = 4096
+PAIR_GATES = ("drop 0,1", "restore 0,1", "drop 0,1", "restore 0,1")
+
+
+def small_cluster(
+    folder: Path, size: int, model: Path, *, memory_budget: int = 2_600_000, **server: object
+) -> ScriptedCluster:
+    """Budgets so small that requests queue and are retracted without a drop."""
+    return ScriptedCluster(
+        folder,
+        size,
+        memory_budget=memory_budget,
+        page_bytes=PAGE,
+        model_path=str(model),
+        chunked_prefill_size=64,
+        max_running_requests=16,
+        dtype="float32",
+        schedule_conservativeness=0.1,
+        context_length=1024,
+        **server,
+    )
+
+
+def play_both(
+    cluster: ScriptedCluster, scripts: list[Script], *, standing: bool = False
+) -> tuple[list[Event], list[str]]:
+    """Play undisturbed and with transitions; returns the events and what differs.
+
+    The members go on while a transition runs, or stand at their gates until it has ended. A
+    restore for which requests hold too many slots is refused, as it must be; the layers then come
+    back at the end.
+    """
+    events: list[Event] = []
+    running: list[Future[Event]] = []
+
+    def wait() -> None:
+        while running:
+            try:
+                event = running.pop().result(READY_S)
+            except NoPlan:
+                continue
+            if event.status is Outcome.ABORTED and "slots" in event.error:
+                continue
+            assert event.status is Outcome.COMMITTED, event
+            events.append(event)
+
+    def at_gate(name: str) -> None:
+        wait()
+        kind, instances, *stages = name.split()
+        numbers = [int(i) for i in instances.split(",")]
+        running.append(cluster.begin(TransitionKind(kind), numbers, *map(int, stages)))
+        if standing:
+            wait()
+
+    expected = cluster.play(scripts)
+    got = cluster.play(scripts, at_gate)
+    wait()
+    if any(i["mode"] == Mode.COOPERATIVE for i in cluster.status()):
+        events.append(restored(cluster))
+    return events, [
+        f"member {m} request {rid}: {want} != {have[rid]}"
+        for m, (wants, have) in enumerate(zip(expected, got, strict=True))
+        for rid, want in wants.items()
+        if not same(want, have[rid])
+    ]
+
+
+def restored(cluster: ScriptedCluster) -> Event:
+    """All have ended, but the router may not know it yet: its status records are older."""
+    deadline = time.monotonic() + READY_S
+    while True:
+        try:
+            return cluster.transition(TransitionKind.RESTORE)
+        except NoPlan:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def same(want: Output, have: Output) -> bool:
+    if "abort" in (want.reason, have.reason):
+        shorter = min(len(want.tokens), len(have.tokens))
+        return want.tokens[:shorter] == have.tokens[:shorter]
+    return want.tokens == have.tokens and want.reason == have.reason
