@@ -74,14 +74,9 @@ class Agent:
         self.check_pages()
 
     @property
-    def control_handle(self) -> Any:
-        """For a `zmq.Poller`: readable when a command waits."""
-        return self._body.control.poll_handle
-
-    @property
-    def data_handles(self) -> list[Any]:
-        """For a `zmq.Poller`: one is readable when a peer's packet waits."""
-        return self._body.plane.poll_handles()
+    def poll_handles(self) -> list[Any]:
+        """For a `zmq.Poller`: one is readable when a command or a peer's packet waits."""
+        return [*self._body.control.poll_handles, *self._body.plane.poll_handles()]
 
     # -- called by the runtime -------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -24,6 +24,35 @@ from kunserve_sglang.messages import (
 
 _HELLO_INTERVAL_S = 5.0
 """The greeting is repeated for good, so that a restarted router learns of its instances."""
+
+
+class Control(Protocol):
+    """The line to the router, as an agent needs it."""
+
+    @property
+    def malformed(self) -> int:
+        """Messages that could not be read."""
+        ...
+
+    @property
+    def poll_handles(self) -> list[Any]:
+        """For a `zmq.Poller`: one is readable when a command waits."""
+        ...
+
+    def send(self, message: ToRouter) -> None: ...
+
+    def receive(self, timeout_s: float = 0.0) -> ToInstance | None:
+        """The next command, or None. A message that cannot be decoded is counted and skipped."""
+        ...
+
+    def heed_losses(self, epoch: int) -> None:
+        """Raises `PeerLost` if the router has said that the group of this layout has come apart.
+
+        For whoever waits for a peer in the middle of something. All commands stay to be received.
+        """
+        ...
+
+    def close(self) -> None: ...
 
 
 class ControlLink:
@@ -50,22 +79,17 @@ class ControlLink:
         self._socket.connect(address)
 
     @property
-    def poll_handle(self) -> Any:
-        return self._socket
+    def poll_handles(self) -> list[Any]:
+        return [self._socket]
 
     def send(self, message: ToRouter) -> None:
         self._socket.send(encode(message))
 
     def receive(self, timeout_s: float = 0.0) -> ToInstance | None:
-        """The next command, or None. A message that cannot be decoded is counted and skipped."""
         self._greet()
         return self._waiting.popleft() if self._waiting else self._read(timeout_s)
 
     def heed_losses(self, epoch: int) -> None:
-        """Raises `PeerLost` if the router has said that the group of this layout has come apart.
-
-        For whoever waits for a peer in the middle of something. All commands stay to be received.
-        """
         while (message := self._read(0.0)) is not None:
             self._waiting.append(message)
         for message in self._waiting:

@@ -63,6 +63,7 @@ Header = MicroBatch | TakenSlots | KvRows | LayerParameters
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
+_envelopes = msgspec.msgpack.Decoder(Envelope)
 
 
 def encode(header: Header) -> bytes:
@@ -72,6 +73,11 @@ def encode(header: Header) -> bytes:
 def decode(data: bytes) -> Header:
     """Raises `msgspec.DecodeError`."""
     return _decoder.decode(data)
+
+
+def envelope(data: bytes) -> Envelope:
+    """The common part alone. Raises `msgspec.DecodeError`."""
+    return _envelopes.decode(data)
 
 
 def pack_batch(batch: StageBatch, delta: TableDelta, hidden: Hidden) -> list[torch.Tensor]:

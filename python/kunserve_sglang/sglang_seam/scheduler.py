@@ -259,8 +259,7 @@ class KunServeScheduler(upstream.Scheduler):
         for socket in (
             self.ipc_channels.recv_from_tokenizer,
             self.ipc_channels.recv_from_rpc,
-            self.agent.control_handle,
-            *self.agent.data_handles,
+            *self.agent.poll_handles,
         ):
             poller.register(socket, zmq.POLLIN)
         return poller
