@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Side:
             kv=self.kv,
             parameters=self.parameters,
             plane=self.plane,
+            clock=time.monotonic,
             timeout_s=0.2,
         )
 

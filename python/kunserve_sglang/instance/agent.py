@@ -57,6 +57,7 @@ class Agent:
     def __init__(self, body: Body, *, peer_timeout_s: float) -> None:
         self._body = body
         self._me = body.instance
+        self._speaks = body.rank == 0
         self._timeout = peer_timeout_s
         self.mode = Mode.INDEPENDENT
         self.layout = self._alone(epoch=0)
@@ -123,12 +124,14 @@ class Agent:
         return self.transfer.pump(busy_s * (1.0 if self.transfer.urgent else _BACKGROUND_SHARE))
 
     def publish(self, *, force: bool = False) -> None:
-        """Send a status record, at most every 50 ms unless forced."""
-        if time.monotonic() >= self._next_status or force:
+        """Send a status record, at most every 50 ms unless forced; rank 0 does it for all."""
+        if self._speaks and (force or time.monotonic() >= self._next_status):
             self._send_status(self.status())
 
     def before_sleep(self) -> None:
         """Nothing will happen for a while: leave the router with the latest figures."""
+        if not self._speaks:
+            return
         status = self.status()
         if status != self._last_status or self._cache_log.pending:
             self._send_status(status)
@@ -212,7 +215,12 @@ class Agent:
             self._participant.abort(message)
         elif isinstance(message, Lost):
             self._recover(message)
-        elif isinstance(message, Trace):
+        elif self._speaks:
+            self._obey_alone(message)
+
+    def _obey_alone(self, message: ToInstance) -> None:
+        """What one rank does for all, and no other needs to know of."""
+        if isinstance(message, Trace):
             self._trace(message)
         elif isinstance(message, Leave):
             self._body.engine.end()
@@ -283,6 +291,7 @@ class Agent:
                 tracer=self.tracer,
                 costs=body.costs,
                 next_piece=self._next_piece,
+                clock=body.clock,
                 peer_timeout_s=self._timeout,
             )
             body.engine.enter_cooperation(list(layout.ids))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from kunserve_sglang.instance.control import ControlLink
+from kunserve_sglang.instance.control import Control
 from kunserve_sglang.instance.engine import Engine
 from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.parameters import ParameterStore
@@ -16,7 +18,10 @@ from kunserve_sglang.transport import DataPlane
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What an agent is the head of."""
+    """What an agent is the head of; of an instance with several ranks, one rank's part.
+
+    All ranks decide by `clock`, in monotonic seconds; rank 0 speaks for the instance.
+    """
 
     instance: int
     profile: MemoryProfile
@@ -25,5 +30,7 @@ class Body:
     kv: KvStore
     engine: Engine
     plane: DataPlane
-    control: ControlLink
+    control: Control
     costs: CostEstimate
+    clock: Callable[[], float] = time.monotonic
+    rank: int = 0

@@ -87,6 +87,7 @@ class Exchange:
         self._fetched = fetched
         self._defer = defer
         self._timeout = timeout_s
+        self._clock = body.clock
         self._participants = [m.instance for layout in transition.before for m in layout.members]
         self._old_layers = self._before.member(self._me).layers
         self._new_layers = self.after.member(self._me).layers
@@ -196,6 +197,7 @@ class Exchange:
             kv=body.kv,
             parameters=body.parameters,
             plane=body.plane,
+            clock=body.clock,
             timeout_s=self._timeout,
         )
 
@@ -259,7 +261,7 @@ class Exchange:
         Raises `PeerLost` as soon as the router says that a member has gone.
         """
         while True:
-            left = deadline - time.monotonic()
+            left = deadline - self._clock()
             packet = self._body.plane.receive(max(0.0, min(left, _LOOK_S)))
             if packet is not None or left <= 0:
                 return packet

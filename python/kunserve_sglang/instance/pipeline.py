@@ -83,6 +83,7 @@ class Pipeline:
         tracer: Tracer,
         costs: CostEstimate,
         next_piece: Callable[[], Packet | None],
+        clock: Callable[[], float],
         peer_timeout_s: float,
     ) -> None:
         """`next_piece` gives the next packet of a transfer, or None after a moment."""
@@ -98,6 +99,7 @@ class Pipeline:
         self._costs = costs
         self._idle_since: float | None = None
         self._next_piece = next_piece
+        self._clock = clock
         self._timeout = peer_timeout_s
         table = engine.request_table()
         rows, context = table.shape
@@ -111,7 +113,7 @@ class Pipeline:
         self._sequence = 0
         self._round_ms = 0.0
         self._own: deque[_OwnBatch] = deque()
-        self._progress = time.monotonic()
+        self._progress = self._clock()
 
     @property
     def epoch(self) -> int:
@@ -129,7 +131,7 @@ class Pipeline:
 
     def peers_work(self) -> list[PeerWork]:
         """What the other owners have going round; those that fell silent have nothing."""
-        now = time.monotonic()
+        now = self._clock()
         rounds = sum(p.work.round_ms for p in self._peers.values())
         silent_s = _SILENT_ROUNDS * (rounds + self._round_ms) / 1e3
         return [p.work for p in self._peers.values() if now - p.arrived < silent_s]
@@ -145,7 +147,7 @@ class Pipeline:
             reads = self._sent.slots(batch.rows, batch.seq_lens)
             self.transfer.take_along(reads)
         delta = self._sent.difference(batch.rows, batch.seq_lens)
-        self._progress = time.monotonic()
+        self._progress = self._clock()
         self._end_idle(self._progress)
         header = wire.MicroBatch(
             sender=self._me,
@@ -175,7 +177,7 @@ class Pipeline:
             return None
         own = self._own[0]
         if own.result is None:
-            if time.monotonic() - self._progress > self._timeout:
+            if self._clock() - self._progress > self._timeout:
                 raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
             return None
         self._own.popleft()
@@ -183,7 +185,7 @@ class Pipeline:
 
     def serve(self, packet: Packet, header: wire.MicroBatch) -> None:
         """Run this stage's layers on a micro-batch that arrived, and pass it on."""
-        self._progress = time.monotonic()
+        self._progress = self._clock()
         self._end_idle(header.launched)
         if header.owner == self._me:
             self._returned(packet, header)
@@ -248,9 +250,9 @@ class Pipeline:
     @contextlib.contextmanager
     def _measured(self, name: str, header: wire.MicroBatch, batch: StageBatch) -> Iterator[None]:
         """A span of stage work, from which the cost model learns as well."""
-        started = time.monotonic()
+        started = self._clock()
         yield
-        ended = time.monotonic()
+        ended = self._clock()
         details = {
             "owner": header.owner,
             "sequence": header.sequence,

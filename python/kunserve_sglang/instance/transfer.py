@@ -12,7 +12,6 @@ A transfer can be carried out at a stroke, while everybody stands still (`send_r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +67,7 @@ class Transfer:
         kv: KvStore,
         parameters: ParameterStore,
         plane: DataPlane,
+        clock: Callable[[], float],
         timeout_s: float,
     ) -> None:
         """`taken` are the slots of each owner that have rows to move; `serving` the layers that
@@ -78,6 +78,7 @@ class Transfer:
         self._serving = serving
         self._kv = kv
         self._plane = plane
+        self._clock = clock
         self._timeout = timeout_s
         moves = list(moves)
         self._outgoing = [_Outgoing(m, self._mask(taken[m.owner])) for m in moves if m.source == me]
@@ -183,7 +184,7 @@ class Transfer:
         after a moment. Raises `PeerLost` if rows do not come within the peer timeout.
         """
         self.rewritten(owner, writes)
-        deadline = time.monotonic() + self._timeout
+        deadline = self._clock() + self._timeout
         for incoming in self._incoming.values():
             if incoming.move.owner != owner or not self._serves(incoming.move):
                 continue
@@ -193,16 +194,16 @@ class Transfer:
                 packet = next_packet()
                 if packet is not None:
                     self.store(packet, wire.decode(packet.header))
-                elif time.monotonic() > deadline:
+                elif self._clock() > deadline:
                     raise PeerLost(f"KV of instance {owner} did not arrive")
 
     def pump(self, seconds: float) -> bool:
         """Send pieces for about so long, at least one, if there is room; false if none went."""
-        deadline = time.monotonic() + seconds
+        deadline = self._clock() + seconds
         sent = False
         while self._send_piece(_PIECE_BYTES + _RESERVED_BYTES):
             sent = True
-            if time.monotonic() >= deadline:
+            if self._clock() >= deadline:
                 break
         return sent
 
@@ -228,18 +229,18 @@ class Transfer:
         `next_packet` gives the next packet of this transfer, or None at a time in monotonic
         seconds. Raises `PeerLost` at `deadline`.
         """
-        patience = time.monotonic() + _PATIENCE_S
+        patience = self._clock() + _PATIENCE_S
         pieces = self._pieces
         while pieces.unsent or pieces.due or not all(i.ended for i in self._incoming.values()):
             # A peer may hold on to what it has received: then some goes without room.
-            sent = self._send_piece(_PIECE_BYTES if time.monotonic() < patience else 0)
+            sent = self._send_piece(_PIECE_BYTES if self._clock() < patience else 0)
             if sent:
-                patience = time.monotonic() + _PATIENCE_S
-            wait = time.monotonic() + (0.0 if sent else _WAIT_S)
+                patience = self._clock() + _PATIENCE_S
+            wait = self._clock() + (0.0 if sent else _WAIT_S)
             packet = next_packet(wait if pieces.unsent else deadline)
             if packet is not None:
                 self.store(packet, wire.decode(packet.header))
-            elif time.monotonic() > deadline:
+            elif self._clock() > deadline:
                 raise PeerLost(f"waited for {self._missing()}")
         pieces.attach()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
 import msgspec
@@ -72,6 +71,7 @@ class Participant:
         self._host = host
         self._me = body.instance
         self._timeout = peer_timeout_s
+        self._clock = body.clock
         self._growth: Transition | None = None
         self._ahead: tuple[Layout, ...] = ()
         self._owed: tuple[Commit | None, TransitionStats] | None = None
@@ -174,11 +174,11 @@ class Participant:
         Returns the decision; None if a member's data shows that the group has committed; the
         `Prepare` itself if nobody decided in time, which counts as an abort.
         """
-        deadline = time.monotonic() + message.decision_s
+        deadline = self._clock() + message.decision_s
         epoch = message.transition.epoch
         while self._host.serve_deferred():
             pass
-        while time.monotonic() < deadline:
+        while self._clock() < deadline:
             packet = self._body.plane.receive(0.001)
             if packet is not None:
                 header = wire.decode(packet.header)
@@ -197,7 +197,7 @@ class Participant:
         packets: list[Packet],
         resting: Mode,
     ) -> None:
-        deadline = time.monotonic() + (commit.deadline_s if commit else self._timeout)
+        deadline = self._clock() + (commit.deadline_s if commit else self._timeout)
         exchange = Exchange(
             self._body,
             transition,
@@ -254,8 +254,8 @@ class Participant:
 
     def _late_commit(self, epoch: int) -> Commit | None:
         """The router's decision, which a peer's data has overtaken."""
-        deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline:
+        deadline = self._clock() + self._timeout
+        while self._clock() < deadline:
             command = self._body.control.receive(0.05)
             if isinstance(command, Commit) and command.epoch == epoch:
                 return command
