@@ -9,7 +9,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The model that an instance serves, and with what.
 
     `name` is for people. `config` and `weights` are digests: of the model's configuration, and of
-    samples of its checkpoint. `requests` is `--max-running-requests`, 0 for SGLang's own choice.
+    samples of its checkpoint. `requests` is `--max-running-requests`, 0 for SGLang's own choice;
+    `ranks` is `--tp-size`.
     """
 
     name: str
@@ -21,6 +22,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     config: str
     weights: str
     versions: dict[str, str]
+    ranks: int = 1
 
     def difference(self, other: ModelIdentity) -> str:
         """The first thing in which `other` differs, in words; empty if they go together."""
@@ -44,4 +46,5 @@ _COMPARED = (
     ("dtype", "dtype"),
     ("context", "context length"),
     ("requests", "--max-running-requests"),
+    ("ranks", "--tp-size"),
 )

@@ -20,6 +20,7 @@ from kunserve_sglang.messages import TransitionKind, to_json_types
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
+from kunserve_sglang.processes import free_port
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.events import Event
@@ -69,7 +70,7 @@ class ControlThread:
 
 
 class ScriptedCluster:
-    """`size` members; use as a context manager."""
+    """`size` members of `ranks` processes each; use as a context manager."""
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class ScriptedCluster:
         exchange: ExchangeMode = ExchangeMode.COORDINATED,
         dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD,
         transport: Transport = Transport.AUTO,
+        ranks: int = 1,
         **server: Any,
     ) -> None:
         config = ClusterConfig(
@@ -94,7 +96,8 @@ class ScriptedCluster:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.member"])
         self._links: list[Connection] = []
-        self._processes = []
+        self._processes: list[list[Any]] = []
+        server = {**server, "tp_size": ranks}
         for number in range(size):
             instance = InstanceConfig(
                 instance=number,
@@ -108,11 +111,19 @@ class ScriptedCluster:
                 transport=transport,
             )
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, instance, server), daemon=True)
-            process.start()
+            # Ranks of one instance meet at a port.
+            at = {**server, "nccl_port": free_port()}
+            members = [
+                context.Process(
+                    target=serve, args=(None if rank else theirs, instance, at, rank), daemon=True
+                )
+                for rank in range(ranks)
+            ]
+            for process in members:
+                process.start()
             theirs.close()
             self._links.append(ours)
-            self._processes.append(process)
+            self._processes.append(members)
         self.capacities = [self._expect(link, "ready") for link in self._links]
         self._wait_for_status(size)
 
@@ -123,7 +134,7 @@ class ScriptedCluster:
         for link in self._links:
             with contextlib.suppress(BrokenPipeError):
                 link.send(("stop", None))
-        for process in self._processes:
+        for process in (p for members in self._processes for p in members):
             process.join(10)
             if process.is_alive():
                 process.kill()
@@ -217,27 +228,29 @@ class ScriptedCluster:
             self._hold_pieces(False)
 
     def _hold_pieces(self, hold: bool) -> None:
-        for link, process in zip(self._links, self._processes, strict=True):
-            if process.is_alive():
+        for link, members in zip(self._links, self._processes, strict=True):
+            if members[0].is_alive():
                 link.send(("hold", hold))
                 self._expect(link, "held")
 
     @contextmanager
     def stopped(self, member: int) -> Iterator[None]:
         """The member does nothing at all, as a process that swaps or a host that hangs."""
-        pid = self._processes[member].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
+        pids = [process.pid for process in self._processes[member]]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            os.kill(pid, signal.SIGCONT)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def kill(self, member: int) -> None:
         """The member is gone, as after `kill -9`; its HTTP server, which it has not, refuses."""
-        process = self._processes[member]
-        process.kill()
-        process.join(10)
+        for process in self._processes[member]:
+            process.kill()
+        for process in self._processes[member]:
+            process.join(10)
         self.refuse_http(member)
 
     def refuse_http(self, member: int) -> None:

@@ -8,6 +8,7 @@ scheduler, so that a script means the same every time it is played.
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from array import array
 from collections import deque
@@ -34,6 +35,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.instance.agent import Agent
+from kunserve_sglang.instance.ranks import Fact, Ranks
 from kunserve_sglang.policy.blocks import block_hashes
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
@@ -81,10 +83,31 @@ class Output:
     cached: int
 
 
+class Link:
+    """The pipe to the test, at which rank 0 looks for all ranks."""
+
+    _FOUND: Fact[bool] = Fact("a word of the test", msgspec.msgpack.Decoder(bool))
+    _WORD: Fact[bytes] = Fact("the word", msgspec.msgpack.Decoder(bytes))
+
+    def __init__(self, pipe: Connection | None, ranks: Ranks) -> None:
+        self._pipe: Any = pipe
+        self._ranks = ranks
+
+    def poll(self) -> bool:
+        return self._ranks.agree(self._FOUND, lambda: self._pipe.poll())
+
+    def recv(self) -> Any:
+        return pickle.loads(self._ranks.agree(self._WORD, lambda: self._pipe.recv_bytes()))
+
+    def send(self, word: Any) -> None:
+        if self._pipe is not None:
+            self._pipe.send(word)
+
+
 class Member:
     """Drives one scheduler; lives in the child process."""
 
-    def __init__(self, config: InstanceConfig, server: dict[str, Any]) -> None:
+    def __init__(self, config: InstanceConfig, server: dict[str, Any], rank: int) -> None:
         os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
         # Measurements of this model are of no use to anybody else.
         os.environ["XDG_CACHE_HOME"] = str(Path(server["model_path"]).parent)
@@ -100,7 +123,7 @@ class Member:
             **{"disable_overlap_schedule": True, **server},
         )
         ports = PortArgs.init_new(arguments)
-        self.scheduler = KunServeScheduler(arguments, ports, 0, 0, 0, 0, 0, 0, None)
+        self.scheduler = KunServeScheduler(arguments, ports, 0, rank, 0, 0, 0, 0, None)
         self.scheduler.schedule_stream = self.scheduler.device_module.Stream()
         self.scheduler._war_barrier_enabled = False
         self.scheduler.result_queue = deque()
@@ -112,7 +135,7 @@ class Member:
         self.largest_slot = 0
         self.retracted = 0
 
-    def play(self, script: list[tuple[int, Action]], link: Connection) -> dict[str, Output]:
+    def play(self, script: list[tuple[int, Action]], link: Link) -> dict[str, Output]:
         """Run the script to its end and until all requests are finished."""
         for of_last_script in (self.requests, self._to_abort, self._aborted):
             of_last_script.clear()
@@ -197,7 +220,7 @@ class Member:
             self._step()
         raise TimeoutError(f"the scheduler does not come to rest: {self._state()}")
 
-    def _act(self, action: Action, link: Connection) -> None:
+    def _act(self, action: Action, link: Link) -> None:
         if isinstance(action, Add):
             self._add(action)
         elif isinstance(action, AbortRequest):
@@ -231,7 +254,7 @@ class Member:
                 raise AssertionError(f"given up: {answer}; {self._state()}")
             self._aborted.add(answer.rid)
 
-    def _gate(self, gate: Gate, link: Connection) -> None:
+    def _gate(self, gate: Gate, link: Link) -> None:
         link.send(("gate", gate.name))
         deadline = time.monotonic() + STALL_S
         while not link.poll():
@@ -314,9 +337,15 @@ class Member:
         self.requests[add.rid] = self.scheduler.waiting_queue[-1]
 
 
-def serve(link: Connection, config: InstanceConfig, server: dict[str, Any]) -> None:
-    """Entry point of the child process: obey `(verb, argument)` until told to stop."""
-    member = Member(config, server)
+def serve(
+    pipe: Connection | None, config: InstanceConfig, server: dict[str, Any], rank: int = 0
+) -> None:
+    """Entry point of the child process: obey `(verb, argument)` until told to stop.
+
+    Of an instance with several ranks, rank 0 has the pipe, and the others obey as well.
+    """
+    member = Member(config, server, rank)
+    link = Link(pipe, member.scheduler.ranks)
     link.send(("ready", member.scheduler.max_total_num_tokens))
     while True:
         if not link.poll():

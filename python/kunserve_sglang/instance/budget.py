@@ -28,12 +28,18 @@ class Memory:
     resident_bytes: int
 
 
-def memory_budget(config: InstanceConfig, device: torch.device, fraction: float) -> int:
-    """Bytes for parameters and KV; to be asked for before the model takes its part of them.
+def memory_budget(
+    config: InstanceConfig, device: torch.device, fraction: float, ranks: int = 1
+) -> int:
+    """Bytes for parameters and KV of each of `ranks` ranks.
 
-    Without a budget of its own an instance takes `fraction` of what is free, as SGLang does.
+    To be asked for before the model takes its part of them. Without a budget of its own an instance
+    takes `fraction` of what is free, as SGLang does.
     """
-    return config.memory_budget or int(fraction * free_memory(device))
+    if config.memory_budget:
+        return config.memory_budget // ranks
+    sharing = ranks if device.type == "cpu" else 1
+    return int(fraction * free_memory(device)) // sharing
 
 
 def adopt_model(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 import torch
 
 from kunserve_sglang.instance.engine import Engine, StageBatch
+from kunserve_sglang.instance.ranked import clock_of
+from kunserve_sglang.instance.ranks import Fact, OneRank, Ranks
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.policy.cost_model import Chunk, CostModel, Sample, Work, fit
 
@@ -27,6 +30,9 @@ BUDGET_S = 20.0
 _STRIDE = 5
 _LEAST = 4
 _PROBE_OWNER = -1
+
+_ALONE = OneRank()
+_MODEL: Fact[CostModel | None] = Fact("costs", msgspec.msgpack.Decoder(CostModel | None))
 
 
 def shapes(slots: int, context: int, chunk: int) -> Iterator[Work]:
@@ -44,14 +50,20 @@ def shapes(slots: int, context: int, chunk: int) -> Iterator[Work]:
             yield Work(chunks=(Chunk(0, 32),) * many)
 
 
-def measure(engine: Engine, work: Iterable[Work], budget_s: float = BUDGET_S) -> list[Sample]:
+def measure(
+    engine: Engine, work: Iterable[Work], budget_s: float = BUDGET_S, ranks: Ranks = _ALONE
+) -> list[Sample]:
     """Run shapes on this instance's own layers. To be called while all slots are free.
 
     A slow machine gets through a part of them in `budget_s`; it is spread over all, and has at
-    least `_LEAST` of each kind.
+    least `_LEAST` of each kind. All ranks measure together, each its own time.
     """
     work = list(work)
-    deadline = time.monotonic() + budget_s
+    clock = clock_of(ranks)
+    # This thread's time: what other programs take of the core says nothing about the shape. But
+    # where there are several ranks, waiting for each other is a part of it.
+    timer = time.thread_time if ranks.size == 1 else time.perf_counter
+    deadline = clock() + budget_s
     # Once over everything: the first touch of a page costs more than computing on it.
     batch, table = _probe(max(work, key=lambda w: w.context))
     everything = LayerRange(0, engine.layer_count)
@@ -60,27 +72,42 @@ def measure(engine: Engine, work: Iterable[Work], budget_s: float = BUDGET_S) ->
     samples: list[Sample] = []
     for shape in (w for start in range(_STRIDE) for w in work[start::_STRIDE]):
         kinds = Counter(bool(s.work.chunks) for s in samples)
-        if time.monotonic() > deadline and min(kinds[True], kinds[False]) >= _LEAST:
+        if clock() > deadline and min(kinds[True], kinds[False]) >= _LEAST:
             break
-        samples.append(Sample(work=shape, ms=_measure(engine, shape)))
+        samples.append(Sample(work=shape, ms=_measure(engine, shape, timer)))
     return samples
 
 
-def load_or_measure(engine: Engine, key: str, work: Iterable[Work]) -> CostModel:
-    """The cached model for `key`, or a new one. A cache that cannot be written is no error."""
+def load_or_measure(
+    engine: Engine, key: str, work: Iterable[Work], ranks: Ranks = _ALONE
+) -> CostModel:
+    """The cached model for `key`, or a new one. A cache that cannot be written is no error.
+
+    All ranks get rank 0's.
+    """
     path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    known = ranks.agree(_MODEL, lambda: _read(path))
+    if known is not None:
+        return known
+    mine = fit(measure(engine, work, ranks=ranks))
+    if ranks.rank == 0:
+        _write(path, mine)
+    return ranks.agree(_MODEL, lambda: mine) or mine
+
+
+def _read(path: Path) -> CostModel | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=CostModel)
     except (FileNotFoundError, msgspec.DecodeError):
-        model = fit(measure(engine, work))
-    try:
+        return None
+
+
+def _write(path: Path, model: CostModel) -> None:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.write_bytes(msgspec.json.encode(model))
         scratch.replace(path)
-    except OSError:
-        return model
-    return model
 
 
 def _cache_folder() -> Path:
@@ -88,7 +115,7 @@ def _cache_folder() -> Path:
     return Path(base) / "kunserve" / "profiles"
 
 
-def _measure(engine: Engine, work: Work) -> float:
+def _measure(engine: Engine, work: Work, timer: Callable[[], float]) -> float:
     """Milliseconds per layer; the first run, which compiles kernels, does not count.
 
     Each run takes other layers, so that neither parameters nor KV are still in a cache.
@@ -102,10 +129,9 @@ def _measure(engine: Engine, work: Work) -> float:
     for repeat in range(1 + _REPEATS):
         first = repeat % windows * width
         layers = LayerRange(first, first + width)
-        # This thread's time: what other programs take of the core says nothing about the shape.
-        started = time.thread_time()
+        started = timer()
         engine.run_stage(batch, table, 0, layers, hidden)
-        times.append(time.thread_time() - started)
+        times.append(timer() - started)
     return 1e3 * min(times[1:]) / width  # whatever disturbs a run makes it longer
 
 

@@ -29,9 +29,12 @@ _OFF = {
 """Server arguments that must be unset: KunServe moves parameters and KV under their feet."""
 
 _FIXED = {
-    "tp_size": 1,
     "pp_size": 1,
     "dp_size": 1,
+    "ep_size": 1,
+    "attn_cp_size": 1,
+    "dcp_size": 1,
+    "moe_dp_size": 1,
     "nnodes": 1,
     "page_size": 1,
     "tokenizer_worker_num": 1,
@@ -74,6 +77,21 @@ def check_transport(transport: Transport, device: str) -> None:
         raise ConfigurationError(f"--transport {transport}: {why}")
 
 
+def check_heads(config: Any, ranks: int) -> None:
+    """Raises `ConfigurationError` unless all ranks get the same part of SGLang's model `config`."""
+    key_value = config.get_total_num_kv_heads()
+    for what, count in (
+        ("attention heads", config.num_attention_heads),
+        # Fewer heads than ranks are held by several of them.
+        ("key-value heads", max(key_value, ranks) if ranks % key_value == 0 else key_value),
+        ("columns in each MLP", getattr(config.hf_text_config, "intermediate_size", ranks)),
+    ):
+        if count % ranks:
+            raise ConfigurationError(
+                f"--tp-size {ranks}: the model has {count} {what}, which cannot be divided by it"
+            )
+
+
 def with_defaults(argv: list[str]) -> list[str]:
     """SGLang flags that a CPU needs and that suit a cluster, where the user gave none."""
     defaults: dict[str, list[str]] = {
@@ -81,6 +99,7 @@ def with_defaults(argv: list[str]) -> list[str]:
         "--attention-backend": ["torch_native"],
         "--sampling-backend": ["pytorch"],
         "--log-level": ["warning"],
+        "--disable-custom-all-reduce": [],
     }
     given = {argument.split("=")[0] for argument in argv}
     extra = [x for flag, value in defaults.items() if flag not in given for x in (flag, *value)]

@@ -11,7 +11,6 @@ owner in order (invariant 5).
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,7 +52,7 @@ class Cooperation:
     def turn(self) -> bool:
         """Receive, collect, launch, serve; true if the result of an own batch was applied."""
         scheduler = self._scheduler
-        began = time.monotonic()
+        began = scheduler.clock()
         scheduler.process_input_requests(scheduler.receive_requests())
         if not scheduler.engine.cooperating:
             return False
@@ -73,7 +72,7 @@ class Cooperation:
             launched = self._launch()
         # Paused or not, peers depend on this stage.
         idle = not collected and not launched and not scheduler.agent.serve_one()
-        busy_s = 0.0 if idle else time.monotonic() - began
+        busy_s = 0.0 if idle else scheduler.clock() - began
         if not scheduler.agent.move_pieces(busy_s) and idle:
             self._rest()
         return collected

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed
 from sglang.srt.layers.utils.common import get_layer_id
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 from sglang.srt.model_loader.utils import set_default_torch_dtype
+from torch.distributed import ReduceOp
 
 from kunserve_sglang.config import InstanceConfig, OverloadPolicy
 from kunserve_sglang.errors import ConfigurationError
@@ -40,10 +43,23 @@ class KunServeModelRunner(ModelRunner):
         )
 
     def load_model(self) -> None:
-        budget = memory_budget(self.instance, self.place, self.mem_fraction_static)
+        fraction, ranks = self.mem_fraction_static, self.ps.tp_size
+        budget = self._least(memory_budget(self.instance, self.place, fraction, ranks))
         super().load_model()
         layers = decoder_layers(self.model)
         self.memory = adopt_model(self.instance, self.model, layers, self.place, budget)
+
+    def init_threads_binding(self) -> None:
+        """SGLang would give each rank a NUMA node; the launcher has chosen cores already."""
+        self.local_omp_cpuid = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+    def _least(self, budget: int) -> int:
+        """Of all ranks, so that each has as many slots as the others."""
+        if self.ps.tp_size == 1:
+            return budget
+        least = torch.tensor(budget)
+        torch.distributed.all_reduce(least, ReduceOp.MIN, group=self.tp_group.cpu_group)
+        return int(least)
 
     @torch.no_grad()
     def reload_layers(self, layers: Sequence[int]) -> None:

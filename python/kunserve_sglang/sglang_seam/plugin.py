@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import resource
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ def register() -> None:
     """Hook into SGLang in the processes of a KunServe instance, and nowhere else."""
     if instance_from_environment() is None:
         return
+    # Ranks would get a queue in /dev/shm, which nothing here uses, and which stays after a SIGKILL.
+    os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from kunserve_sglang.sglang_seam.admission import next_chunk_within_pool

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 import torch
 import zmq
 
@@ -21,18 +22,19 @@ from sglang.srt.utils import DynamicGradMode
 from kunserve_sglang.config import InstanceConfig, instance_from_environment
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.instance.agent import Agent
-from kunserve_sglang.instance.body import Body
-from kunserve_sglang.instance.control import ControlLink
-from kunserve_sglang.instance.profiling import load_or_measure, shapes
-from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
-from kunserve_sglang.policy.cost_model import CostEstimate, CostModel
+from kunserve_sglang.instance.ranked import clock_of
+from kunserve_sglang.instance.ranks import Fact, open_ranks
+from kunserve_sglang.policy.cost_model import CostEstimate
+from kunserve_sglang.processes import divide_cpus
+from kunserve_sglang.sglang_seam.assembly import build_agent, cost_model
 from kunserve_sglang.sglang_seam.batches import no_requests, settled
 from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
-from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner, KunServeWorker
-from kunserve_sglang.transport import HostAwareDataPlane
+from kunserve_sglang.sglang_seam.model_runner import KunServeWorker
 
 _IDLE_WAIT_MS = 500
+
+_AWAKE = Fact("an event", msgspec.msgpack.Decoder(bool))
 
 INSTANCE_LOST = "InstanceLost"
 """The type of the error that ends a request whose group has lost a member."""
@@ -63,11 +65,17 @@ class KunServeScheduler(upstream.Scheduler):
         self._in_own_loop = False
         self.cooperation = Cooperation(self)
         self.engine = SglangEngine(self)
-        self.costs = CostEstimate(self._cost_model())
-        self.agent = self._build_agent()
+        self.clock = clock_of(self.ranks)
+        self.costs = CostEstimate(cost_model(self))
+        self.agent = build_agent(self)
         self._idle = self._build_idle_poller()
 
     def init_tp_model_worker(self) -> None:
+        self.ranks = open_ranks(self.instance.data_socket, self.ps.tp_rank, self.ps.tp_size)
+        if self.instance.cpus and self.ps.tp_size > 1:
+            mine = divide_cpus(self.ps.tp_size)[self.ps.tp_rank]
+            os.sched_setaffinity(0, mine)
+            torch.set_num_threads(len(mine))
         self.tp_worker = KunServeWorker(
             server_args=self.server_args,
             gpu_id=self.ps.gpu_id,
@@ -75,6 +83,7 @@ class KunServeScheduler(upstream.Scheduler):
             nccl_port=self.nccl_port,
             instance=self.instance,
         )
+        self.ranks.connect()  # loading has a barrier: all ranks are there
 
     def init_req_max_new_tokens(self, req: Any) -> None:
         """Limit the answer by what there may be, not by what there happens to be now."""
@@ -140,7 +149,7 @@ class KunServeScheduler(upstream.Scheduler):
     def wait_for_events(self, timeout_ms: int) -> bool:
         """Until a request, a command or a peer's packet is there; false if none came in time."""
         self.agent.before_sleep()
-        return bool(self._idle.poll(timeout_ms))
+        return self.ranks.agree(_AWAKE, lambda: bool(self._idle.poll(timeout_ms)))
 
     def receive_requests(self) -> list[Any]:
         requests: list[Any] = self.request_receiver.recv_requests()
@@ -208,52 +217,6 @@ class KunServeScheduler(upstream.Scheduler):
             found[self.chunked_req.rid] = self.chunked_req
         return list(found.values())
 
-    def _cost_model(self) -> CostModel:
-        """Measured on this machine, or remembered from an earlier start."""
-        config = self.model_config
-        chunk = self.chunked_prefill_size or self.max_prefill_tokens
-        key = (config.model_path, str(config.hf_config), str(config.dtype), self.device)
-        work = shapes(self.max_total_num_tokens, config.context_len, chunk)
-        with torch.inference_mode():
-            return load_or_measure(self.engine, repr((*key, torch.get_num_threads(), chunk)), work)
-
-    def _build_agent(self) -> Agent:
-        runner: KunServeModelRunner = self.tp_worker.model_runner
-        instance = self.instance
-        profile = runner.kv_cache_configurator.profile
-        context: zmq.Context[Any] = zmq.Context(1)
-        plane = HostAwareDataPlane(
-            instance.data_socket,
-            tcp=instance.data_address,
-            keys=instance.keys,
-            host=instance.host,
-            device=runner.place,
-            transport=instance.transport,
-        )
-        hello = Hello(
-            version=PROTOCOL_VERSION,
-            instance=instance.instance,
-            url=instance.url,
-            data_address=plane.address,
-            scheduler=type(self).__name__,
-            layer_count=self.engine.layer_count,
-            memory=profile,
-            capacity=self.max_total_num_tokens,
-            costs=self.costs.model,
-        )
-        body = Body(
-            instance=instance.instance,
-            profile=profile,
-            pool=runner.memory.pool,
-            parameters=runner.memory.parameters,
-            kv=runner.token_to_kv_pool.store,
-            engine=self.engine,
-            plane=plane,
-            control=ControlLink(context, instance.control_address, hello, instance.keys),
-            costs=self.costs,
-        )
-        return Agent(body, peer_timeout_s=instance.peer_timeout_s)
-
     def _build_idle_poller(self) -> zmq.Poller:
         poller = zmq.Poller()
         for socket in (
@@ -261,5 +224,6 @@ class KunServeScheduler(upstream.Scheduler):
             self.ipc_channels.recv_from_rpc,
             *self.agent.poll_handles,
         ):
-            poller.register(socket, zmq.POLLIN)
+            if socket is not None:  # SGLang has sockets on rank 0 only
+                poller.register(socket, zmq.POLLIN)
         return poller

@@ -21,7 +21,7 @@ from kunserve_sglang.config import (
 )
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.processes import die_with_parent
-from kunserve_sglang.sglang_seam.compatibility import check_server_args, with_defaults
+from kunserve_sglang.sglang_seam.compatibility import check_heads, check_server_args, with_defaults
 
 # Importing SGLang takes ten seconds of CPU time; every process of an instance needs it.
 _PRELOAD = (
@@ -38,6 +38,9 @@ def preload() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The launcher shows the progress of all instances; bars of each would write over one another.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # An instance that has lost a process is to end at once, not after a minute of diagnostics.
+    os.environ.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "false")
+    os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "false")
     for name in _PRELOAD:
         importlib.import_module(name)
     registry = importlib.import_module("sglang.srt.models.registry")
@@ -50,6 +53,7 @@ def parse_server_args(argv: list[str]) -> Any:
     Exits with SGLang's usage message for a flag that SGLang does not know.
     """
     from sglang.srt import server_args as upstream
+    from sglang.srt.configs.model_config import ModelConfig
 
     upstream.logger.addFilter(_not_about_cuda_graphs)
     try:
@@ -57,6 +61,8 @@ def parse_server_args(argv: list[str]) -> Any:
     except (ValueError, OSError) as error:
         raise ConfigurationError(str(error)) from error
     check_server_args(server_args)
+    if server_args.tp_size > 1:
+        check_heads(ModelConfig.from_server_args(server_args), server_args.tp_size)
     return server_args
 
 

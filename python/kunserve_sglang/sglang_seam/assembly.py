@@ -1,0 +1,102 @@
+"""An agent and all it is the head of, made from a scheduler that has loaded its model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+import zmq
+
+from kunserve_sglang.errors import InternalError
+from kunserve_sglang.instance.agent import Agent
+from kunserve_sglang.instance.body import Body
+from kunserve_sglang.instance.control import ControlLink
+from kunserve_sglang.instance.profiling import load_or_measure, shapes
+from kunserve_sglang.instance.ranked import ranked_control, ranked_plane
+from kunserve_sglang.instance.ranks import Ranks
+from kunserve_sglang.layout import MemoryProfile
+from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
+from kunserve_sglang.policy.cost_model import CostModel
+from kunserve_sglang.transport import HostAwareDataPlane
+
+if TYPE_CHECKING:
+    from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner
+    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+
+
+def cost_model(scheduler: KunServeScheduler) -> CostModel:
+    """Measured on this machine, or remembered from an earlier start."""
+    config = scheduler.model_config
+    chunk = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+    ranks = scheduler.ranks
+    key: tuple[Any, ...] = (
+        config.model_path,
+        str(config.hf_config),
+        str(config.dtype),
+        scheduler.device,
+        torch.get_num_threads(),
+        chunk,
+    )
+    if ranks.size > 1:
+        key = (*key, ranks.size)
+    work = shapes(scheduler.max_total_num_tokens, config.context_len, chunk)
+    with torch.inference_mode():
+        return load_or_measure(scheduler.engine, repr(key), work, ranks)
+
+
+def build_agent(scheduler: KunServeScheduler) -> Agent:
+    """Connects to the router; of several ranks, the first does."""
+    runner: KunServeModelRunner = scheduler.tp_worker.model_runner
+    instance, ranks = scheduler.instance, scheduler.ranks
+    profile = runner.kv_cache_configurator.profile
+    _check_alike(profile, ranks)
+    rank_socket = f"{instance.data_socket}-{ranks.rank}"
+    plane = ranked_plane(
+        HostAwareDataPlane(
+            rank_socket if ranks.rank else instance.data_socket,
+            tcp=instance.data_address,
+            keys=instance.keys,
+            host=instance.host,
+            device=runner.place,
+            transport=instance.transport,
+        ),
+        ranks,
+    )
+    hello = Hello(
+        version=PROTOCOL_VERSION,
+        instance=instance.instance,
+        url=instance.url,
+        data_address=plane.address,
+        scheduler=type(scheduler).__name__,
+        layer_count=scheduler.engine.layer_count,
+        memory=profile,
+        capacity=scheduler.max_total_num_tokens,
+        costs=scheduler.costs.model,
+    )
+
+    def link() -> ControlLink:
+        context: zmq.Context[Any] = zmq.Context(1)
+        return ControlLink(context, instance.control_address, hello, instance.keys)
+
+    body = Body(
+        instance=instance.instance,
+        profile=profile,
+        pool=runner.memory.pool,
+        parameters=runner.memory.parameters,
+        kv=runner.token_to_kv_pool.store,
+        engine=scheduler.engine,
+        plane=plane,
+        control=ranked_control(link, ranks),
+        costs=scheduler.costs,
+        clock=scheduler.clock,
+        rank=ranks.rank,
+    )
+    return Agent(body, peer_timeout_s=instance.peer_timeout_s)
+
+
+def _check_alike(profile: MemoryProfile, ranks: Ranks) -> None:
+    """What rank 0 says of its memory is to hold for all; raises `InternalError` if it does not."""
+    profiles = set(ranks.gather(msgspec.json.encode(profile).decode()))
+    if len(profiles) > 1:
+        raise InternalError(f"the ranks differ in their memory: {sorted(profiles)}")
