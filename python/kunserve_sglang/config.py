@@ -22,6 +22,9 @@ KunServe is opt-in: without this variable the plugin does nothing and SGLang is 
 LEAVE_SIGNAL = signal.SIGUSR1
 """Tells an instance's main process, by its scheduler, that it has left the cluster."""
 
+STAGE_GRAPH_MAX_BS = 64
+"""Requests in the largest decode step of a stage that is captured as a CUDA graph."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -168,6 +171,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     transport: Transport = Transport.AUTO
+    stage_graph_max_bs: int = STAGE_GRAPH_MAX_BS
     peer_timeout_s: float = 60.0
     data_address: str = ""
     keys: MemberKeys | None = None

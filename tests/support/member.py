@@ -12,6 +12,7 @@ import pickle
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -37,11 +38,15 @@ from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.instance.ranks import Fact, Ranks
 from kunserve_sglang.policy.blocks import block_hashes
-from kunserve_sglang.sglang_seam import plugin
+from kunserve_sglang.sglang_seam import engine, plugin
 from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
+from kunserve_sglang.sglang_seam.stages import DeviceStages
 from tests.support.census import whereabouts
 
 STALL_S = 60.0
+
+STAGES: dict[str, Callable[[Any, Any], Any]] = {"device": DeviceStages}
+"""Ways to run stages that a CPU does not take by itself."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +116,21 @@ class Member:
         os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
         # Measurements of this model are of no use to anybody else.
         os.environ["XDG_CACHE_HOME"] = str(Path(server["model_path"]).parent)
+        # What runs beside a device runs on a CPU as well, if it is asked to.
+        engine.stages_for = {"": engine.stages_for, **STAGES}[server.pop("stages", "")]
         plugin.register()
         HookRegistry.apply_hooks()
         torch.set_num_threads(1)
         arguments = ServerArgs(
             device="cpu",
-            attention_backend="torch_native",
             sampling_backend="pytorch",
             skip_tokenizer_init=True,
             log_level="error",
-            **{"disable_overlap_schedule": True, **server},
+            **{
+                "attention_backend": "torch_native",
+                "disable_overlap_schedule": True,
+                **server,
+            },
         )
         ports = PortArgs.init_new(arguments)
         self.scheduler = KunServeScheduler(arguments, ports, 0, rank, 0, 0, 0, 0, None)

@@ -141,6 +141,18 @@ def test_two_cycles_over_lanes(tiny_model: Path, tmp_path_factory: pytest.TempPa
         assert sum(e.exchanged_bytes for e in cluster.control.plane.events.latest()) > 0
 
 
+def test_two_cycles_with_stages_as_beside_a_device(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One backend of SGLang's own factory for all owners, over a table of its own."""
+    folder = tmp_path_factory.mktemp("device")
+    with _cluster(folder, 2, tiny_model, stages="device") as cluster:
+        for seed in range(700, 703):
+            events, differences = _play(cluster, random_scripts(seed, 2, PAIR_GATES))
+            assert differences == [], seed
+            assert len(events) >= 2
+
+
 def test_slots_follow_the_load_of_one_owner(
     pair: ScriptedCluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -24,7 +24,7 @@ Segment = Callable[[LayerRange, Hidden], Hidden]
 class StageBatch:
     """What a stage must know of a micro-batch to run its layers on it.
 
-    All tensors are on the CPU in transit. `rows` are the owner's request rows, one a request;
+    All tensors are on the CPU. `rows` are the owner's request rows, one a request;
     `out_slots` the owner's slots that receive the new KV, one a token; `prefix_lens` and
     `extend_lens` are None for a decode batch.
     """
@@ -126,6 +126,14 @@ class Engine(Protocol):
 
     def blank_hidden(self, tokens: int) -> Hidden:
         """Hidden states of no meaning, for measuring what layers cost."""
+        ...
+
+    def settle(self) -> None:
+        """Return when what was asked of the device has happened."""
+        ...
+
+    def clock(self) -> float:
+        """Seconds, for the time that work takes: none of that asked for before is under way."""
         ...
 
     def forget_owners(self) -> None:

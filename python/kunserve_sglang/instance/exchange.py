@@ -160,7 +160,9 @@ class Exchange:
                     self._fetched.store(packet, received)
             elif isinstance(received, wire.TakenSlots):
                 # Copies: what arrived lies in memory that the sender wants back.
-                self._changes[received.sender] = SlotChange(*(t.clone() for t in packet.tensors))
+                self._changes[received.sender] = SlotChange(
+                    *(t.clone().cpu() for t in packet.tensors)
+                )
             else:
                 # A faster member is past its barrier already; its data waits its turn.
                 self._early.append(packet)

@@ -58,8 +58,10 @@ class KvStore:
     ) -> None:
         self.shape = shape
         self.stride = stride
+        self.rows = stride * owners
+        """Of each buffer, mapped or not."""
         self._owners: list[int | None] = [instance] + [None] * (owners - 1)
-        rows = stride * owners
+        rows = self.rows
         self._buffers = [
             (
                 VirtualBuffer(pool, rows * shape.key_row_bytes),

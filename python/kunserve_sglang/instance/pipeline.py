@@ -252,6 +252,7 @@ class Pipeline:
         """A span of stage work, from which the cost model learns as well."""
         started = self._clock()
         yield
+        self._engine.settle()
         ended = self._clock()
         details = {
             "owner": header.owner,

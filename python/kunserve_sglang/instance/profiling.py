@@ -60,9 +60,8 @@ def measure(
     """
     work = list(work)
     clock = clock_of(ranks)
-    # This thread's time: what other programs take of the core says nothing about the shape. But
-    # where there are several ranks, waiting for each other is a part of it.
-    timer = time.thread_time if ranks.size == 1 else time.perf_counter
+    # Where there are several ranks, waiting for each other is a part of it.
+    timer = engine.clock if ranks.size == 1 else time.perf_counter
     deadline = clock() + budget_s
     # Once over everything: the first touch of a page costs more than computing on it.
     batch, table = _probe(max(work, key=lambda w: w.context))

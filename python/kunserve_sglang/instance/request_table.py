@@ -30,28 +30,42 @@ class SentRows:
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
         # Large, and made while everybody waits: what is not used is not touched either.
-        self._sent = torch.empty_like(table)
+        self._sent = torch.empty_like(table, device="cpu")
         self._length = [0] * table.shape[0]
 
     def slots(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """All that the requests in these rows hold, int64."""
-        return _spans(self._table, rows, seq_lens)
+        return _spans(*self._on_host(rows, seq_lens), seq_lens)
 
     def difference(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> TableDelta:
         """What the group does not know yet of the first `seq_lens[i]` slots of `rows[i]`."""
         starts, lengths, pieces = [], [], []
-        for row, length in zip(rows.tolist(), seq_lens.tolist(), strict=True):
-            start = self._first_difference(row, length)
-            pieces.append(self._table[row, start:length])
+        table, places = self._on_host(rows, seq_lens)
+        spans = zip(rows.tolist(), places.tolist(), seq_lens.tolist(), strict=True)
+        for row, place, length in spans:
+            start = self._first_difference(table[place], row, length)
+            pieces.append(table[place, start:length])
             self._sent[row, start:length] = pieces[-1]
             self._length[row] = length
             starts.append(start)
             lengths.append(length - start)
         return TableDelta(rows, torch.tensor(starts), torch.tensor(lengths), torch.cat(pieces))
 
-    def _first_difference(self, row: int, length: int) -> int:
+    def _on_host(
+        self, rows: torch.Tensor, seq_lens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A table with the first `seq_lens[i]` slots of `rows[i]`, and which of its rows they are.
+
+        The live one, or copies of these rows out of the memory of a GPU, all at once.
+        """
+        if self._table.device.type == "cpu":
+            return self._table, rows
+        live = self._table[rows.to(self._table.device), : int(seq_lens.max())]
+        return live.cpu(), torch.arange(len(rows))
+
+    def _first_difference(self, now: torch.Tensor, row: int, length: int) -> int:
         known = min(self._length[row], length)
-        changed = torch.nonzero(self._table[row, :known] != self._sent[row, :known])
+        changed = torch.nonzero(now[:known] != self._sent[row, :known])
         return int(changed[0]) if len(changed) else known
 
 

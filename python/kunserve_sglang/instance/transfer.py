@@ -271,7 +271,7 @@ class Transfer:
 
     def _store_rows(self, header: wire.KvRows, tensors: Sequence[torch.Tensor]) -> None:
         incoming = self._incoming[header.owner, header.layers]
-        slots, k, v = tensors
+        slots, k, v = tensors[0].cpu(), tensors[1], tensors[2]
         if self._serves(incoming.move):
             # What a micro-batch has written here since is newer than what was on its way.
             fresh = incoming.awaited[slots]

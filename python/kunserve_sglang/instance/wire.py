@@ -95,16 +95,21 @@ def unpack_batch(
 ) -> tuple[StageBatch, TableDelta, Hidden]:
     """The inverse of `pack_batch`."""
     queue = iter(tensors)
-    seq_lens, positions, out_slots = next(queue), next(queue), next(queue)
-    delta = TableDelta(next(queue), next(queue), next(queue), next(queue))
+
+    def on_host() -> torch.Tensor:
+        """What is counted with; only hidden states are computed with where they have arrived."""
+        return next(queue).cpu()
+
+    seq_lens, positions, out_slots = on_host(), on_host(), on_host()
+    delta = TableDelta(on_host(), on_host(), on_host(), on_host())
     batch = StageBatch(
         owner=header.owner,
         rows=delta.rows,
         seq_lens=seq_lens,
         positions=positions,
         out_slots=out_slots,
-        prefix_lens=None if header.decode else next(queue),
-        extend_lens=None if header.decode else next(queue),
+        prefix_lens=None if header.decode else on_host(),
+        extend_lens=None if header.decode else on_host(),
     )
     hidden = next(queue), next(queue) if header.has_residual else None
     return batch, delta, hidden

@@ -203,7 +203,7 @@ class Cooperation:
         table = self._scheduler.engine.request_table()
         room = _KV_ALONG_BYTES
         for index, request in enumerate(self._ready.reqs[:share]):
-            room -= transfer.unsent(table[request.req_pool_idx, : request.seqlen - 1].long())
+            room -= transfer.unsent(table[request.req_pool_idx, : request.seqlen - 1].long().cpu())
             if room < 0:
                 return max(1, index)
         return share

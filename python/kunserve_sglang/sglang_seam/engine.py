@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.managers.overlap_utils import resolve_forward_inputs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.radix_cache import RadixCache
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from kunserve_sglang.config import LEAVE_SIGNAL
@@ -24,9 +22,12 @@ from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load, Slots
 from kunserve_sglang.policy.output_length import OutputLengths
+from kunserve_sglang.policy.stage_graphs import batch_sizes, first_drop_ranges
 from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
+from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
+from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages
 
 if TYPE_CHECKING:
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
@@ -49,7 +50,8 @@ class SglangEngine:
         self._pool = self._runner.token_to_kv_pool
         self._allocator = scheduler.token_to_kv_pool_allocator
         self._decoder = LayeredDecoder(self._runner.model)
-        self._backends: dict[int, AttentionBackend] = {}
+        self._place: torch.device = self._runner.place
+        self._stages = stages_for(self._runner, self._decoder)
         self._arrived: Hidden | None = None
         self._lengths = OutputLengths()
         self._prefixes: PrefixWatch | None = None
@@ -113,7 +115,7 @@ class SglangEngine:
 
     def taken_slots(self) -> torch.Tensor:
         taken: torch.Tensor = self._allocator.taken()
-        return taken
+        return taken.cpu()
 
     def watch_cache(self, log: CacheLog) -> None:
         tree = self._scheduler.tree_cache
@@ -179,12 +181,14 @@ class SglangEngine:
         self.forget_owners()
         self._allocator.prefer_low_slots(True)
         self._decoder.install(self._finish_forward)
+        self._runner.hold_graphs()
         self.cooperating = True
 
     def leave_cooperation(self) -> None:
         self.forget_owners()
         self._allocator.prefer_low_slots(False)
         self._decoder.uninstall()
+        self._runner.use_graphs()
         self.cooperating = False
 
     def begin(self, batch: Any) -> tuple[StageBatch, Hidden, Segment]:
@@ -194,18 +198,21 @@ class SglangEngine:
             batch, self._runner, return_hidden_states_before_norm=False
         )
         positions = forward_batch.positions
+        prefix_lens, extend_lens = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
         stage_batch = StageBatch(
             owner=self._scheduler.instance.instance,
-            rows=forward_batch.req_pool_indices,
-            seq_lens=forward_batch.seq_lens,
-            positions=positions,
-            out_slots=forward_batch.out_cache_loc,
-            prefix_lens=forward_batch.extend_prefix_lens,
-            extend_lens=forward_batch.extend_seq_lens,
+            rows=forward_batch.req_pool_indices.cpu(),
+            seq_lens=forward_batch.seq_lens.cpu(),
+            positions=positions.cpu(),
+            out_slots=forward_batch.out_cache_loc.cpu(),
+            prefix_lens=None if prefix_lens is None else prefix_lens.cpu(),
+            extend_lens=None if extend_lens is None else extend_lens.cpu(),
         )
         backend = self._runner.attn_backend
 
         def segment(layers: LayerRange, hidden: Hidden) -> Hidden:
+            if self._stages.captured(stage_batch, layers):
+                return self.run_stage(stage_batch, self.request_table(), 0, layers, hidden)
             with forward_context(ForwardContext(attn_backend=backend)):
                 backend.init_forward_metadata(forward_batch)
                 return self._decoder.layers(layers, positions, forward_batch, hidden)
@@ -238,22 +245,7 @@ class SglangEngine:
     def run_stage(
         self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
     ) -> Hidden:
-        backend = self._backend(batch.owner, table)
-        forward_batch = ForwardBatch(
-            forward_mode=ForwardMode.DECODE if batch.decode else ForwardMode.EXTEND,
-            batch_size=len(batch.rows),
-            input_ids=None,
-            req_pool_indices=batch.rows,
-            seq_lens=batch.seq_lens,
-            out_cache_loc=batch.out_slots + base,
-            seq_lens_sum=int(batch.seq_lens.sum()),
-        )
-        forward_batch.positions = batch.positions
-        forward_batch.extend_prefix_lens = batch.prefix_lens
-        forward_batch.extend_seq_lens = batch.extend_lens
-        with forward_context(ForwardContext(attn_backend=backend)):
-            backend.init_forward_metadata(forward_batch)
-            return self._decoder.layers(layers, batch.positions, forward_batch, hidden)
+        return self._stages.run(batch, table, base, layers, hidden)
 
     def blank_hidden(self, tokens: int) -> Hidden:
         size = self._runner.model_config.hidden_size
@@ -261,15 +253,25 @@ class SglangEngine:
         return blank, None
 
     def forget_owners(self) -> None:
-        self._backends.clear()
+        self._stages.forget_owners()
 
-    def _backend(self, owner: int, table: torch.Tensor) -> AttentionBackend:
-        """An attention backend of its own for each owner: it reads that owner's request table."""
-        if owner not in self._backends:
-            view = SimpleNamespace(
-                device=self._runner.device,
-                req_to_token_pool=SimpleNamespace(req_to_token=table),
-                token_to_kv_pool=self._pool,
-            )
-            self._backends[owner] = TorchNativeAttnBackend(view)
-        return self._backends[owner]
+    def settle(self) -> None:
+        if self._place.type == "cuda":
+            torch.cuda.current_stream(self._place).synchronize()
+
+    def clock(self) -> float:
+        if self._place.type == "cpu":
+            # Of this thread: what other programs take of the core says nothing about the work.
+            return time.thread_time()
+        self.settle()
+        return time.perf_counter()
+
+
+def stages_for(runner: Any, decoder: LayeredDecoder) -> Stages:
+    """Stage work on the runner's device; on a GPU with the graphs that a first drop needs."""
+    if runner.place.type == "cpu":
+        return HostStages(runner, decoder)
+    sizes = batch_sizes(runner.instance.stage_graph_max_bs)
+    ranges = first_drop_ranges(runner.kv_cache_configurator.profile)
+    graphs = StageGraphs(runner, decoder, ranges=ranges, sizes=sizes) if sizes else None
+    return DeviceStages(runner, decoder, graphs)

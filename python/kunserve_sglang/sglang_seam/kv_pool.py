@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, _set_kv_buffer_impl
 
 from kunserve_sglang.config import InstanceConfig
 from kunserve_sglang.instance.budget import Memory, build_kv, profile_of
@@ -34,6 +34,27 @@ class ElasticKVPool(MHATokenToKVPool):
         pairs = [self.store.buffers(layer) for layer in range(self.layer_num)]
         self.k_buffer = [pair[0] if pair else None for pair in pairs]
         self.v_buffer = [pair[1] if pair else None for pair in pairs]
+
+    def _store_kv_layer(
+        self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
+    ) -> None:
+        """Rows of other owners lie above `size`, and the kernel on a GPU heeds its limit.
+
+        It is part of captured graphs, which run with more slots later.
+        """
+        _set_kv_buffer_impl(
+            cache_k,
+            cache_v,
+            self.k_buffer[layer_idx],
+            self.v_buffer[layer_idx],
+            loc,
+            row_dim=self.row_dim,
+            store_dtype=self.store_dtype,
+            device_module=self.device_module,
+            size_limit=self.store.rows,
+            alt_stream=self.alt_stream,
+            same_kv_dim=self.same_kv_dim,
+        )
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         shape = self.store.shape

@@ -29,10 +29,13 @@ class KunServeModelRunner(ModelRunner):
     """Moves the decoder layers into the page pool right after loading."""
 
     memory: Memory
+    decode_cuda_graph_runner: Any
+    prefill_cuda_graph_runner: Any
     kv_cache_configurator: ElasticConfigurator
 
     def __init__(self, *args: Any, instance: InstanceConfig, **kwargs: Any) -> None:
         self.instance = instance
+        self._held_graphs: tuple[Any, Any] | None = None
         super().__init__(*args, **kwargs)
 
     @property
@@ -77,6 +80,18 @@ class KunServeModelRunner(ModelRunner):
         for module in (m for layer in layers for m in stack[layer].modules()):
             if (method := getattr(module, "quant_method", None)) is not None:
                 method.process_weights_after_loading(module)
+
+    def hold_graphs(self) -> None:
+        """Graphs of all layers must not run now; SGLang runs eagerly where it finds none."""
+        if self._held_graphs is None:
+            self._held_graphs = self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner
+            self.decode_cuda_graph_runner = self.prefill_cuda_graph_runner = None
+
+    def use_graphs(self) -> None:
+        """All layers are where they were when the graphs were captured."""
+        if self._held_graphs is not None:
+            self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner = self._held_graphs
+            self._held_graphs = None
 
     def init_kv_cache_configurator(self) -> None:
         super().init_kv_cache_configurator()
