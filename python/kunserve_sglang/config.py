@@ -95,6 +95,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     tpot_limit_ms: float | None = None
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
     transport: Transport = Transport.AUTO
+    stage_graph_max_bs: int = STAGE_GRAPH_MAX_BS
     exchange: ExchangeMode = ExchangeMode.COORDINATED
     max_in_flight: int | None = None
     max_queued: int = 10_000
@@ -119,6 +120,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.tpot_limit_ms is not None and self.tpot_limit_ms <= 0:
             raise ConfigurationError("--tpot-limit-ms must be above 0")
+        if self.stage_graph_max_bs < 0:
+            raise ConfigurationError("--stage-graph-max-bs must not be negative")
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise ConfigurationError("--max-in-flight must be at least 1")
         if self.max_queued < 0:
@@ -154,10 +157,10 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What one instance must know; travels in `KUNSERVE_INSTANCE` as JSON.
 
     `owners` is the largest group the instance can join; `cpus` the cores of its scheduler (empty:
-    not pinned). `memory_budget` 0 means: SGLang's `--mem-fraction-static` of what the device has
-    free when the instance starts; `page_bytes` 0: choose by budget. `data_address` is where members
-    on other hosts send their packets, with `keys`; `host` stands for this host if it is not the
-    kernel's.
+    not pinned), `gpu` the first that it uses, if any. `memory_budget` 0 means: SGLang's
+    `--mem-fraction-static` of what the device has free when the instance starts; `page_bytes` 0:
+    choose by budget. `data_address` is where members on other hosts send their packets, with
+    `keys`; `host` stands for this host if it is not the kernel's.
     """
 
     instance: int
@@ -167,6 +170,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_budget: int
     owners: int
     cpus: tuple[int, ...] = ()
+    gpu: int = 0
     page_bytes: int = 0
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     micro_batches: MicroBatches = MicroBatches.LOOKAHEAD

@@ -17,9 +17,9 @@ _POLL_S = 0.1
 
 
 class Fleet:
-    """Instances are forked after SGLang has been imported once, which starts any number of them in
-    the time of one. Every child dies with its parent, by request to the kernel, so that even
-    `kill -9` of the launcher leaves nothing behind.
+    """On CPUs instances are forked after SGLang has been imported once, which starts any number of
+    them in the time of one. Every child dies with its parent, by request to the kernel, so that
+    even `kill -9` of the launcher leaves nothing behind.
     """
 
     def __init__(self, folder: str, console: Console) -> None:
@@ -52,7 +52,9 @@ class Fleet:
         # Children share these pages for as long as nobody writes to them.
         gc.collect()
         gc.freeze()
-        process = mp.get_context("fork").Process(
+        # A forked process could not use a GPU.
+        context: Any = mp.get_context("fork" if server_args.device == "cpu" else "spawn")
+        process = context.Process(
             target=server.run_instance,
             args=(server_args, instance, self._folder),
             name=f"kunserve-instance-{instance.instance}",

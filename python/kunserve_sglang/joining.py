@@ -16,7 +16,7 @@ from kunserve_sglang.config import InstanceConfig
 from kunserve_sglang.console import Console, Step
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.fleet import Fleet
-from kunserve_sglang.launching import GRACE_S, StopSignals, wait_until_ready
+from kunserve_sglang.launching import GRACE_S, StopSignals, wait_until_ready, wanted_device
 from kunserve_sglang.processes import (
     address_towards,
     clean_up_after,
@@ -87,13 +87,15 @@ class Joiner:
             from kunserve_sglang.sglang_seam.compatibility import check_transport
             from kunserve_sglang.sglang_seam.identity import identity_of
 
-            server.preload()
+            server.preload(wanted_device(self._argv))
             server_args = server.parse_server_args(self._argv)
         body = JoinBody(model=identity_of(server_args))
-        for cpus in divide_cpus(self._options.num_instances):
+        count, budget = self._options.num_instances, self._options.memory_budget
+        gpus = server.gpus_for(server_args, count, budget)
+        for cpus, gpu in zip(divide_cpus(count), gpus, strict=True):
             membership = self._router.call("join", body).read(Membership)
             check_transport(membership.transport, server_args.device)
-            instance = self._instance(membership, folder, cpus)
+            instance = self._instance(membership, folder, cpus, gpu)
             self._fleet.start(_with_key(server_args, membership.api_key), instance)
             if membership.owners < 2:
                 self._console.error(
@@ -102,7 +104,7 @@ class Joiner:
                 )
 
     def _instance(
-        self, membership: Membership, folder: str, cpus: tuple[int, ...]
+        self, membership: Membership, folder: str, cpus: tuple[int, ...], gpu: int
     ) -> InstanceConfig:
         """Raises `ConfigurationError` if there is no way from here to the rest of the cluster."""
         socket = membership.control_address.removeprefix("ipc://")
@@ -120,9 +122,11 @@ class Joiner:
             memory_budget=self._options.memory_budget,
             owners=membership.owners,
             cpus=cpus,
+            gpu=gpu,
             overload_policy=membership.overload_policy,
             micro_batches=membership.micro_batches,
             transport=membership.transport,
+            stage_graph_max_bs=membership.stage_graph_max_bs,
             peer_timeout_s=membership.peer_timeout_s,
             data_address=f"tcp://{_bracketed(data)}:*" if data else "",
             keys=membership.keys,

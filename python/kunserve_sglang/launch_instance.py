@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import NoReturn
 
 from kunserve_sglang.cli.client import RouterClient
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_options(flags: argparse.Namespace) -> JoinOptions:
+def build_options(flags: argparse.Namespace, sglang_argv: Sequence[str]) -> JoinOptions:
     """Raises `ConfigurationError` for values that make no sense."""
     if flags.num_instances < 1:
         raise ConfigurationError("--num-instances must be at least 1")
@@ -64,7 +65,7 @@ def build_options(flags: argparse.Namespace) -> JoinOptions:
         raise ConfigurationError("--drain-timeout-s must not be negative")
     return JoinOptions(
         num_instances=flags.num_instances,
-        memory_budget=memory_budget(flags),
+        memory_budget=memory_budget(flags, sglang_argv),
         drain_timeout_s=flags.drain_timeout_s,
         host=flags.host,
         host_id=flags.host_id,
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     flags, sglang_argv = parser().parse_known_args(argv)
 
     def join() -> int:
-        options = build_options(flags)
+        options = build_options(flags, sglang_argv)
         return Joiner(RouterClient(flags.router, flags.admin_api_key), options, sglang_argv).run()
 
     end_with(join, CommandError)

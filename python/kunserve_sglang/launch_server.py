@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import msgspec
 
 from kunserve_sglang.config import (
+    STAGE_GRAPH_MAX_BS,
     ClusterConfig,
     ExchangeMode,
     MicroBatches,
@@ -104,6 +106,13 @@ def kunserve_parser() -> argparse.ArgumentParser:
         "one way (nccl is not encrypted)",
     )
     group.add_argument(
+        "--stage-graph-max-bs",
+        type=int,
+        default=STAGE_GRAPH_MAX_BS,
+        help="requests in the largest decode step of a group's stages that is captured as a CUDA "
+        "graph; 0: none (GPUs only)",
+    )
+    group.add_argument(
         "--exchange",
         choices=[m.value for m in ExchangeMode],
         default=ExchangeMode.COORDINATED.value,
@@ -137,14 +146,14 @@ def kunserve_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_config(flags: argparse.Namespace) -> ClusterConfig:
+def build_config(flags: argparse.Namespace, sglang_argv: Sequence[str]) -> ClusterConfig:
     """Raises `ConfigurationError` for values that make no sense."""
     return ClusterConfig(
         num_instances=flags.num_instances,
         host=flags.host,
         port=flags.port,
         dispatch=DispatchPolicy(flags.dispatch),
-        memory_budget=memory_budget(flags),
+        memory_budget=memory_budget(flags, sglang_argv),
         overload_policy=OverloadPolicy(flags.overload_policy),
         drop_threshold=flags.drop_threshold,
         restore_threshold=flags.restore_threshold,
@@ -154,6 +163,7 @@ def build_config(flags: argparse.Namespace) -> ClusterConfig:
         tpot_limit_ms=flags.tpot_limit_ms,
         micro_batches=MicroBatches(flags.micro_batches),
         transport=Transport(flags.transport),
+        stage_graph_max_bs=flags.stage_graph_max_bs,
         exchange=ExchangeMode(flags.exchange),
         max_in_flight=flags.max_in_flight,
         max_queued=flags.max_queued,
@@ -170,7 +180,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     def serve() -> int:
         if flags.help_sglang:
             _print_sglang_help()
-        return Supervisor(build_config(flags), sglang_argv).run()
+        return Supervisor(build_config(flags, sglang_argv), sglang_argv).run()
 
     end_with(serve, msgspec.ValidationError)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import psutil
@@ -31,15 +31,26 @@ def add_budget_flag(group: argparse._ArgumentGroup) -> None:
         "--memory-budget",
         metavar="SIZE",
         help="parameters + KV of one instance, e.g. 448MiB (default: half of the free memory, "
-        "divided among the instances)",
+        "divided among the instances; on a GPU SGLang's --mem-fraction-static of what is free)",
     )
 
 
-def memory_budget(flags: argparse.Namespace) -> int:
-    """Bytes of one instance. Raises `ConfigurationError` for what is no size."""
+def wanted_device(sglang_argv: Sequence[str]) -> str:
+    """Where instances are to run: SGLang's `--device`, `cpu` without it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cpu")
+    device: str = parser.parse_known_args(sglang_argv)[0].device
+    return device
+
+
+def memory_budget(flags: argparse.Namespace, sglang_argv: Sequence[str]) -> int:
+    """Bytes of one instance; 0 leaves it to the instance, which then has a GPU for itself.
+
+    Raises `ConfigurationError` for what is no size.
+    """
     if flags.memory_budget:
         return parse_size(flags.memory_budget)
-    if flags.num_instances < 1:
+    if flags.num_instances < 1 or wanted_device(sglang_argv) != "cpu":
         return 0
     budget = int(psutil.virtual_memory().available * _MEMORY_SHARE / flags.num_instances)
     print(f"kunserve: --memory-budget not given, using {format_size(budget)} an instance")

@@ -21,7 +21,7 @@ from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.fleet import Fleet
 from kunserve_sglang.identity import ModelIdentity
 from kunserve_sglang.keys import new_keys
-from kunserve_sglang.launching import GRACE_S, StopSignals, wait_until_ready
+from kunserve_sglang.launching import GRACE_S, StopSignals, wait_until_ready, wanted_device
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.processes import divide_cpus, free_port
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
@@ -76,18 +76,21 @@ class Supervisor:
             from kunserve_sglang.sglang_seam.compatibility import check_transport
             from kunserve_sglang.sglang_seam.identity import identity_of
 
-            server.preload()
+            server.preload(wanted_device(self._argv))
             server_args = server.parse_server_args(self._argv)
             check_transport(self._config.transport, server_args.device)
+            gpus = server.gpus_for(
+                server_args, self._config.num_instances, self._config.memory_budget
+            )
         prompts = None
         if self._config.dispatch is DispatchPolicy.LMETRIC:
             prompts = server.prompt_format(server_args)
         self._start_router(server_args.api_key, prompts, identity_of(server_args))
         cpus = divide_cpus(self._config.num_instances)
         for number in range(self._config.num_instances):
-            self._fleet.start(server_args, self._instance(number, cpus[number]))
+            self._fleet.start(server_args, self._instance(number, cpus[number], gpus[number]))
 
-    def _instance(self, number: int, cpus: tuple[int, ...]) -> InstanceConfig:
+    def _instance(self, number: int, cpus: tuple[int, ...], gpu: int) -> InstanceConfig:
         config, keys = self._config, self._keys
         return InstanceConfig(
             instance=number,
@@ -97,9 +100,11 @@ class Supervisor:
             memory_budget=config.memory_budget,
             owners=config.largest_group,
             cpus=cpus,
+            gpu=gpu,
             overload_policy=config.overload_policy,
             micro_batches=config.micro_batches,
             transport=config.transport,
+            stage_graph_max_bs=config.stage_graph_max_bs,
             peer_timeout_s=config.peer_timeout_s,
             data_address=f"tcp://{config.data_host}:*" if keys else "",
             keys=keys.members if keys else None,

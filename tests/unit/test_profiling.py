@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ class RecordingEngine:
 
     def blank_hidden(self, tokens: int) -> Hidden:
         return torch.zeros(tokens, 1), None
+
+    def clock(self) -> float:
+        return time.thread_time()
 
     def forget_owners(self) -> None:
         return None

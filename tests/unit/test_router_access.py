@@ -86,7 +86,7 @@ def test_the_launcher_may_look(start_router: Start) -> None:
     router = with_keys(start_router)
     words = ("--admin-api-key=s3cret-admin", "--read-api-key=s3cret-read", "--memory-budget=1GiB")
     flags = kunserve_parser().parse_args([*words, f"--port={router.port}"])
-    launcher = Supervisor(build_config(flags), [])
+    launcher = Supervisor(build_config(flags, []), [])
     assert launcher._ask("/kunserve/status") == router.status()
 
 

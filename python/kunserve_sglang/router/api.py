@@ -236,6 +236,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     overload_policy: OverloadPolicy
     micro_batches: MicroBatches
     transport: Transport
+    stage_graph_max_bs: int
     peer_timeout_s: float
 
 

@@ -79,6 +79,7 @@ class Members:
             overload_policy=cluster.overload_policy,
             micro_batches=cluster.micro_batches,
             transport=cluster.transport,
+            stage_graph_max_bs=cluster.stage_graph_max_bs,
             peer_timeout_s=cluster.peer_timeout_s,
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from kunserve_sglang.config import Transport
 from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.launching import wanted_device
 
 _OFF = {
     "speculative_algorithm": "speculative decoding",
@@ -42,9 +44,8 @@ _FIXED = {
     "cpu_offload_gb": 0,
 }
 
-WHY_NOT_ON_CUDA = (
-    "instances run on CPUs so far; the GPU's side has pages and packets, and no stages yet"
-)
+_GPU_ATTENTION = ("flashinfer", "triton")
+"""Attention backends of which a second one may run beside SGLang's own."""
 
 
 def check_server_args(server_args: Any) -> None:
@@ -58,11 +59,50 @@ def check_server_args(server_args: Any) -> None:
             raise ConfigurationError(
                 f"{_flag(name)} {actual}: KunServe supports only {value} so far"
             )
-    if server_args.device != "cpu":
-        why = WHY_NOT_ON_CUDA if server_args.device == "cuda" else "KunServe has no pages there"
-        raise ConfigurationError(f"--device {server_args.device}: {why}; use --device cpu")
+    if server_args.device == "cuda":
+        _check_gpu_args(server_args)
+    elif server_args.device != "cpu":
+        raise ConfigurationError(
+            f"--device {server_args.device}: KunServe has no pages there; use cpu or cuda"
+        )
     if server_args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
         raise ConfigurationError("--kv-cache-dtype: KunServe does not support quantized KV yet")
+
+
+def _check_gpu_args(server_args: Any) -> None:
+    if server_args.tp_size > 1:
+        raise ConfigurationError(
+            f"--tp-size {server_args.tp_size}: on GPUs KunServe supports only 1 so far"
+        )
+    for backend in server_args.get_attention_backends():
+        if backend not in _GPU_ATTENTION:
+            raise ConfigurationError(
+                f"--attention-backend {backend}: on GPUs KunServe supports only "
+                f"{' and '.join(_GPU_ATTENTION)} so far"
+            )
+    if server_args.cuda_graph_config.prefill.backend == "tc_piecewise":
+        raise ConfigurationError(
+            "--cuda-graph-backend-prefill tc_piecewise: KunServe cannot split a compiled model"
+        )
+
+
+def place_on_gpus(instances: int, there: int, *, first: int, each: int, budget: int) -> list[int]:
+    """The first GPU of every instance, in turns; each takes `each` of the `there` GPUs.
+
+    Raises `ConfigurationError` if that cannot be, or if some would share a GPU and none knows how
+    much of it is its own (`budget`, 0 if unknown).
+    """
+    places = (there - first) // each
+    if places < 1:
+        raise ConfigurationError(
+            f"an instance needs {each} GPUs from number {first} on, and there are {there}"
+        )
+    if instances > places and not budget:
+        raise ConfigurationError(
+            f"{instances} instances share {there - first} GPUs: say with --memory-budget how much "
+            "of one each of them may take"
+        )
+    return [first + number % places * each for number in range(instances)]
 
 
 def check_transport(transport: Transport, device: str) -> None:
@@ -93,14 +133,18 @@ def check_heads(config: Any, ranks: int) -> None:
 
 
 def with_defaults(argv: list[str]) -> list[str]:
-    """SGLang flags that a CPU needs and that suit a cluster, where the user gave none."""
+    """SGLang flags that a device needs and that suit a cluster, where the user gave none."""
     defaults: dict[str, list[str]] = {
-        "--device": ["cpu"],
-        "--attention-backend": ["torch_native"],
-        "--sampling-backend": ["pytorch"],
         "--log-level": ["warning"],
         "--disable-custom-all-reduce": [],
     }
+    if wanted_device(argv) == "cpu":
+        defaults["--device"] = ["cpu"]
+        defaults["--attention-backend"] = ["torch_native"]
+        defaults["--sampling-backend"] = ["pytorch"]
+    else:
+        installed = importlib.util.find_spec("flashinfer") is not None
+        defaults["--attention-backend"] = ["flashinfer" if installed else "triton"]
     given = {argument.split("=")[0] for argument in argv}
     extra = [x for flag, value in defaults.items() if flag not in given for x in (flag, *value)]
     return [*argv, *extra]

@@ -21,7 +21,12 @@ from kunserve_sglang.config import (
 )
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.processes import die_with_parent
-from kunserve_sglang.sglang_seam.compatibility import check_heads, check_server_args, with_defaults
+from kunserve_sglang.sglang_seam.compatibility import (
+    check_heads,
+    check_server_args,
+    place_on_gpus,
+    with_defaults,
+)
 
 # Importing SGLang takes ten seconds of CPU time; every process of an instance needs it.
 _PRELOAD = (
@@ -32,15 +37,26 @@ _PRELOAD = (
 )
 
 
-def preload() -> None:
-    """Import what instances need, once, before they are forked."""
-    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+def preload(device: str) -> None:
+    """Import what instances on `device` need, once, before they are forked.
+
+    Instances on GPUs are not: they import it themselves. Raises `ConfigurationError` if there is
+    no such device.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The launcher shows the progress of all instances; bars of each would write over one another.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # An instance that has lost a process is to end at once, not after a minute of diagnostics.
     os.environ.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "false")
     os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "false")
+    if device == "cuda":
+        # Sized after capture, the KV pool would take what graphs and activations need: ours has
+        # its size from the budget.
+        os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] = "0"
+        if not gpus_here():
+            raise ConfigurationError("--device cuda: no CUDA device here that torch can use")
+        return
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     for name in _PRELOAD:
         importlib.import_module(name)
     registry = importlib.import_module("sglang.srt.models.registry")
@@ -64,6 +80,21 @@ def parse_server_args(argv: list[str]) -> Any:
     if server_args.tp_size > 1:
         check_heads(ModelConfig.from_server_args(server_args), server_args.tp_size)
     return server_args
+
+
+def gpus_here() -> int:
+    """CUDA devices that torch sees; a process that asks can still be forked."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def gpus_for(server_args: Any, instances: int, budget: int) -> list[int]:
+    """The first GPU of every instance; all 0 where they use none. Raises `ConfigurationError`."""
+    if server_args.device != "cuda":
+        return [0] * instances
+    first, each = server_args.base_gpu_id, server_args.tp_size
+    return place_on_gpus(instances, gpus_here(), first=first, each=each, budget=budget)
 
 
 def prompt_format(server_args: Any) -> PromptFormat | None:
@@ -109,6 +140,7 @@ def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
     address = urlsplit(config.url)
     object.__setattr__(server_args, "host", address.hostname)
     object.__setattr__(server_args, "port", address.port)
+    object.__setattr__(server_args, "base_gpu_id", config.gpu)
     from sglang.srt import plugins
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager

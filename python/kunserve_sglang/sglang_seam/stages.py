@@ -24,6 +24,9 @@ from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
 
+_LEAST_ROWS = 64
+"""As many requests as are measured together at the start."""
+
 
 class Stages(Protocol):
     """Stage work on one kind of device."""
@@ -91,7 +94,9 @@ class DeviceStages:
         """To be called while all layers are here. `graphs` are yet to be captured."""
         self._decoder = decoder
         self._device = torch.device(runner.device)
-        self._table = torch.zeros_like(runner.req_to_token_pool.req_to_token)
+        own = runner.req_to_token_pool.req_to_token
+        rows = max(len(own), _LEAST_ROWS)
+        self._table = torch.zeros((rows, own.shape[1]), dtype=own.dtype, device=self._device)
         self._rows = torch.arange(len(self._table), device=self._device)
         view = RunnerView(runner, self._table)
         self._backend = get_attention_backend(model_runner=view)
