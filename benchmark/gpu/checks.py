@@ -7,9 +7,8 @@ import re
 import subprocess
 import sys
 
-from benchmark.gpu import memory, transport
+from benchmark.gpu import instances, memory, transport
 from benchmark.gpu.check import Bench, Check, Figures, NotPossible
-from kunserve_sglang.sglang_seam.compatibility import WHY_NOT_ON_CUDA
 
 TOTAL_S = 480.0
 """All checks together take no longer."""
@@ -28,21 +27,20 @@ def tests(_: Bench) -> Figures:
     return {what: float(count) for count, what in summary}
 
 
-def instances(_: Bench) -> Figures:
-    """What needs whole instances on the GPU."""
-    raise NotPossible(WHY_NOT_ON_CUDA)
-
-
 CHECKS = (
-    Check("tests", "tests marked gpu or multi_gpu", 100, tests),
-    Check("remap", "time to move pages from layers to KV", 60, memory.remap),
-    Check("conservation", "pages under random mapping", 30, memory.conservation),
-    Check("leak", "memory after 50 cycles", 30, memory.leak),
-    Check("parameters", "a model moves into the pool", 40, memory.parameters),
-    Check("sharing", "pages in another process", 45, memory.sharing),
-    Check("transport", "packets between processes of one GPU", 45, transport.transport),
-    Check("token identity", "greedy tokens with and without a drop", 30, instances),
-    Check("decode step", "independent, cooperative, with CUDA graphs", 30, instances),
-    Check("exchange", "bandwidth of KV between instances", 30, instances),
-    Check("burst", "TTFT with and without dropping", 30, instances),
+    Check("tests", "tests marked gpu or multi_gpu", 60, tests),
+    Check("remap", "time to move pages from layers to KV", 40, memory.remap),
+    Check("conservation", "pages under random mapping", 20, memory.conservation),
+    Check("leak", "memory after 50 cycles", 20, memory.leak),
+    Check("parameters", "a model moves into the pool", 25, memory.parameters),
+    Check("sharing", "pages in another process", 30, memory.sharing),
+    Check("transport", "packets between processes of one GPU", 30, transport.transport),
+    Check("token identity", "greedy tokens with and without a drop", 75, instances.token_identity),
+    Check(
+        "decode and exchange",
+        "decode step: independent, cooperative, with CUDA graphs; bandwidth of KV",
+        90,
+        instances.decode_and_exchange,
+    ),
+    Check("burst", "TTFT with and without dropping", 90, instances.burst),
 )
