@@ -92,14 +92,16 @@ async def _token_identity(url: str, requests: int = 16, output: int = 300) -> Fi
 def decode_and_exchange(bench: Bench) -> Figures:
     """A decode step independent, cooperative with CUDA graphs and eager; how fast KV moves.
 
-    The members stand still while KV moves, so that nothing else takes time meanwhile.
+    The members stand still while KV moves, so that nothing else takes time meanwhile, and take one
+    micro-batch at a time, which is then as large as the batch.
     """
     _check_installed()
     geometry = _scaled(bench)
     flags = ("--load-format", "dummy", *_graph_flags(bench))
     with tempfile.TemporaryDirectory() as folder:
         model = _configuration(Path(folder) / "model", geometry)
-        ours = ("--exchange", "stop", "--stage-graph-max-bs", str(_GRAPHS))
+        ours = ("--exchange", "stop", "--micro-batches", "one")
+        ours += ("--stage-graph-max-bs", str(_GRAPHS))
         with _cluster(bench, model, Path(folder), 24 * bench.gib, flags, ours) as url:
             figures = asyncio.run(_decode_and_exchange(url, geometry))
     return figures | {"copy on the device, GB/s": _copy_speed(bench)}
@@ -277,11 +279,9 @@ async def _load(
 
 
 async def _step_ms(url: str, requests: int) -> float:
-    """Median time between two tokens while so many requests decode together."""
+    """Median time of a token after the first while so many requests decode together."""
     results = await _load(url, requests, 16, _STEPS)
-    # The first steps have prefill between them, the last fewer requests.
-    times = [t for r in results for t in r.itl_s[_STEPS // 4 : -_STEPS // 4]]
-    return round(1e3 * statistics.median(times), 3)
+    return round(1e3 * statistics.median(r.tpot_s for r in results), 3)
 
 
 async def _until(

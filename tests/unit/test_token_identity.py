@@ -146,9 +146,9 @@ def test_two_cycles_with_stages_as_beside_a_device(
 ) -> None:
     """One backend of SGLang's own factory for all owners, over a table of its own."""
     folder = tmp_path_factory.mktemp("device")
-    with _cluster(folder, 2, tiny_model, stages="device") as cluster:
+    with small_cluster(folder, 2, tiny_model, stages="device") as cluster:
         for seed in range(700, 703):
-            events, differences = _play(cluster, random_scripts(seed, 2, PAIR_GATES))
+            events, differences = play_both(cluster, random_scripts(seed, 2, PAIR_GATES))
             assert differences == [], seed
             assert len(events) >= 2
 

@@ -1,0 +1,175 @@
+"""Stages with SGLang's attention backend for GPUs, whose kernels Triton interprets on a CPU.
+
+A program, because Triton decides at its import: `python -m tests.support.interpreted MODEL`, with
+TRITON_INTERPRET=1. Compares what stages compute with the backend for CPUs: its exit status is 0 if
+they agree.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_context import get_attn_backend
+
+from kunserve_sglang.config import InstanceConfig
+from kunserve_sglang.instance.engine import Hidden, StageBatch
+from kunserve_sglang.layout import LayerRange
+from kunserve_sglang.policy.cost_model import CostModel
+from kunserve_sglang.sglang_seam import assembly
+from kunserve_sglang.sglang_seam.model import LayeredDecoder
+from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
+from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages
+from tests.support.member import Member
+
+FIRST, LAST = LayerRange(0, 2), LayerRange(6, 8)
+OTHER = LayerRange(2, 4)
+SIZES = (2, 4)
+OWNER = 7
+ROWS, WIDTH = 12, 12
+BASE = 100
+"""Where the owner's slots are in the stage's buffers; beyond the stage's own, as in a group."""
+
+USED = BASE + 1 + ROWS * WIDTH
+
+
+def main(model: str) -> None:
+    """Decode with and without graphs, and prefill after a prefix."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        runner = _runner(model, folder)
+        decoder = LayeredDecoder(runner.model)
+        graphs = StageGraphs(runner, decoder, ranges=(FIRST, LAST), sizes=SIZES, record=run_again)
+        stages = DeviceStages(runner, decoder, graphs)
+        assert len(graphs) == 4
+        table = _table()
+        for requests in (1, 3, 4, 2):  # each graph is used by batches of several sizes
+            for layers in (FIRST, LAST, OTHER):
+                assert stages.captured(decode(requests), layers) == (layers != OTHER)
+                _compare(runner, stages, decode(requests), table, layers)
+        assert not stages.captured(decode(5), FIRST)
+        _compare(runner, stages, decode(5), table, FIRST)
+        assert not stages.captured(prefill(), FIRST)
+        _compare(runner, stages, prefill(), table, LAST)
+    os._exit(0)  # SGLang's threads would not let it end
+
+
+def run_again(step: Callable[[], Hidden]) -> tuple[Callable[[], None], Hidden]:
+    """Records nothing: does the step again, into the same memory.
+
+    With the metadata of its recording, as kernels in a graph have it.
+    """
+    results = step()
+    backend = get_attn_backend()
+    metadata = backend.forward_metadata
+
+    def again() -> None:
+        backend.forward_metadata = metadata
+        for old, new in zip(results, step(), strict=True):
+            if old is not None and new is not None:
+                old.copy_(new)
+
+    return again, results
+
+
+def decode(requests: int) -> StageBatch:
+    """Request `i` is in row `2 * i`, and its `5 + i`-th token is the one to come."""
+    lengths = torch.tensor([5 + i for i in range(requests)])
+    return StageBatch(
+        owner=OWNER,
+        rows=torch.arange(requests) * 2,
+        seq_lens=lengths,
+        positions=lengths - 1,
+        out_slots=torch.tensor([_slot(2 * i, 4 + i) for i in range(requests)]),
+        prefix_lens=None,
+        extend_lens=None,
+    )
+
+
+def prefill() -> StageBatch:
+    """Four tokens after a prefix of three, and two at the beginning."""
+    return StageBatch(
+        owner=OWNER,
+        rows=torch.tensor([1, 3]),
+        seq_lens=torch.tensor([7, 2]),
+        positions=torch.tensor([3, 4, 5, 6, 0, 1]),
+        out_slots=torch.tensor([*(_slot(1, p) for p in range(3, 7)), _slot(3, 0), _slot(3, 1)]),
+        prefix_lens=torch.tensor([3, 0]),
+        extend_lens=torch.tensor([4, 2]),
+    )
+
+
+def _compare(
+    runner: Any, stages: DeviceStages, batch: StageBatch, table: torch.Tensor, layers: LayerRange
+) -> None:
+    """Hidden states as the backend for CPUs has them, and KV in the same rows and no others."""
+    torch.manual_seed(len(batch.rows))
+    tokens, width = len(batch.positions), runner.model_config.hidden_size
+    hidden = torch.randn(tokens, width), torch.randn(tokens, width) if layers.lo else None
+    host = HostStages(runner, LayeredDecoder(runner.model))
+    pool = runner.token_to_kv_pool
+    expected, written = _run(host, pool, batch, table, layers, hidden)
+    got, rewritten = _run(stages, pool, batch, table, layers, hidden)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(rewritten, written, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def _run(
+    stages: Stages,
+    pool: Any,
+    batch: StageBatch,
+    table: torch.Tensor,
+    layers: LayerRange,
+    hidden: Hidden,
+) -> tuple[Hidden, list[torch.Tensor]]:
+    """What comes out, and all rows but the dummy's afterwards; rows are the same before each."""
+    torch.manual_seed(1)
+    buffers = [b for layer in layers for b in (pool.k_buffer[layer], pool.v_buffer[layer])]
+    for buffer in buffers:
+        buffer[1:USED].copy_(torch.randn_like(buffer[1:USED]))
+    copy = hidden[0].clone(), None if hidden[1] is None else hidden[1].clone()
+    result = stages.run(batch, table, BASE, layers, copy)
+    return result, [buffer[1:USED].clone() for buffer in buffers]
+
+
+def _slot(row: int, position: int) -> int:
+    return 1 + row * WIDTH + position
+
+
+def _table() -> torch.Tensor:
+    """The owner's rows, in the stage's addresses."""
+    return torch.arange(BASE + 1, USED, dtype=torch.int32).view(ROWS, WIDTH)
+
+
+def _runner(model: str, folder: str) -> Any:
+    """A scheduler's model runner; measuring would take minutes here."""
+    no_model = CostModel(prefill=(0.0,) * 6, decode=(0.0,) * 3)
+    assembly.load_or_measure = lambda *_, **__: no_model  # type: ignore[assignment]
+    config = InstanceConfig(
+        instance=0,
+        url="interpreted://0",
+        control_address=f"ipc://{folder}/control",
+        data_socket=f"{folder}/data",
+        memory_budget=8_000_000,
+        owners=2,
+        page_bytes=4096,
+    )
+    server = {
+        "model_path": model,
+        "attention_backend": "triton",
+        "stages": "device",
+        "dtype": "float32",
+        "max_running_requests": 8,
+        "context_length": 256,
+        "chunked_prefill_size": 64,
+    }
+    return Member(config, server, 0).scheduler.tp_worker.model_runner
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,24 @@
+"""Stages on SGLang's Triton backend, with and without graphs, as far as a CPU can run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.timeout(240)
+def test_stages_compute_with_triton_what_they_do_on_a_cpu(tiny_model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.interpreted", str(tiny_model)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
