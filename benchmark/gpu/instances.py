@@ -100,8 +100,11 @@ def decode_and_exchange(bench: Bench) -> Figures:
     flags = ("--load-format", "dummy", *_graph_flags(bench))
     with tempfile.TemporaryDirectory() as folder:
         model = _configuration(Path(folder) / "model", geometry)
-        ours = ("--exchange", "stop", "--micro-batches", "one")
-        ours += ("--stage-graph-max-bs", str(_GRAPHS))
+        ours = (
+            *("--exchange", "stop"),
+            *("--micro-batches", "one"),
+            *("--stage-graph-max-bs", str(_GRAPHS)),
+        )
         with _cluster(bench, model, Path(folder), 24 * bench.gib, flags, ours) as url:
             figures = asyncio.run(_decode_and_exchange(url, geometry))
     return figures | {"copy on the device, GB/s": _copy_speed(bench)}
@@ -145,13 +148,13 @@ def burst(bench: Bench) -> Figures:
             return asyncio.run(_burst(url, geometry))
 
 
-async def _burst(url: str, geometry: Geometry, over_s: float = 4.0) -> Figures:
-    """One and a half times as many tokens as there are slots come within `over_s` seconds."""
+async def _burst(url: str, geometry: Geometry, over_s: float = 1.0) -> Figures:
+    """Twice as many tokens as there are slots come within `over_s` seconds."""
     figures: Figures = {}
     long, output = int(geometry["max_position_embeddings"]) // 8, _STEPS
     async with control(url) as cluster:
         slots = sum(i["slots"]["capacity"] for i in (await cluster.status())["instances"])
-        count = max(8, int(1.5 * slots / (long + output)))
+        count = max(8, int(2 * slots / (long + output)))
         await _load(url, 2, long, output)
         for name, auto in (("without dropping", False), ("with dropping", True)):
             await cluster.forget()
