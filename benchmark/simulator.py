@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -220,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seed", type=int, default=1)
     flags.add_argument("--large-profile", type=Path, default=profiles / "qwen2.5-14b-a800.toml")
     flags.add_argument("--large-rate", type=float, default=180.0, help="times the trace")
-    flags.add_argument("--skip-large", action="store_true", help="accuracy only")
+    flags.add_argument("--only", choices=("accuracy", "hour"), help="leave the other as it is")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
     return flags
 
@@ -233,14 +234,19 @@ def main() -> NoReturn:
 
 def run(flags: argparse.Namespace, console: Console) -> int:
     flags.console = console
-    rows, runs = accuracy(flags)
-    hour = None if flags.skip_large else large(flags)
-    found = checks(rows, hour)
-    figures = {
-        "rows": rows,
+    flags.output.mkdir(parents=True, exist_ok=True)
+    path = flags.output / "simulator.json"
+    figures: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if flags.only != "hour":
+        rows, runs = accuracy(flags)
+        figures["rows"] = rows
+        figures["runs"] = [{k: v for k, v in run.items() if not k.endswith("_s")} for run in runs]
+        draw(runs, flags.output / "simulator.png")
+    if flags.only != "accuracy":
+        figures["large"] = large(flags)
+    found = checks(figures.get("rows", ()), figures.get("large"))
+    figures |= {
         "checks": found,
-        "runs": [{k: v for k, v in run.items() if not k.endswith("_s")} for run in runs],
-        "large": hour,
         "setup": {
             **{name: getattr(flags, name) for name in ("start", "duration", "rate", "seed")},
             "trace": flags.trace.name,
@@ -249,9 +255,7 @@ def run(flags: argparse.Namespace, console: Console) -> int:
         },
         "machine": describe_machine(),
     }
-    flags.output.mkdir(parents=True, exist_ok=True)
-    (flags.output / "simulator.json").write_text(dumps(figures))
-    draw(runs, flags.output / "simulator.png")
+    path.write_text(dumps(figures))
     flags.console.print(table(found))
     flags.console.print(f"Written: simulator.json and simulator.png in {flags.output}")
     return 0 if all(check["ok"] for check in found) else 1
