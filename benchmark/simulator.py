@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--instances", type=_counts, default=(2, 4), help="of the real clusters")
     flags.add_argument("--start", type=float, default=0.0, help="seconds into the trace")
     flags.add_argument("--duration", type=float, default=90.0, help="seconds of the trace")
-    flags.add_argument("--rate", type=float, default=0.4, help="share of the trace's requests")
+    flags.add_argument("--rate", type=float, default=0.2, help="share of the trace's requests")
     flags.add_argument("--seed", type=int, default=1)
     flags.add_argument("--large-profile", type=Path, default=profiles / "qwen2.5-14b-a800.toml")
     flags.add_argument("--large-rate", type=float, default=180.0, help="times the trace")
