@@ -6,6 +6,7 @@ Without GPUs they run over gloo; `tests/gpu` has the same over NCCL.
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,3 +128,15 @@ def test_room_is_what_has_not_passed_yet(tmp_path: Path) -> None:
         b.receive(0.01)
     a.close()
     b.close()
+
+
+def test_a_packet_that_has_not_been_counted_yet_is_not_there(tmp_path: Path) -> None:
+    """The thread that takes packets in is between the two."""
+    here = plane(tmp_path, "here", None)
+    assert here._nccl is not None
+    inbox = here._nccl._inbox
+    inbox._packets.append(nccl._Arrived(b"soon", (), torch.empty(0, dtype=torch.uint8)))
+    assert here.receive() is None
+    os.eventfd_write(inbox.arrived, 1)
+    assert received(here).header == b"soon"
+    here.close()

@@ -230,7 +230,8 @@ class _Inbox:
         self._thread.start()
 
     def receive(self, timeout_s: float) -> Packet | None:
-        if not self._packets and not select.select([self.arrived], [], [], timeout_s)[0]:
+        # Not by the queue: what is there may not have been counted yet.
+        if not select.select([self.arrived], [], [], timeout_s)[0]:
             return None
         os.eventfd_read(self.arrived)
         packet = self._packets.popleft()
