@@ -69,13 +69,13 @@ def test_rank_0_waits_for_those_that_lag_far_behind(ranks: list[Ranks]) -> None:
         if one.rank == 2:
             assert far.wait(WAIT_S)
         told = []
-        while len(told) < 3000:
+        while len(told) < 10_000:
             told.append(one.agree(NUMBER, partial(next, numbers)))
             if len(told) == 100:
                 far.set()
         return told
 
-    assert together(ranks, program) == [list(range(3000))] * 3
+    assert together(ranks, program) == [list(range(10_000))] * 3
 
 
 def test_every_rank_is_heard(ranks: list[Ranks]) -> None:

@@ -135,6 +135,9 @@ class Leader:
         self.size = size
         self._channel = LocalDataPlane(_socket(path, 0), ring_bytes=_RING_BYTES)
         self._others = {rank: _socket(path, rank) for rank in range(1, size)}
+        self._poller = zmq.Poller()
+        for handle in self.poll_handles:
+            self._poller.register(handle, zmq.POLLIN)
         self._arrived: list[Counter[bytes]] = [Counter() for _ in range(size)]
         self._parts: list[deque[str]] = [deque() for _ in range(size)]
 
@@ -156,7 +159,8 @@ class Leader:
             raise InternalError(f"a rank of this instance is gone: {error}") from error
         # Nothing may be left to send: whoever waits for it cannot take part in a collective.
         while not all(map(self._channel.room, self._others)):
-            self._listen(_LOOK_S)
+            self._poller.poll(int(1e3 * _LOOK_S))
+            self.listen()
         return value
 
     def gather(self, mine: str) -> tuple[str, ...]:
