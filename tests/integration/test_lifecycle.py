@@ -57,7 +57,7 @@ def test_bad_values_are_refused_in_one_line(flags: tuple[str, ...], word: str) -
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (("--tp-size", "2"), "--tp-size"),
+        (("--tp-size", "2"), "--tp-size 2: the model has 9 attention heads"),
         (("--enable-hierarchical-cache",), "--enable-hierarchical-cache"),
         (("--max-total-tokens", "1000"), "--memory-budget"),
     ],

@@ -6,6 +6,7 @@ import multiprocessing as mp
 import os
 import resource
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def register() -> None:
         return
     # Ranks would get a queue in /dev/shm, which nothing here uses, and which stays after a SIGKILL.
     os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from kunserve_sglang.sglang_seam.admission import next_chunk_within_pool

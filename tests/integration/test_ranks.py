@@ -1,0 +1,101 @@
+"""A real cluster whose instances have two ranks each.
+
+The model is a tiny one: the heads of the other cannot be divided by two.
+"""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmark.cluster import Cluster, ClusterOptions, log_tail
+from tests.integration.conftest import Client
+from tests.integration.test_losses import family_of
+from tests.support.leftovers import (
+    files_in_shared_memory,
+    held_in_shared_memory,
+    left_in,
+    left_in_shared_memory,
+)
+from tests.support.waiting import until
+
+FLAGS = ("--tp-size=2", "--dtype=float32", "--skip-tokenizer-init", "--context-length=1024")
+REQUESTS = 4
+DEAD = 1
+
+
+def _tokens(client: Client, number: int) -> list[int]:
+    body = {
+        "input_ids": list(range(3 + number, 23 + number)),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True},
+    }
+    status, answer = client.call("POST", "/generate", body)
+    assert status == 200, answer
+    tokens: list[int] = answer["output_ids"]
+    return tokens
+
+
+def _all(client: Client, pool: ThreadPoolExecutor) -> list[list[int]]:
+    return [r.result(60) for r in [pool.submit(_tokens, client, n) for n in range(REQUESTS)]]
+
+
+def test_two_ranks_an_instance(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same tokens in all modes; an instance ends with any of its ranks; nothing is left behind."""
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    shared_before = files_in_shared_memory()
+    options = ClusterOptions(
+        model_path=tiny_model,
+        memory_budget="6MiB",
+        overload_policy="none",
+        sglang_flags=FLAGS,
+        kunserve_flags=("--dispatch", "round_robin"),
+    )
+    log = tmp_path / "log"
+    with Cluster(options.command, log) as cluster, ThreadPoolExecutor(REQUESTS) as pool:
+        client = Client(cluster.url)
+        expected = _all(client, pool)
+        running = [pool.submit(_tokens, client, number) for number in range(REQUESTS)]
+        until(
+            lambda: all(i["running"] for i in client.status()["instances"]),
+            30,
+            poll_s=0.01,
+            about=client.status,
+        )
+        client.drop()
+        assert [request.result(60) for request in running] == expected
+        assert _all(client, pool) == expected
+        client.wait_until_idle()
+        client.restore()
+        assert _all(client, pool) == expected
+
+        client.drop()
+        family = family_of(cluster.pid, client.status()["instances"][DEAD]["url"])
+        (rank,) = (p for p in family if p.name().endswith("scheduler_TP1"))
+        rank.kill()
+        until(
+            lambda: client.modes() == {"independent", "dead"},
+            30,
+            poll_s=0.05,
+            about=client.status,
+        )
+        assert _all(client, pool) == expected
+
+        launcher = psutil.Process(cluster.pid)
+        family += [launcher, *launcher.children(recursive=True)]
+        known = {*shared_before, *held_in_shared_memory(except_by=[p.pid for p in family])}
+        launcher.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive, (alive, log_tail(log))
+
+    def left() -> list[Path]:
+        return [*left_in(temporary), *left_in_shared_memory(known)]
+
+    until(lambda: not left(), 10, poll_s=0.1, about=left)
