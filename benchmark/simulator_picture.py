@@ -12,6 +12,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmark.picture import BASELINE, KUNSERVE
 
@@ -26,6 +27,9 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             values = np.sort(run[f"{key}_ttft_s"])
             axis.step(values, np.arange(1, len(values) + 1) / len(values), color=colour, label=key)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("time to first token (s)")
         axis.set_title(f"{run['instances']} instances, {run['policy']}")
         axis.grid(alpha=0.3)
