@@ -26,7 +26,7 @@ _BUSY_S, _LIGHTER_S = 0.15, 0.3
 """Between two arrivals."""
 
 _LONE = Shape(prompt_len=128, output_len=48)
-_LONE_COUNT = 32
+_LONE_COUNT = 48
 _MOST_BUBBLES = 0.08
 _LEAST_SPEEDUP = 1.6
 
