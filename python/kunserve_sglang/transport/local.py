@@ -23,6 +23,7 @@ import torch
 from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.transport import ring
 from kunserve_sglang.transport.data import Packet, TensorSpec
+from kunserve_sglang.transport.outboxes import Outboxes
 
 RING_BYTES = 16 << 20
 """Room for activations in flight, per pair of instances; only what is used becomes resident."""
@@ -71,19 +72,14 @@ class LocalDataPlane:
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
         self._inboxes: dict[int, _Inbox] = {}
-        self._outboxes: dict[int, _Outbox] = {}
+        self._outboxes = Outboxes(
+            lambda path: _Outbox(path, self._rings, self._ring_bytes, self._epoll)
+        )
 
     def connect(self, peers: Mapping[int, str]) -> None:
-        for peer in list(self._outboxes):
-            if peers.get(peer) != self._outboxes[peer].path:
-                self._outboxes.pop(peer).close()
-        for peer, path in peers.items():
-            if peer not in self._outboxes:
-                self._outboxes[peer] = _Outbox(path, self._rings, self._ring_bytes, self._epoll)
+        self._outboxes.connect(peers)
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
-        if peer not in self._outboxes:
-            raise InternalError(f"instance {peer} is not connected")
         self._outboxes[peer].send(header, list(tensors))
 
     def room(self, peer: int) -> int:
@@ -124,7 +120,7 @@ class LocalDataPlane:
         self._epoll.register(connection, select.EPOLLIN)
 
     def _outbox(self, number: int) -> _Outbox:
-        return next(o for o in self._outboxes.values() if o.fileno() == number)
+        return next(o for o in self._outboxes if o.fileno() == number)
 
 
 class _Inbox:
@@ -167,7 +163,7 @@ class _Outbox:
     """Sender's end of a connection. Messages that the socket does not take wait here."""
 
     def __init__(self, path: str, rings: ring.Rings, ring_bytes: int, epoll: select.epoll) -> None:
-        self.path = path
+        self._path = path
         self._epoll = epoll
         self._waiting: deque[tuple[bytes, list[int]]] = deque()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -231,7 +227,7 @@ class _Outbox:
         except BlockingIOError:
             return False
         except OSError as error:
-            raise PeerLost(f"the instance at {self.path} has gone: {error}") from error
+            raise PeerLost(f"the instance at {self._path} has gone: {error}") from error
         return True
 
 

@@ -27,10 +27,11 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sglang.errors import InternalError, PeerLost
+from kunserve_sglang.errors import PeerLost
 from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.transport.data import Packet, TensorSpec
 from kunserve_sglang.transport.lane import Lane, Rendezvous, visit
+from kunserve_sglang.transport.outboxes import Outboxes
 from kunserve_sglang.transport.ring import pack, packed_bytes, unpack
 from kunserve_sglang.transport.sockets import PacketSockets
 
@@ -89,22 +90,14 @@ class NcclDataPlane:
         """
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets = PacketSockets(self._context, keys)
-        self._device = device
         self._inbox = _Inbox(self._sockets, news, Rendezvous(host), device)
-        self._outboxes: dict[int, _Outbox] = {}
+        self._outboxes = Outboxes(lambda address: _Outbox(self._sockets, address, device))
         self.address = msgspec.json.encode(self._inbox.address).decode()
 
     def connect(self, peers: Mapping[int, str]) -> None:
-        for peer in list(self._outboxes):
-            if peers.get(peer) != self._outboxes[peer].address:
-                self._outboxes.pop(peer).close()
-        for peer, address in peers.items():
-            if peer not in self._outboxes:
-                self._outboxes[peer] = _Outbox(self._sockets, address, self._device)
+        self._outboxes.connect(peers)
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
-        if peer not in self._outboxes:
-            raise InternalError(f"instance {peer} is not connected")
         self._outboxes[peer].send(header, list(tensors))
 
     def room(self, peer: int) -> int:

@@ -12,9 +12,9 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sglang.errors import InternalError
 from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.transport.data import Packet, TensorSpec
+from kunserve_sglang.transport.outboxes import Outboxes
 from kunserve_sglang.transport.sockets import PacketSockets
 
 _PIECE_BYTES = 64 << 20
@@ -38,25 +38,19 @@ class TcpDataPlane:
         self._sockets = PacketSockets(context, keys)
         self._inbox = self._sockets.inbox(address)
         self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._outboxes: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
+        self._outboxes = Outboxes(self._sockets.outbox)
 
     def connect(self, peers: Mapping[int, str]) -> None:
-        for peer in list(self._outboxes):
-            if peers.get(peer) != self._outboxes[peer][0]:
-                self._outboxes.pop(peer)[1].close()
-        for peer, address in peers.items():
-            if peer not in self._outboxes:
-                self._outboxes[peer] = (address, self._sockets.outbox(address))
+        self._outboxes.connect(peers)
 
     def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
-        if peer not in self._outboxes:
-            raise InternalError(f"instance {peer} is not connected")
+        outbox = self._outboxes[peer]
         specs = tuple(TensorSpec.of(t) for t in tensors)
         frames: list[Any] = [header, _encoder.encode(specs)]
         frames += [
             t.flatten().contiguous().view(torch.uint8).cpu().numpy().tobytes() for t in tensors
         ]
-        self._outboxes[peer][1].send_multipart(frames, copy=False)
+        outbox.send_multipart(frames, copy=False)
 
     def room(self, peer: int) -> int:  # noqa: ARG002
         return _PIECE_BYTES  # ZMQ queues, and says nothing of what the network has taken
