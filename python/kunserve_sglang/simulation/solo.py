@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.host import Host
-from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 
 IDLE = math.inf
@@ -82,12 +81,11 @@ class Solo:
         """What was due is done; begin the next batch. Returns whose load has changed."""
         owner = self.owner
         self._host.end(owner.number)
-        answered: list[Job] = []
-        if self._pieces:
-            self._host.delivered(now, len(self._pieces))
+        pieces = self._pieces
+        if pieces:
+            self._host.delivered(now, len(pieces))
             alone = not owner.count
-            answered = [job for job, _, _ in self._pieces]
-            owner.begin_decoding(owner.prefilled(self._pieces, now))
+            owner.begin_decoding(owner.prefilled(pieces, now))
             if alone:
                 owner.full = False  # SGLang goes on with the new batch, which is not marked full
             self._pieces = []
@@ -100,17 +98,17 @@ class Solo:
         if not self.stopping:
             self._next(now)
             if self._costs.delayed and self.busy:
-                self._delay(answered, now)
+                self._delay(pieces, now)
         return owner
 
-    def _delay(self, jobs: Iterable[Job], now: float) -> None:
+    def _delay(self, pieces: Iterable[Piece], now: float) -> None:
         """Their first tokens leave when the step that has begun is through."""
         owner = self.owner
         if self._steps > 1:
             seconds = self._costs.decode_run(owner.count, owner.context, 1)
         else:
             seconds = self.due - now
-        for job in jobs:
+        for job, _, _ in pieces:
             if job.first == now:
                 job.first += seconds
 
