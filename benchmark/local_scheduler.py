@@ -15,6 +15,8 @@ import msgspec
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
 
@@ -44,28 +46,38 @@ def local_scheduler(
 
 def add(scheduler: Any, rid: str, prompt: Iterable[int], new_tokens: int) -> None:
     """Queue a request as the tokenizer would; greedy, and exactly `new_tokens` long."""
+    vocabulary = scheduler.model_config.vocab_size
+    prompt = (token % vocabulary for token in prompt)
+    scheduler.handle_generate_request(tokenized(rid, prompt, new_tokens, stream=True))
+
+
+def tokenized(
+    rid: str, prompt: Iterable[int], new_tokens: int, *, stream: bool, **sampling: Any
+) -> TokenizedGenerateReqInput:
+    """A request as SGLang's tokenizer passes it on; greedy, unless `sampling` says otherwise."""
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_new_tokens=new_tokens)
-    sampling.normalize(None)
-    vocabulary = scheduler.model_config.vocab_size
+    parameters = SamplingParams(
+        **{"temperature": 0.0, "ignore_eos": True, **sampling}, max_new_tokens=new_tokens
+    )
+    parameters.normalize(None)
     values: dict[str, Any] = {
         "rid": rid,
         "input_text": "",
-        "input_ids": array("q", (token % vocabulary for token in prompt)),
-        "sampling_params": sampling,
+        "input_ids": array("q", prompt),
+        "sampling_params": parameters,
         "return_logprob": False,
         "logprob_start_len": -1,
         "top_logprobs_num": 0,
-        "stream": True,
+        "stream": stream,
         "time_stats": APIServerReqTimeStats(),
     }
     for field in msgspec.structs.fields(TokenizedGenerateReqInput):
         if field.required and field.name not in values:
             values[field.name] = None
-    scheduler.handle_generate_request(TokenizedGenerateReqInput(**values))
+    return TokenizedGenerateReqInput(**values)
 
 
 def _scheduler(model: Path, server: dict[str, Any]) -> KunServeScheduler:

@@ -27,13 +27,11 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     ContinueGenerationReqInput,
     PauseGenerationReqInput,
-    TokenizedGenerateReqInput,
 )
-from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
 from sglang.srt.plugins.hook_registry import HookRegistry
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
+from benchmark.local_scheduler import tokenized
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.instance.ranks import Fact, Ranks
@@ -324,26 +322,8 @@ class Member:
         return batch is not None
 
     def _add(self, add: Add) -> None:
-        sampling = SamplingParams(
-            **{"temperature": 0.0, "ignore_eos": True, **add.sampling},
-            max_new_tokens=add.new_tokens,
-        )
-        sampling.normalize(None)
-        values: dict[str, Any] = {
-            "rid": add.rid,
-            "input_text": "",
-            "input_ids": array("q", add.prompt),
-            "sampling_params": sampling,
-            "return_logprob": False,
-            "logprob_start_len": -1,
-            "top_logprobs_num": 0,
-            "stream": False,
-            "time_stats": APIServerReqTimeStats(),
-        }
-        for f in msgspec.structs.fields(TokenizedGenerateReqInput):
-            if f.required and f.name not in values:
-                values[f.name] = None
-        self.scheduler.handle_generate_request(TokenizedGenerateReqInput(**values))
+        request = tokenized(add.rid, add.prompt, add.new_tokens, stream=False, **add.sampling)
+        self.scheduler.handle_generate_request(request)
         self.requests[add.rid] = self.scheduler.waiting_queue[-1]
 
 
