@@ -17,10 +17,8 @@ from tests.integration.conftest import BUDGET, FLAGS, Client
 from tests.support.leftovers import (
     files_in_shared_memory,
     held_in_shared_memory,
-    left_in,
-    left_in_shared_memory,
+    wait_until_nothing_is_left,
 )
-from tests.support.waiting import until
 
 LAUNCH = (sys.executable, "-m", "kunserve_sglang.launch_server")
 
@@ -124,7 +122,4 @@ def test_nothing_is_left_behind(
         _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, (alive, log_tail(tmp_path / "log"))
 
-    def left() -> list[Path]:
-        return [*left_in(temporary), *left_in_shared_memory(known)]
-
-    until(lambda: not left(), 10, poll_s=0.1, about=left)
+    wait_until_nothing_is_left(temporary, known)

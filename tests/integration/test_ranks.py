@@ -18,8 +18,7 @@ from tests.integration.test_losses import family_of
 from tests.support.leftovers import (
     files_in_shared_memory,
     held_in_shared_memory,
-    left_in,
-    left_in_shared_memory,
+    wait_until_nothing_is_left,
 )
 from tests.support.waiting import until
 
@@ -95,7 +94,4 @@ def test_two_ranks_an_instance(
         _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, (alive, log_tail(log))
 
-    def left() -> list[Path]:
-        return [*left_in(temporary), *left_in_shared_memory(known)]
-
-    until(lambda: not left(), 10, poll_s=0.1, about=left)
+    wait_until_nothing_is_left(temporary, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from kunserve_sglang.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.router.events import Event, Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
-from tests.support.member import Output
+from tests.support.member import Gate, Output
 from tests.support.schedules import Script
 
 PAGE = 4096
@@ -72,7 +73,27 @@ def play_both(
     wait()
     if any(i["mode"] == Mode.COOPERATIVE for i in cluster.status()):
         events.append(restored(cluster))
-    return events, [
+    return events, differences(expected, got)
+
+
+def play_into_a_drop(
+    cluster: ScriptedCluster, scripts: list[Script], step: int
+) -> tuple[list[dict[str, Output]], Future[Event]]:
+    """Play, with a drop that begins at this step; returns the answers, and the drop to wait for."""
+    gated: list[Script] = [[*script, (step, Gate("drop"))] for script in scripts]
+    running: list[Future[Event]] = []
+    got = cluster.play(
+        [sorted(script, key=lambda x: x[0]) for script in gated],
+        lambda _: running.append(cluster.begin(TransitionKind.DROP)),
+    )
+    return got, running[0]
+
+
+def differences(
+    expected: Sequence[Mapping[str, Output]], got: Sequence[Mapping[str, Output]]
+) -> list[str]:
+    """What was answered otherwise than expected; what was aborted, as far as it got."""
+    return [
         f"member {m} request {rid}: {want} != {have[rid]}"
         for m, (wants, have) in enumerate(zip(expected, got, strict=True))
         for rid, want in wants.items()

@@ -11,6 +11,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from tests.support.waiting import until
+
 SHARED = Path("/dev/shm")
 
 
@@ -46,6 +48,15 @@ def left_in_shared_memory(known: Collection[int]) -> set[Path]:
     new = {inode: path for inode, path in files_in_shared_memory().items() if inode not in known}
     still_held = held_in_shared_memory() if new else set()
     return {path for inode, path in new.items() if inode not in still_held and path.exists()}
+
+
+def wait_until_nothing_is_left(folder: Path, known: Collection[int]) -> None:
+    """Neither in `folder` nor, beside the `known` ones, in shared memory; fails after a while."""
+
+    def left() -> list[Path]:
+        return [*left_in(folder), *left_in_shared_memory(known)]
+
+    until(lambda: not left(), 10, poll_s=0.1, about=left)
 
 
 def _mapped(process: Path) -> set[int]:

@@ -13,6 +13,7 @@ from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.prefix_index import PrefixIndex, Prompt
 from tests.support.cluster import ScriptedCluster
+from tests.support.identity import small_cluster
 from tests.support.schedules import random_scripts
 
 MEMBERS = (0, 1)
@@ -22,18 +23,9 @@ GATES = ("drop 0,1", "restore 0,1")
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedCluster]:
     """Budgets so small that prefixes are evicted and requests retracted."""
-    with ScriptedCluster(
-        tmp_path_factory.mktemp("reports"),
-        len(MEMBERS),
-        memory_budget=2_600_000,
-        page_bytes=4096,
-        dispatch=DispatchPolicy.LMETRIC,
-        model_path=str(tiny_model),
-        chunked_prefill_size=64,
-        max_running_requests=16,
-        dtype="float32",
-        schedule_conservativeness=0.1,
-        context_length=1024,
+    folder = tmp_path_factory.mktemp("reports")
+    with small_cluster(
+        folder, len(MEMBERS), tiny_model, dispatch=DispatchPolicy.LMETRIC
     ) as cluster:
         yield cluster
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from kunserve_sglang.messages import TransitionKind
-from kunserve_sglang.router.events import Event, Outcome
+from kunserve_sglang.router.events import Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
-from tests.support.identity import PAIR_GATES, play_both, same, small_cluster
+from tests.support.identity import (
+    PAIR_GATES,
+    differences,
+    play_both,
+    play_into_a_drop,
+    same,
+    small_cluster,
+)
 from tests.support.member import AbortRequest, Gate, Pause
 from tests.support.schedules import Script, random_scripts, request
 
@@ -48,16 +54,10 @@ def test_running_requests_take_their_kv_along(pair: ScriptedCluster) -> None:
     """Micro-batches bring the rows that they need, on each rank those of its heads."""
     scripts = random_scripts(500, 2, ())
     expected = pair.play(scripts)
-    gated: list[Script] = [[*script, (9, Gate("drop"))] for script in scripts]
-    running: list[Future[Event]] = []
     with pair.pieces_held():
-        got = pair.play(
-            [sorted(script, key=lambda x: x[0]) for script in gated],
-            lambda _: running.append(pair.begin(TransitionKind.DROP)),
-        )
-    assert running[0].result(READY_S).status is Outcome.COMMITTED
-    for wants, have in zip(expected, got, strict=True):
-        assert all(same(want, have[rid]) for rid, want in wants.items())
+        got, dropping = play_into_a_drop(pair, scripts, 9)
+    assert dropping.result(READY_S).status is Outcome.COMMITTED
+    assert differences(expected, got) == []
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
 
 
@@ -70,8 +70,7 @@ def test_pauses_and_aborts_while_cooperating(pair: ScriptedCluster) -> None:
     got = pair.play([paused, script])
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
     assert got[0]["leaves"].reason == "abort"
-    for wants, have in zip(expected, got, strict=True):
-        assert all(same(want, have[rid]) for rid, want in wants.items())
+    assert differences(expected, got) == []
 
 
 def test_both_ranks_of_a_survivor_go_on_alone(pair: ScriptedCluster) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +15,17 @@ import pytest
 
 from kunserve_sglang.config import Transport
 from kunserve_sglang.messages import Mode, TransitionKind
-from kunserve_sglang.router.events import Event, Outcome
+from kunserve_sglang.router.events import Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
-from tests.support.identity import PAIR_GATES, play_both, same, small_cluster
-from tests.support.member import AbortRequest, Gate, Pause
+from tests.support.identity import (
+    PAIR_GATES,
+    differences,
+    play_both,
+    play_into_a_drop,
+    same,
+    small_cluster,
+)
+from tests.support.member import AbortRequest, Pause
 from tests.support.schedules import Script, random_scripts, request
 
 SEEDS = range(24)
@@ -58,17 +64,11 @@ def test_running_requests_take_their_kv_along(pair: ScriptedCluster) -> None:
     """
     scripts = random_scripts(500, 2, ())
     expected = pair.play(scripts)
-    gated: list[Script] = [[*script, (9, Gate("drop"))] for script in scripts]
-    running: list[Future[Event]] = []
     with pair.pieces_held():
-        got = pair.play(
-            [sorted(script, key=lambda x: x[0]) for script in gated],
-            lambda _: running.append(pair.begin(TransitionKind.DROP)),
-        )
+        got, dropping = play_into_a_drop(pair, scripts, 9)
         assert all(i["mode"] == Mode.COOPERATIVE for i in pair.status())
-    assert running[0].result(READY_S).status is Outcome.COMMITTED
-    for wants, have in zip(expected, got, strict=True):
-        assert all(same(want, have[rid]) for rid, want in wants.items())
+    assert dropping.result(READY_S).status is Outcome.COMMITTED
+    assert differences(expected, got) == []
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
 
 
@@ -99,9 +99,8 @@ def test_a_restore_is_given_up_when_demand_returns(pair: ScriptedCluster) -> Non
         assert after["slots"]["capacity"] == before["slots"]["capacity"]
         assert after["pages"] == before["pages"]
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
-    for wants, have, later in zip(expected, during, pair.play(scripts), strict=True):
-        assert all(same(want, have[rid]) for rid, want in wants.items())
-        assert all(same(want, later[rid]) for rid, want in wants.items())
+    assert differences(expected, during) == []
+    assert differences(expected, pair.play(scripts)) == []
 
 
 def test_pressure_was_real(pair: ScriptedCluster, played: set[int]) -> None:
@@ -188,8 +187,7 @@ def test_a_pause_while_cooperating(pair: ScriptedCluster, mode: str) -> None:
     assert pair.transition(TransitionKind.DROP).status is Outcome.COMMITTED
     got = pair.play([*paused, scripts[1]])
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
-    for wants, have in zip(expected, got, strict=True):
-        assert all(same(want, have[rid]) for rid, want in wants.items())
+    assert differences(expected, got) == []
 
 
 @pytest.mark.parametrize("cooperating", [False, True])
