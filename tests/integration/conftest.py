@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import sys
@@ -67,19 +68,18 @@ class Client:
         self, method: str, path: str, body: Any = None, timeout: float = 120
     ) -> tuple[int, Any]:
         """Status and decoded JSON (or text) of one call."""
-        request = urllib.request.Request(
-            self.url + path,
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        if self.key:
-            request.add_header("Authorization", f"Bearer {self.key}")
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with self._open(method, path, body, timeout) as answer:
                 return answer.status, _decode(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, _decode(error.read())
+
+    def stream(self, path: str, body: dict[str, Any], timeout: float = 120) -> Iterator[Any]:
+        """The decoded events of one answer, as they come."""
+        with self._open("POST", path, {**body, "stream": True}, timeout) as answer:
+            for line in answer:
+                if line.startswith(b"data: ") and line != b"data: [DONE]\n":
+                    yield json.loads(line.removeprefix(b"data: "))
 
     def generate(self, prompt: str, new_tokens: int, **sampling: Any) -> dict[str, Any]:
         """One greedy completion through `/generate`."""
@@ -115,6 +115,18 @@ class Client:
             return not any(i["running"] + i["waiting"] + i["slots"]["used"] for i in instances)
 
         until(idle, timeout, poll_s=0.05, about=self.status)
+
+    def _open(self, method: str, path: str, body: Any, timeout: float) -> http.client.HTTPResponse:
+        request = urllib.request.Request(
+            self.url + path,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        if self.key:
+            request.add_header("Authorization", f"Bearer {self.key}")
+        answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
+        return answer
 
     def _transition(self, kind: str) -> dict[str, Any]:
         status, event = self.call("POST", f"/kunserve/{kind}", {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 
 import psutil
 import pytest
@@ -24,22 +25,41 @@ from tests.support.waiting import until
 
 FLAGS = ("--tp-size=2", "--dtype=float32", "--skip-tokenizer-init", "--context-length=1024")
 REQUESTS = 4
+NEW_TOKENS = 100
 DEAD = 1
 
 
-def _tokens(client: Client, number: int) -> list[int]:
-    body = {
-        "input_ids": list(range(3 + number, 23 + number)),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True},
-    }
-    status, answer = client.call("POST", "/generate", body)
-    assert status == 200, answer
-    tokens: list[int] = answer["output_ids"]
-    return tokens
+class _Requests:
+    """All at once, each a stream."""
 
+    def __init__(self, client: Client, pool: ThreadPoolExecutor) -> None:
+        self._begun = Semaphore(0)
+        self._answers = [pool.submit(self._tokens, client, n) for n in range(REQUESTS)]
 
-def _all(client: Client, pool: ThreadPoolExecutor) -> list[list[int]]:
-    return [r.result(60) for r in [pool.submit(_tokens, client, n) for n in range(REQUESTS)]]
+    def wait_until_all_run(self) -> None:
+        """All have their first token; most of them have hardly more."""
+        for _ in range(REQUESTS):
+            assert self._begun.acquire(timeout=60)
+
+    def tokens(self) -> list[list[int]]:
+        return [answer.result(60) for answer in self._answers]
+
+    def _tokens(self, client: Client, number: int) -> list[int]:
+        body = {
+            "input_ids": list(range(3 + number, 23 + number)),
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": NEW_TOKENS,
+                "ignore_eos": True,
+            },
+        }
+        tokens: list[int] = []
+        for event in client.stream("/generate", body):
+            if not tokens:
+                self._begun.release()
+            tokens = event["output_ids"]
+        assert len(tokens) == NEW_TOKENS
+        return tokens
 
 
 def test_two_ranks_an_instance(
@@ -60,20 +80,15 @@ def test_two_ranks_an_instance(
     log = tmp_path / "log"
     with Cluster(options.command, log) as cluster, ThreadPoolExecutor(REQUESTS) as pool:
         client = Client(cluster.url)
-        expected = _all(client, pool)
-        running = [pool.submit(_tokens, client, number) for number in range(REQUESTS)]
-        until(
-            lambda: all(i["running"] for i in client.status()["instances"]),
-            30,
-            poll_s=0.01,
-            about=client.status,
-        )
+        expected = _Requests(client, pool).tokens()
+        running = _Requests(client, pool)
+        running.wait_until_all_run()
         client.drop()
-        assert [request.result(60) for request in running] == expected
-        assert _all(client, pool) == expected
+        assert running.tokens() == expected
+        assert _Requests(client, pool).tokens() == expected
         client.wait_until_idle()
         client.restore()
-        assert _all(client, pool) == expected
+        assert _Requests(client, pool).tokens() == expected
 
         client.drop()
         family = family_of(cluster.pid, client.status()["instances"][DEAD]["url"])
@@ -85,7 +100,7 @@ def test_two_ranks_an_instance(
             poll_s=0.05,
             about=client.status,
         )
-        assert _all(client, pool) == expected
+        assert _Requests(client, pool).tokens() == expected
 
         launcher = psutil.Process(cluster.pid)
         family += [launcher, *launcher.children(recursive=True)]
