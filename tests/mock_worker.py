@@ -203,6 +203,10 @@ def vote_yes(message: Prepare) -> Vote:
     return Vote(call=message.call, epoch=message.transition.epoch, ok=True)
 
 
+def vote_no(message: Prepare, reason: str = "not now") -> Vote:
+    return Vote(call=message.call, epoch=message.transition.epoch, ok=False, reason=reason)
+
+
 class MockInstance:
     """A worker with a control link: says hello, reports, and takes part in transitions.
 

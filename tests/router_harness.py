@@ -96,7 +96,7 @@ class RouterCluster(Client):
         api_key: str | None = None,
         model: ModelIdentity | None = None,
         expect: int | None = None,
-        vote_timeout_s: float = 0.3,
+        vote_timeout_s: float = 20.0,
         **config: Any,
     ) -> None:
         self._folder = tempfile.mkdtemp(prefix="ks-")
@@ -109,7 +109,6 @@ class RouterCluster(Client):
                 port=0,
                 overload_policy=OverloadPolicy.NONE,
                 vote_timeout_s=vote_timeout_s,
-                exchange_timeout_s=2.0,
                 **config,
             ),
             control_address=self.control_address,

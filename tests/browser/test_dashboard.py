@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from kunserve_sglang.messages import Load, Prepare, Slots, Vote
+from kunserve_sglang.messages import Load, Slots
 from tests.browser.conftest import PATIENCE_MS, Visit
-from tests.mock_worker import CAPACITY, LAYERS, PROFILE
+from tests.mock_worker import CAPACITY, LAYERS, PROFILE, vote_no
 from tests.router_harness import RouterCluster
 from tests.support.waiting import until
 
@@ -136,12 +137,7 @@ def test_the_numbers_are_those_of_the_router(start_router: Start, visit: Open) -
 
 def test_an_aborted_drop_says_why(start_router: Start, visit: Open) -> None:
     router = start_router(2)
-
-    def refuse(message: Prepare) -> Vote:
-        epoch = message.transition.epoch
-        return Vote(call=message.call, epoch=epoch, ok=False, reason="<b>not now</b>")
-
-    router.instances[1].on_prepare = refuse
+    router.instances[1].on_prepare = partial(vote_no, reason="<b>not now</b>")
     page = visit(router).page
     dialog = ask_for(page, "Drop")
     confirm(dialog, "Drop")

@@ -9,7 +9,7 @@ from typing import Any
 
 def until(
     condition: Callable[[], Any],
-    timeout_s: float = 5.0,
+    timeout_s: float = 20.0,
     *,
     poll_s: float = 0.005,
     about: Callable[[], object] = lambda: "the condition did not come true in time",

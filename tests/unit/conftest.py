@@ -18,6 +18,12 @@ def router(start_router: Callable[..., RouterCluster]) -> RouterCluster:
     return start_router(2)
 
 
+@pytest.fixture
+def impatient(start_router: Callable[..., RouterCluster]) -> RouterCluster:
+    """The same, for tests of members that do not vote."""
+    return start_router(2, vote_timeout_s=0.3)
+
+
 @pytest.fixture(scope="module")
 def idle_router() -> Iterator[RouterCluster]:
     """The same for all tests of a module; for calls that must not change anything."""

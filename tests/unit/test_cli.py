@@ -16,8 +16,7 @@ import pytest
 from kunserve_sglang.cli import main
 from kunserve_sglang.cli.client import RouterClient
 from kunserve_sglang.cli.errors import Unreachable
-from kunserve_sglang.messages import Prepare, Vote
-from tests.mock_worker import CAPACITY, Canned, MockWorker
+from tests.mock_worker import CAPACITY, Canned, MockWorker, vote_no
 from tests.router_harness import RouterCluster
 from tests.support.waiting import until
 
@@ -61,10 +60,6 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Done(status, *capsys.readouterr())
 
     return run
-
-
-def refuse(message: Prepare) -> Vote:
-    return Vote(call=message.call, epoch=message.transition.epoch, ok=False, reason="not now")
 
 
 def cooperate(router: RouterCluster) -> None:
@@ -253,7 +248,7 @@ def test_what_has_only_begun_is_shown_as_a_plan(router: RouterCluster, run: Run)
 
 
 def test_a_transition_that_was_aborted_is_no_success(router: RouterCluster, run: Run) -> None:
-    router.instances[1].on_prepare = refuse
+    router.instances[1].on_prepare = vote_no
     done = run(router, "drop")
     assert done.status == 1
     assert "aborted" in done.out

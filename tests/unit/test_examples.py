@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kunserve_sglang.messages import Prepare, Vote
+from tests.mock_worker import vote_no
 from tests.router_harness import RouterCluster
 from tests.support.waiting import until
 from tests.unit.test_router_metrics import Samples, scrape
@@ -60,16 +60,12 @@ def samples() -> Iterator[Samples]:
     assert router.post("/kunserve/drop").json["status"] == "committed"
     until(lambda: all(d["mode"] == "cooperative" for d in router.status()["instances"]))
     assert router.post("/kunserve/restore").json["status"] == "committed"
-    router.instances[0].on_prepare = refuse
+    router.instances[0].on_prepare = vote_no
     until(lambda: all(d["mode"] == "independent" for d in router.status()["instances"]))
     assert router.post("/kunserve/drop").json["status"] == "aborted"
     assert router.post("/v1/completions", {}).status == 200
     yield scrape(router)
     router.close()
-
-
-def refuse(message: Prepare) -> Vote:
-    return Vote(call=message.call, epoch=message.transition.epoch, ok=False, reason="not now")
 
 
 def matching(samples: Samples, name: str, matchers: str) -> list[dict[str, str]]:

@@ -157,7 +157,8 @@ def test_refused_callers_are_written_down(
         assert "s3cret" not in json.dumps(line)
 
 
-def test_refused_changes_are_written_down(router: RouterCluster, audit: Audit) -> None:
+def test_refused_changes_are_written_down(impatient: RouterCluster, audit: Audit) -> None:
+    router = impatient
     router.call("POST", "/kunserve/drop", b"{")
     router.post("/kunserve/restore", {})
     router.put("/kunserve/policy", {"drop": "0.9"})

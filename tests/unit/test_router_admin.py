@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from kunserve_sglang.messages import Prepare, Vote
-from tests.mock_worker import CAPACITY, vote_yes
+from tests.mock_worker import CAPACITY, vote_no, vote_yes
 from tests.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 
@@ -18,7 +17,7 @@ Start = Callable[..., RouterCluster]
 
 
 def refuse(router: RouterCluster, message: Prepare) -> Vote:  # noqa: ARG001 (a script)
-    return Vote(call=message.call, epoch=message.transition.epoch, ok=False, reason="not now")
+    return vote_no(message)
 
 
 def never(router: RouterCluster, message: Prepare) -> None:  # noqa: ARG001 (a script)
@@ -207,7 +206,7 @@ def test_what_cannot_be_planned_is_a_conflict(start_router: Start) -> None:
 
 
 def test_a_second_transition_is_a_conflict(start_router: Start) -> None:
-    router = start_router(2, vote_timeout_s=20.0)
+    router = start_router(2)
     with router.instances[0].holding_votes():
         accepted = router.post("/kunserve/drop?wait=false")
         assert accepted.status == 202
@@ -224,11 +223,10 @@ def test_a_second_transition_is_a_conflict(start_router: Start) -> None:
 
 
 @pytest.mark.parametrize("script", [refuse, never, late])
-def test_a_member_that_does_not_vote_yes_aborts(router: RouterCluster, script: Any) -> None:
+def test_a_member_that_does_not_vote_yes_aborts(impatient: RouterCluster, script: Any) -> None:
+    router = impatient
     router.instances[1].on_prepare = partial(script, router)
-    started = time.monotonic()
     answer = router.post("/kunserve/drop")
-    assert time.monotonic() - started < 5
     assert (answer.status, answer.json["status"]) == (200, "aborted")
     assert "instance 1" in answer.json["error"]
     assert answer.json["capacity_after"] == answer.json["capacity_before"]
@@ -237,7 +235,7 @@ def test_a_member_that_does_not_vote_yes_aborts(router: RouterCluster, script: A
     assert all(i.obeyed["Commit"] == 0 for i in router.instances)
 
     router.instances[1].on_prepare = vote_yes
-    assert router.post("/kunserve/drop").json["status"] == "committed"
+    until(lambda: router.post("/kunserve/drop").json["status"] == "committed")
 
 
 def test_policy_is_read_and_changed(router: RouterCluster) -> None:

@@ -81,7 +81,7 @@ def path_of(call: Call) -> str:
 
 def start(start_router: Start, call: Call) -> RouterCluster:
     """Two instances as the call needs them."""
-    router = start_router(2, vote_timeout_s=20.0, admin_api_key="admin", read_api_key="read")
+    router = start_router(2, admin_api_key="admin", read_api_key="read")
     if case_of(call).grouped:
         assert router.post("/kunserve/drop", {}, **ADMIN).json["status"] == "committed"
         until(lambda: all(d["mode"] == "cooperative" for d in router.status()["instances"]))

@@ -98,7 +98,7 @@ def test_every_route_is_described(tmp_path: Path) -> None:
 
 
 def test_answers_are_as_described(start_router: Start) -> None:
-    router = start_router(2, vote_timeout_s=20.0, admin_api_key="admin", read_api_key="read")
+    router = start_router(2, admin_api_key="admin", read_api_key="read")
     checker = Checker(router)
     call = checker.call
     for path in ("/kunserve/status", "/kunserve/policy", "/kunserve/openapi.json", "/workers"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from kunserve_sglang.messages import Prepare, Vote
-from tests.mock_worker import CAPACITY, MockInstance
+from tests.mock_worker import CAPACITY, MockInstance, vote_no
 from tests.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 
@@ -134,9 +134,7 @@ def test_the_group_comes_apart_first(router: RouterCluster) -> None:
 
 def test_a_refused_restore_keeps_it(router: RouterCluster) -> None:
     cooperate(router)
-    router.instances[0].on_prepare = lambda m: Vote(
-        call=m.call, epoch=m.transition.epoch, ok=False, reason="not now"
-    )
+    router.instances[0].on_prepare = vote_no
     answer = drain(router, 1)
     assert (answer.status, answer.error["code"]) == (409, "drain_refused")
     assert "instance 0 refused: not now" in answer.error["message"]

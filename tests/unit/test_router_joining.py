@@ -59,7 +59,7 @@ def test_one_that_joined_is_one_of_them(start_router: Start) -> None:
 
 
 def test_joining_waits_for_no_transition(start_router: Start) -> None:
-    router = start_router(2, model=MODEL)
+    router = start_router(2, model=MODEL, vote_timeout_s=0.3)
     router.instances[0].on_prepare = lambda _: None
     assert router.post("/kunserve/drop?wait=false").status == 202
     assert router.status()["transition"]

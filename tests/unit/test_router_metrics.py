@@ -7,7 +7,7 @@ from collections.abc import Callable
 from prometheus_client.parser import text_string_to_metric_families
 
 from kunserve_sglang.router.exposition import merge_expositions
-from tests.mock_worker import CAPACITY, PROFILE, Canned
+from tests.mock_worker import CAPACITY, PROFILE, Canned, vote_no
 from tests.router_harness import RouterCluster
 from tests.support.waiting import until
 
@@ -99,7 +99,7 @@ def test_transitions_add_up(router: RouterCluster) -> None:
     until(lambda: router.described(1)["mode"] == "cooperative")
     router.post("/kunserve/restore")
     until(lambda: router.described(0)["mode"] == router.described(1)["mode"] == "independent")
-    router.instances[0].on_prepare = lambda _: None
+    router.instances[0].on_prepare = vote_no
     router.post("/kunserve/drop")
     samples = scrape(router)
     for kind, outcome in (("drop", "committed"), ("drop", "aborted"), ("restore", "committed")):
@@ -109,7 +109,7 @@ def test_transitions_add_up(router: RouterCluster) -> None:
     assert value(samples, "kunserve:loaded_bytes_total") == 0
     seconds = "kunserve:last_transition_seconds"
     assert value(samples, seconds, kind="restore", phase="stall") == 0.005
-    assert value(samples, seconds, kind="drop", phase="total") >= 0.3
+    assert value(samples, seconds, kind="drop", phase="total") > 0
 
 
 def test_requests_are_counted(start_router: Start) -> None:
