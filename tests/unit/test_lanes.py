@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -140,3 +141,43 @@ def test_a_packet_that_has_not_been_counted_yet_is_not_there(tmp_path: Path) -> 
     os.eventfd_write(inbox.arrived, 1)
     assert received(here).header == b"soon"
     here.close()
+
+
+class Computing:
+    """A CUDA event that happens when it has been asked for a while; nothing passes before."""
+
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+        self._asked = 0
+
+    def query(self) -> bool:
+        self._asked += 1
+        if self._asked == 3:
+            self._told.append("computed")
+        return self._asked >= 3
+
+
+class Listener:
+    """Stands in for both ends' socket and lane, and notes what it is given."""
+
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+
+    def send(self, what: bytes | torch.Tensor) -> None:
+        self._told.append("news" if isinstance(what, bytes) else "bytes")
+
+
+def test_nothing_is_announced_before_it_is_there(tmp_path: Path) -> None:
+    """Or a kernel of the receiver would wait for the sender's scheduler (see `transport.nccl`)."""
+    told: list[str] = []
+    a, b = plane(tmp_path, "a", None), plane(tmp_path, "b", None)
+    a.connect({1: b.address})
+    assert a._nccl is not None
+    outbox = a._nccl._outboxes[1]
+    leaving = nccl._Leaving(b"", (), torch.zeros(1, dtype=torch.uint8), cast(Any, Computing(told)))
+    outbox._queued_bytes += 1
+    outbox._pass_on(leaving, "", cast(Any, Listener(told)), cast(Any, Listener(told)))
+    assert told == ["computed", "news", "bytes"]
+    assert a.room(1) == nccl.ROOM_BYTES
+    a.close()
+    b.close()

@@ -26,6 +26,7 @@ _TIMEOUT_S = 30.0
 """For whatever needs both ends: to meet, and to pass one packet."""
 
 _LOOK_S = 20e-6
+_HIGH = -1
 _SENDER, _RECEIVER = 0, 1
 
 
@@ -66,6 +67,16 @@ def visit(address: str) -> Store:
         raise PeerLost(f"no instance answers at {address}: {error}") from error
 
 
+def has_happened(event: torch.cuda.Event) -> bool:
+    """Whether it has in time; asks now and then, since the driver's own wait keeps a core busy."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not event.query():  # type: ignore[no-untyped-call]
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
 class Lane:
     """One end of a lane. All calls block, and belong to one thread; both ends make it at once."""
 
@@ -78,7 +89,7 @@ class Lane:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = _stream_of_its_own(device)
         try:
             self._group: Any = _group(
                 c10d.PrefixStore(name, store), _SENDER if sending else _RECEIVER, device
@@ -92,11 +103,9 @@ class Lane:
         except RuntimeError as error:
             raise PeerLost(f"no lane {name}: {error}") from error
 
-    def send(self, memory: torch.Tensor, ready: torch.cuda.Event | None = None) -> None:
-        """Flat uint8 on the lane's device, complete when `ready` happens. Raises `PeerLost`."""
+    def send(self, memory: torch.Tensor) -> None:
+        """Flat uint8 on the lane's device, complete by now. Raises `PeerLost`."""
         with torch.cuda.stream(self._stream):
-            if self._stream is not None and ready is not None:
-                self._stream.wait_event(ready)
             self._run("send", memory)
 
     def receive(self, memory: torch.Tensor) -> None:
@@ -122,13 +131,9 @@ class Lane:
             work.wait()  # lets the stream wait, and not this thread
         except RuntimeError as error:
             raise PeerLost(f"the other end of a lane has gone: {error}") from error
-        passed = self._stream.record_event()
-        deadline = time.monotonic() + _TIMEOUT_S
-        while not passed.query():
-            if time.monotonic() > deadline:
-                self._group.abort()  # or its kernel would spin for good
-                raise PeerLost(f"a packet did not pass within {_TIMEOUT_S:.0f} s")
-            time.sleep(_LOOK_S)
+        if not has_happened(self._stream.record_event()):
+            self._group.abort()  # or its kernel would spin for good
+            raise PeerLost(f"a packet did not pass within {_TIMEOUT_S:.0f} s")
 
 
 def _group(store: Store, rank: int, device: torch.device) -> Any:
@@ -136,10 +141,21 @@ def _group(store: Store, rank: int, device: torch.device) -> Any:
     if device.type == "cuda":
         # Else torch ends this process when a peer is lost; a lane gives up by itself.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-        group = c10d.ProcessGroupNCCL(store, rank, 2, c10d.ProcessGroupNCCL.Options())
+        # Where torch runs what it is asked for: on streams of the same kind as a lane's own.
+        wanted = c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        group = c10d.ProcessGroupNCCL(store, rank, 2, wanted)
         group._set_sequence_number_for_group()
         return group
     options = c10d.ProcessGroupGloo._Options()
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = timedelta(seconds=_TIMEOUT_S)
     return c10d.ProcessGroupGloo(store, rank, 2, options)
+
+
+def _stream_of_its_own(device: torch.device) -> torch.cuda.Stream:
+    """One on which nothing is computed.
+
+    torch hands out the same 32 streams of a priority over and over, so one of normal priority may
+    be the scheduler's: what it computes would wait behind a packet.
+    """
+    return torch.cuda.Stream(device, priority=_HIGH)  # type: ignore[no-untyped-call]

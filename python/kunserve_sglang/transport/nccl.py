@@ -1,9 +1,11 @@
 """Data plane between GPUs: tensors through NCCL, by `torch.distributed`; news of them by ZMQ.
 
 Threads pass the bytes on, one for each peer that is sent to and one for all that arrives. So a send
-ends soon whatever the scheduler of its receiver does, and work on the GPU that waits for a peer, as
-`cuCtxSynchronize` waits for it, never waits for a scheduler that waits as well. Neither thread asks
-for memory without bounds: what is too much waits in host memory.
+ends soon whatever the scheduler of its receiver does. Nothing is announced before it is complete:
+the kernel that receives it waits for a copy, never for what a peer computes. So a scheduler that
+waits for its whole GPU, as unmapping does, is waited for by nobody, not even where ranks wait for
+one another in a collective. Neither thread asks for memory without bounds: what is too much waits
+in host memory.
 
 On a CPU the same runs over gloo. What passes is not encrypted, only the news of it is.
 """
@@ -30,7 +32,7 @@ import zmq
 from kunserve_sglang.errors import PeerLost
 from kunserve_sglang.keys import MemberKeys
 from kunserve_sglang.transport.data import Packet, TensorSpec
-from kunserve_sglang.transport.lane import Lane, Rendezvous, visit
+from kunserve_sglang.transport.lane import Lane, Rendezvous, has_happened, visit
 from kunserve_sglang.transport.outboxes import Outboxes
 from kunserve_sglang.transport.ring import pack, packed_bytes, unpack
 from kunserve_sglang.transport.sockets import PacketSockets
@@ -188,9 +190,11 @@ class _Outbox:
     def _pass_on(self, leaving: _Leaving, name: str, lane: Lane, news: zmq.Socket[bytes]) -> None:
         memory = leaving.memory
         nbytes = 0 if memory is None else memory.nbytes
+        if leaving.ready is not None and not has_happened(leaving.ready):
+            raise PeerLost("what was to be sent to a peer was not computed in time")
         news.send(_encoder.encode(_Sent(name, leaving.header, leaving.specs, nbytes)))
         if memory is not None:
-            lane.send(memory.to(self._device), leaving.ready)
+            lane.send(memory.to(self._device))
             with self._lock:
                 self._queued_bytes -= nbytes
 
