@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from sglang.srt.distributed.parallel_state import graph_capture
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from kunserve_sglang.config import InstanceConfig
@@ -22,7 +24,7 @@ from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.policy.cost_model import CostModel
 from kunserve_sglang.sglang_seam import assembly
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
-from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
+from kunserve_sglang.sglang_seam.stage_graphs import Recorder, StageGraphs
 from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages
 from tests.support.member import Member
 
@@ -42,7 +44,7 @@ def main(model: str) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runner = _runner(model, folder)
         decoder = LayeredDecoder(runner.model)
-        graphs = StageGraphs(runner, decoder, ranges=(FIRST, LAST), sizes=SIZES, record=run_again)
+        graphs = StageGraphs(runner, decoder, ranges=(FIRST, LAST), sizes=SIZES, recording=again)
         stages = DeviceStages(runner, decoder, graphs)
         assert len(graphs) == 4
         table = _table()
@@ -55,6 +57,13 @@ def main(model: str) -> None:
         assert not stages.captured(prefill(), FIRST)
         _compare(runner, stages, prefill(), table, LAST)
     os._exit(0)  # SGLang's threads would not let it end
+
+
+@contextmanager
+def again() -> Iterator[Recorder]:
+    """SGLang's session, in which nothing is recorded."""
+    with graph_capture():
+        yield run_again
 
 
 def run_again(step: Callable[[], Hidden]) -> tuple[Callable[[], None], Hidden]:

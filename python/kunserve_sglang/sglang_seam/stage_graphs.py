@@ -6,11 +6,13 @@ all layers were here is good again whenever its layers are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.distributed.parallel_state import get_tp_group, graph_capture
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -25,21 +27,37 @@ from kunserve_sglang.sglang_seam.model import LayeredDecoder
 Recorder = Callable[[Callable[[], Hidden]], tuple[Callable[[], None], Hidden]]
 """Runs a step, and returns how to run it once more and where its results then are."""
 
+Recording = Callable[[], AbstractContextManager[Recorder]]
+"""A session in which steps are recorded."""
+
 _WARMUPS = 2
 """Kernels are compiled and chosen, which no graph can contain."""
 
 
-def record_cuda_graph(step: Callable[[], Hidden]) -> tuple[Callable[[], None], Hidden]:
-    """`Recorder` on a GPU. Graphs share memory: results stand until the next replay of any."""
-    for _ in range(_WARMUPS):
-        torch.cuda.synchronize()
-        step()
-    graph = torch.cuda.CUDAGraph()
+@contextmanager
+def cuda_graphs() -> Iterator[Recorder]:
+    """`Recording` on a GPU. Graphs share memory: results stand until the next replay of any.
+
+    It is SGLang's own session: the ranks' collectives take the ways that a graph can contain, and
+    at its end the ranks tell one another where those in the graphs find their data.
+    """
+    ranks = get_tp_group()
     pool = get_or_create_global_graph_memory_pool(torch.cuda)
-    torch.cuda.synchronize()
-    with model_capture_mode(), torch.cuda.graph(graph, pool=pool):
-        results = step()
-    return graph.replay, results
+    with model_capture_mode(), graph_capture() as session:
+
+        def record(step: Callable[[], Hidden]) -> tuple[Callable[[], None], Hidden]:
+            for _ in range(_WARMUPS):
+                torch.cuda.synchronize()
+                ranks.barrier()
+                step()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool=pool, stream=session.stream):
+                results = step()
+            return graph.replay, results
+
+        yield record
+    torch.cuda.synchronize()  # the session had a stream of its own
 
 
 class StageGraphs:
@@ -52,33 +70,33 @@ class StageGraphs:
         *,
         ranges: Sequence[LayerRange],
         sizes: Sequence[int],
-        record: Recorder = record_cuda_graph,
+        recording: Recording = cuda_graphs,
     ) -> None:
         self._runner = runner
         self._decoder = decoder
         self._ranges = ranges
         self._sizes = sizes
-        self._record = record
+        self._recording = recording
         self._captured: Captured[StageGraph] = Captured()
 
     def capture(self, make_backend: Callable[[], AttentionBackend], rows: torch.Tensor) -> None:
         """Record them all. `rows` are the numbers of the first rows of the backends' table.
 
-        To be called while all layers are here. A backend keeps the plan of one graph of each size,
-        so every range has one.
+        To be called while all layers are here, by all ranks at the same place of their program. A
+        backend keeps the plan of one graph of each size, so every range has one.
         """
         sizes = [size for size in self._sizes if size <= len(rows)]
         if not sizes:
             return
         buffers = _Buffers.for_requests(max(sizes), rows, self._runner)
-        with torch.no_grad():
+        with torch.no_grad(), self._recording() as record:
             for layers in self._ranges:
                 backend = make_backend()
                 backend.init_cuda_graph_state(max(sizes), max(sizes))
                 # The largest first: the others find their memory in what it has taken.
                 for size in reversed(sizes):
                     graph = StageGraph(layers, size, buffers, backend, self._decoder)
-                    graph.capture(self._record)
+                    graph.capture(record)
                     self._captured.add(layers, size, graph)
 
     def find(self, layers: LayerRange, requests: int) -> StageGraph | None:
