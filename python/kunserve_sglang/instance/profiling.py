@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -60,8 +59,6 @@ def measure(
     """
     work = list(work)
     clock = clock_of(ranks)
-    # Where there are several ranks, waiting for each other is a part of it.
-    timer = engine.clock if ranks.size == 1 else time.perf_counter
     deadline = clock() + budget_s
     # Once over everything: the first touch of a page costs more than computing on it.
     batch, table = _probe(max(work, key=lambda w: w.context))
@@ -73,7 +70,7 @@ def measure(
         kinds = Counter(bool(s.work.chunks) for s in samples)
         if clock() > deadline and min(kinds[True], kinds[False]) >= _LEAST:
             break
-        samples.append(Sample(work=shape, ms=_measure(engine, shape, timer)))
+        samples.append(Sample(work=shape, ms=_measure(engine, shape)))
     return samples
 
 
@@ -114,7 +111,7 @@ def _cache_folder() -> Path:
     return Path(base) / "kunserve" / "profiles"
 
 
-def _measure(engine: Engine, work: Work, timer: Callable[[], float]) -> float:
+def _measure(engine: Engine, work: Work) -> float:
     """Milliseconds per layer; the first run, which compiles kernels, does not count.
 
     Each run takes other layers, so that neither parameters nor KV are still in a cache.
@@ -128,9 +125,9 @@ def _measure(engine: Engine, work: Work, timer: Callable[[], float]) -> float:
     for repeat in range(1 + _REPEATS):
         first = repeat % windows * width
         layers = LayerRange(first, first + width)
-        started = timer()
+        started = engine.clock()
         engine.run_stage(batch, table, 0, layers, hidden)
-        times.append(timer() - started)
+        times.append(engine.clock() - started)
     return 1e3 * min(times[1:]) / width  # whatever disturbs a run makes it longer
 
 

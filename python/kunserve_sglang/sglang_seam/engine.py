@@ -260,8 +260,9 @@ class SglangEngine:
             torch.cuda.current_stream(self._place).synchronize()
 
     def clock(self) -> float:
-        if self._place.type == "cpu":
+        if self._place.type == "cpu" and self._scheduler.ranks.size == 1:
             # Of this thread: what other programs take of the core says nothing about the work.
+            # Several ranks wait for one another, which is a part of it.
             return time.thread_time()
         self.settle()
         return time.perf_counter()
