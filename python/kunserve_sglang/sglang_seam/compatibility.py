@@ -47,6 +47,13 @@ _FIXED = {
 _GPU_ATTENTION = ("flashinfer", "triton")
 """Attention backends of which a second one may run beside SGLang's own."""
 
+_COLLECTIVES = {
+    "enable_symm_mem": "symmetric memory of NCCL",
+    "enable_torch_symm_mem": "symmetric memory of torch",
+    "enable_mscclpp": "MSCCL++",
+}
+"""Server arguments for ways of collectives that nobody has tried in a stage."""
+
 
 def check_server_args(server_args: Any) -> None:
     """Raises `ConfigurationError` for the first combination that cannot work."""
@@ -71,9 +78,7 @@ def check_server_args(server_args: Any) -> None:
 
 def _check_gpu_args(server_args: Any) -> None:
     if server_args.tp_size > 1:
-        raise ConfigurationError(
-            f"--tp-size {server_args.tp_size}: on GPUs KunServe supports only 1 so far"
-        )
+        _check_collectives(server_args)
     for backend in server_args.get_attention_backends():
         if backend not in _GPU_ATTENTION:
             raise ConfigurationError(
@@ -86,16 +91,36 @@ def _check_gpu_args(server_args: Any) -> None:
         )
 
 
-def place_on_gpus(instances: int, there: int, *, first: int, each: int, budget: int) -> list[int]:
-    """The first GPU of every instance, in turns; each takes `each` of the `there` GPUs.
+def _check_collectives(server_args: Any) -> None:
+    for name, feature in _COLLECTIVES.items():
+        if getattr(server_args, name, None):
+            raise ConfigurationError(
+                f"{_flag(name)}: KunServe does not support {feature} among ranks yet"
+            )
+    fusion = "flashinfer_allreduce_fusion_backend"
+    if getattr(server_args, fusion, None):
+        # SGLang turns it on by itself for some models.
+        raise ConfigurationError(
+            f"{_flag(fusion)}: KunServe cuts a model between layers, where a fused all-reduce ties "
+            "them together; give --enforce-disable-flashinfer-allreduce-fusion"
+        )
+
+
+def place_on_gpus(
+    instances: int, there: int, *, first: int, ranks: int = 1, step: int = 1, budget: int
+) -> list[int]:
+    """The first GPU of every instance, in turns; each takes `ranks` of the `there` GPUs.
+
+    Every `step`-th of them, that is, from its first on.
 
     Raises `ConfigurationError` if that cannot be, or if some would share a GPU and none knows how
     much of it is its own (`budget`, 0 if unknown).
     """
-    places = (there - first) // each
+    span, each = (ranks - 1) * step + 1, ranks * step
+    places = (there - first - span) // each + 1
     if places < 1:
         raise ConfigurationError(
-            f"an instance needs {each} GPUs from number {first} on, and there are {there}"
+            f"an instance needs {span} GPUs from number {first} on, and there are {there}"
         )
     if instances > places and not budget:
         raise ConfigurationError(
@@ -136,12 +161,12 @@ def with_defaults(argv: list[str]) -> list[str]:
     """SGLang flags that a device needs and that suit a cluster, where the user gave none."""
     defaults: dict[str, list[str]] = {
         "--log-level": ["warning"],
-        "--disable-custom-all-reduce": [],
     }
     if wanted_device(argv) == "cpu":
         defaults["--device"] = ["cpu"]
         defaults["--attention-backend"] = ["torch_native"]
         defaults["--sampling-backend"] = ["pytorch"]
+        defaults["--disable-custom-all-reduce"] = []
     else:
         installed = importlib.util.find_spec("flashinfer") is not None
         defaults["--attention-backend"] = ["flashinfer" if installed else "triton"]

@@ -53,6 +53,9 @@ def preload(device: str) -> None:
         # Sized after capture, the KV pool would take what graphs and activations need: ours has
         # its size from the budget.
         os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] = "0"
+        # Ranks may differ in what is free while others that share their GPUs start: the budget, or
+        # the rank that has least, decides.
+        os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
         if not gpus_here():
             raise ConfigurationError("--device cuda: no CUDA device here that torch can use")
         return
@@ -93,8 +96,14 @@ def gpus_for(server_args: Any, instances: int, budget: int) -> list[int]:
     """The first GPU of every instance; all 0 where they use none. Raises `ConfigurationError`."""
     if server_args.device != "cuda":
         return [0] * instances
-    first, each = server_args.base_gpu_id, server_args.tp_size
-    return place_on_gpus(instances, gpus_here(), first=first, each=each, budget=budget)
+    return place_on_gpus(
+        instances,
+        gpus_here(),
+        first=server_args.base_gpu_id,
+        ranks=server_args.tp_size,
+        step=server_args.gpu_id_step,
+        budget=budget,
+    )
 
 
 def prompt_format(server_args: Any) -> PromptFormat | None:
