@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kunserve_sglang.config import Transport
 from kunserve_sglang.messages import TransitionKind
 from kunserve_sglang.router.events import Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
@@ -59,6 +60,25 @@ def test_running_requests_take_their_kv_along(pair: ScriptedCluster) -> None:
     assert dropping.result(READY_S).status is Outcome.COMMITTED
     assert differences(expected, got) == []
     assert pair.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+
+
+def test_two_cycles_as_on_gpus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With all that ranks on GPUs have: stages beside a device, lanes, results one step later."""
+    folder = tmp_path_factory.mktemp("as-on-gpus")
+    with small_cluster(
+        folder,
+        2,
+        tiny_model,
+        memory_budget=BUDGET,
+        ranks=2,
+        stages="device",
+        transport=Transport.NCCL,
+        disable_overlap_schedule=False,
+    ) as cluster:
+        events, differences = play_both(cluster, random_scripts(7, 2, PAIR_GATES))
+    assert differences == []
+    assert len(events) >= 2
+    assert sum(e.exchanged_bytes for e in events) > 0
 
 
 def test_pauses_and_aborts_while_cooperating(pair: ScriptedCluster) -> None:
