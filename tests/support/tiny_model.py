@@ -10,15 +10,15 @@ LAYERS = 8
 VOCABULARY = 512
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, *, hidden: int = 64, intermediate: int = 128) -> Path:
     """Write the model to `folder` and return it. Same weights every time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(20260101)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
