@@ -14,6 +14,8 @@ from benchmark.timeline import StatusReader
 _FLUSH_TIMEOUT_S = 20
 """The last answer is out a little before its request is off the books."""
 
+_DRAIN_S = 30
+
 _TIMEOUT_S = 90.0
 """Above the deadlines of a transition, so that its own error is what we get to see."""
 
@@ -29,13 +31,13 @@ class Control(StatusReader):
         """Whether the cluster drops and restores by itself."""
         await self._send("PUT", "/kunserve/policy", {"auto": auto})
 
-    async def drop(self) -> dict[str, Any]:
-        """All instances into one group; returns the event."""
-        return await self._transition("drop")
+    async def drop(self, *instances: int) -> dict[str, Any]:
+        """These instances, or all, into one group; returns the event."""
+        return await self._transition("drop", {"instances": instances} if instances else {})
 
     async def restore(self) -> dict[str, Any]:
         """Full replicas; returns the event."""
-        return await self._transition("restore")
+        return await self._transition("restore", {})
 
     async def trace(self, seconds: float) -> dict[str, Any]:
         """What the instances do from now on, as a Chrome trace."""
@@ -45,12 +47,16 @@ class Control(StatusReader):
         """Empty the prefix caches, so that no prompt is known from an earlier round."""
         await self._send("POST", f"/flush_cache?timeout={_FLUSH_TIMEOUT_S}", None)
 
+    async def drain(self, number: int) -> None:
+        """An instance, or a plain server, leaves when its requests are done."""
+        await self._send("DELETE", f"/workers/{number}?timeout_s={_DRAIN_S}", None)
+
     async def owner_urls(self) -> list[str]:
         """Where the instances themselves serve, in order of their numbers."""
         return [i["url"] for i in (await self.status())["instances"]]
 
-    async def _transition(self, kind: str) -> dict[str, Any]:
-        event = await self._send("POST", f"/kunserve/{kind}", {})
+    async def _transition(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        event = await self._send("POST", f"/kunserve/{kind}", body)
         if event["status"] != "committed":
             raise RunError(f"a {kind} was {event['status']}: {event['error']}")
         return event

@@ -1,12 +1,13 @@
 """Upstream SGLang as a cluster: plain servers of the pinned wheel, and our router before them.
 
 The wheel has nothing but the import guards that a CPU needs. Each server gets what an instance of
-KunServe has: its number of token slots, one scheduler thread, and the same core for it.
+KunServe has: its number of token slots, and the same cores for its scheduler, a thread each.
 """
 
 from __future__ import annotations
 
 import http.client
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -15,8 +16,9 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -28,19 +30,35 @@ from kunserve_sglang.processes import divide_cpus
 _BUILDER = Path(__file__).resolve().parent.parent / "scripts" / "build_sglang.py"
 _BUILD_TIMEOUT_S = 600.0
 _SERVING_TIMEOUT_S = 30.0
+_READY_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 30.0
 _FLAGS = (
-    *("--device", "cpu"),
-    *("--attention-backend", "torch_native"),
-    *("--sampling-backend", "pytorch"),
     *("--log-level", "warning"),
     # Else a server with nothing to do takes all of its core from the processes around it.
     "--sleep-on-idle",
 )
-_ENVIRONMENT = {
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",
-}
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """What a plain server needs on a device, beside the flags that it shares with KunServe."""
+
+    flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    guards: bool = False
+
+
+CPU = Platform(
+    flags=(
+        *("--device", "cpu"),
+        *("--attention-backend", "torch_native"),
+        *("--sampling-backend", "pytorch"),
+    ),
+    environment={"SGLANG_USE_CPU_ENGINE": "1"},
+    guards=True,
+)
+GPU = Platform()
 
 
 class PlainServer(Cluster):
@@ -48,24 +66,30 @@ class PlainServer(Cluster):
 
     def __init__(
         self,
-        tree: Path,
+        folder: Path,
         flags: Sequence[str],
+        environment: Mapping[str, str],
         cpus: tuple[int, ...],
         log: Path,
+        *,
+        ready_timeout_s: float = _READY_TIMEOUT_S,
+        stop_timeout_s: float = _STOP_TIMEOUT_S,
         on_wait: Callable[[float], None] | None = None,
     ) -> None:
-        """`tree` holds the unpacked wheel, and gets the server's temporary files."""
+        """`folder` gets the server's temporary files."""
         self._cpus = cpus
         launcher = (sys.executable, "-m", "sglang.launch_server")
         super().__init__(
             lambda port: [*launcher, *flags, *_FLAGS, "--port", str(port)],
             log,
+            ready_timeout_s=ready_timeout_s,
+            stop_timeout_s=stop_timeout_s,
             on_wait=on_wait,
             environment={
                 **_ENVIRONMENT,
+                **environment,
                 "OMP_NUM_THREADS": str(len(cpus)),
-                "PYTHONPATH": str(tree),
-                "TMPDIR": str(tree),
+                "TMPDIR": str(folder),
             },
         )
 
@@ -126,6 +150,9 @@ class UpstreamCluster:
         logs: Path,
         *,
         num_instances: int = 2,
+        platform: Platform = CPU,
+        ready_timeout_s: float = _READY_TIMEOUT_S,
+        stop_timeout_s: float = _STOP_TIMEOUT_S,
         on_wait: Callable[[float], None] | None = None,
     ) -> None:
         """`slots` is the number of KV token slots of each server."""
@@ -133,7 +160,11 @@ class UpstreamCluster:
             *("--model-path", str(model_path)),
             *("--max-total-tokens", str(slots)),
             *sglang_flags,
+            *platform.flags,
         ]
+        self._platform = platform
+        self._ready_timeout_s = ready_timeout_s
+        self._stop_timeout_s = stop_timeout_s
         self._logs = logs
         self._count = num_instances
         self._on_wait = on_wait
@@ -145,10 +176,17 @@ class UpstreamCluster:
         """Raises `ClusterError` if one of them does not become ready."""
         with self._stack as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="upstream-")))
-            unpack_upstream(folder)
+            environment = {**self._platform.environment, **self._path(folder)}
             servers = [
                 PlainServer(
-                    folder, self._flags, cpus, self._logs / f"upstream-{i}.log", self._on_wait
+                    folder,
+                    self._flags,
+                    environment,
+                    cpus,
+                    self._logs / f"upstream-{i}.log",
+                    ready_timeout_s=self._ready_timeout_s,
+                    stop_timeout_s=self._stop_timeout_s,
+                    on_wait=self._on_wait,
                 )
                 for i, cpus in enumerate(divide_cpus(self._count))
             ]
@@ -174,6 +212,14 @@ class UpstreamCluster:
         for member in self._members:
             member.check_running()
 
+    def _path(self, folder: Path) -> dict[str, str]:
+        """Where servers find upstream's SGLang: unpacked in `folder`, unless it is installed."""
+        if not self._platform.guards and upstream_installed():
+            return {}
+        unpack_upstream(folder)
+        inherited = os.environ.get("PYTHONPATH")
+        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), inherited)))}
+
     def _wait_until_serving(self) -> None:
         deadline = time.monotonic() + _SERVING_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -182,6 +228,11 @@ class UpstreamCluster:
             self.check_running()
             time.sleep(0.1)
         raise ClusterError("the router did not find the plain servers healthy")
+
+
+def upstream_installed() -> bool:
+    """Whether the SGLang that is imported here is upstream's own, and not the fork."""
+    return "+" not in importlib.metadata.version("sglang")
 
 
 def unpack_upstream(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""What a check is, and how it ends."""
+"""What a check is, what it finds, and how it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmark import checks
 from kunserve_sglang.memory import PhysicalPagePool
 from kunserve_sglang.memory.cuda import CudaPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
@@ -29,6 +30,41 @@ class Status(StrEnum):
     NOT_POSSIBLE = "not possible"
 
 
+class Findings:
+    """What a check has measured so far, and the limits that some of it was held to.
+
+    A limit is `what`, `value`, `bar` and `ok`, as in the other benchmarks.
+    """
+
+    def __init__(self, keep: Callable[[Findings], None] | None = None) -> None:
+        """`keep` is told after each finding, so that none is lost with those that follow."""
+        self.figures: Figures = {}
+        self.limits: list[dict[str, Any]] = []
+        self._keep = keep
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Figures that are to be read."""
+        self.figures.update(figures)
+        self._kept()
+
+    def at_most(self, what: str, value: float, most: float) -> None:
+        self.limits.append(checks.check(what, value, most=most))
+        self._kept()
+
+    def at_least(self, what: str, value: float, least: float) -> None:
+        self.limits.append(checks.check(what, value, least=least))
+        self._kept()
+
+    @property
+    def missed(self) -> str:
+        """The limits that do not hold, in words; empty if all do."""
+        return "; ".join(f"{m['what']}: {m['value']:g}" for m in checks.failed(self.limits))
+
+    def _kept(self) -> None:
+        if self._keep is not None:
+            self._keep(self)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a check ended; `reason` says why it is not `OK`."""
@@ -37,6 +73,7 @@ class Outcome:
     status: Status
     seconds: float = 0.0
     figures: Figures = field(default_factory=dict)
+    limits: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
 
 
@@ -58,21 +95,35 @@ class Bench:
         pages = CudaPages(self.open_gpu(), page_bytes, self.device)
         return PhysicalPagePool(pages, nbytes // page_bytes)
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Until all work on the device is done."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
 
 @dataclass(frozen=True)
 class Check:
-    """Raises `AssertionError` if what it looks for is not so, `NotPossible` if it cannot look."""
+    """Raises `AssertionError` if what it looks for is not so, `NotPossible` if it cannot look.
+
+    It has `limit_s` seconds, and those that the checks before it did not need.
+    """
 
     name: str
     what: str
     limit_s: float
-    run: Callable[[Bench], Figures]
+    run: Callable[[Bench, Findings], None]
 
-    def outcome(self, bench: Bench) -> dict[str, Any]:
-        """Run it here; status, figures and reason."""
+    def outcome(self, bench: Bench, found: Findings) -> dict[str, Any]:
+        """Run it here; status and reason."""
         try:
-            return {"status": Status.OK, "figures": self.run(bench)}
+            self.run(bench, found)
         except NotPossible as why:
             return {"status": Status.NOT_POSSIBLE, "reason": str(why)}
         except AssertionError as what:
             return {"status": Status.FAILED, "reason": str(what) or "an assertion failed"}
+        missed = found.missed
+        return {"status": Status.FAILED if missed else Status.OK, "reason": missed}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmark.gpu.check import Bench, Figures
+from benchmark.gpu.check import Bench, Findings
 from kunserve_sglang.transport.cuda_ring import CudaRings
 from kunserve_sglang.transport.data import Packet
 from kunserve_sglang.transport.local import LocalDataPlane
@@ -19,7 +19,7 @@ _WAIT_S = 40.0
 _ROUNDS = 50
 
 
-def transport(bench: Bench) -> Figures:
+def transport(bench: Bench, found: Findings) -> None:
     """Packets of tensors there and back: they come whole, and how long they take."""
     with tempfile.TemporaryDirectory() as folder:
         plane = _plane(bench, f"{folder}/here")
@@ -28,19 +28,17 @@ def transport(bench: Bench) -> Figures:
         try:
             hello = _next(plane)
             plane.connect({1: hello.header.decode()})
-            figures: Figures = {}
             for name, nbytes in (("small", bench.gib >> 14), ("large", bench.gib >> 4)):
                 seconds = _round_trip(bench, plane, nbytes)
-                figures[f"{name} packet there and back, ms"] = round(1000 * seconds, 3)
+                found.note({f"{name} packet there and back, ms": round(1000 * seconds, 3)})
                 if name == "large":
-                    figures["bandwidth, GB/s"] = round(2 * nbytes / seconds / 1e9, 2)
+                    found.note({"bandwidth, GB/s": round(2 * nbytes / seconds / 1e9, 2)})
             plane.send(1, b"end")
             child.join(_WAIT_S)
         finally:
             child.kill()
             child.join()
             plane.close()
-    return figures
 
 
 def _round_trip(bench: Bench, plane: LocalDataPlane, nbytes: int) -> float:

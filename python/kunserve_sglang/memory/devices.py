@@ -30,7 +30,7 @@ def open_pool(
         driver = MemfdDriver(page, name)
     elif device.type == "cuda":
         gpu = CudaDevice(device.index or 0)
-        page = page_bytes or page_bytes_for(budget, gpu.granularity, _LARGEST_ON_CUDA)
+        page = page_bytes or page_bytes_on_cuda(budget, gpu.granularity)
         driver = CudaPages(gpu, page)
     else:
         raise ConfigurationError(f"--device {device.type}: KunServe has no pages there")
@@ -42,6 +42,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def page_bytes_on_cuda(budget: int, granularity: int) -> int:
+    """The page size of an instance on a GPU whose driver maps multiples of `granularity`."""
+    return page_bytes_for(budget, granularity, _LARGEST_ON_CUDA)
 
 
 def page_bytes_for(budget: int, smallest: int, largest: int) -> int:
