@@ -105,6 +105,18 @@ def test_a_budget_beyond_the_device_is_refused_in_one_line() -> None:
     assert fake.clean
 
 
+def test_memory_that_torch_keeps_unused_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of an instance come and go, and torch returns nothing by itself."""
+    fake = FakeCuda(granularity=PAGE, memory=4 * PAGE)
+    gpu = CudaDevice(0, fake)
+    pages, kept = CudaPages(gpu, PAGE, CPU), [gpu.create(2 * PAGE)]
+    monkeypatch.setattr(pages, "reclaim", lambda: gpu.release(kept.pop()))
+    pages.commit(4)
+    assert (kept, fake.used) == ([], 4 * PAGE)
+    pages.close()
+    assert fake.clean
+
+
 def test_a_page_is_a_multiple_of_what_the_driver_asks_for(fake: FakeCuda) -> None:
     gpu = CudaDevice(0, fake)
     with pytest.raises(InternalError, match="no multiple"):

@@ -203,6 +203,18 @@ def test_both_ends_agree_on_whose_memory_it_is(tmp_path: Path) -> None:
     b.close()
 
 
+def test_without_memory_for_a_ring_a_peer_cannot_be_reached(tmp_path: Path) -> None:
+    """So the member votes against a drop, where it would otherwise end in the middle of it."""
+    fake = FakeCuda(granularity=4096, memory=16 << 10)
+    gpu = CudaRings(partial(CudaDevice, 0, fake), torch.device("cpu"))
+    a, b = LocalDataPlane(str(tmp_path / "a"), rings=gpu), LocalDataPlane(str(tmp_path / "b"))
+    with pytest.raises(PeerLost, match=r"no ring to a peer: .* --memory-budget"):
+        a.connect({1: b.address})
+    assert fake.clean
+    a.close()
+    b.close()
+
+
 def test_more_than_the_ring_holds(pair: tuple[LocalDataPlane, LocalDataPlane]) -> None:
     """Large tensors, and many that nobody has taken yet, and the socket full of notes."""
     a, b = pair

@@ -17,6 +17,8 @@ from kunserve_sglang.errors import ConfigurationError, DriverError, InternalErro
 from kunserve_sglang.memory.cuda_driver import CudaDevice, Handle
 from kunserve_sglang.memory.dlpack import tensor_at
 
+_OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+
 
 class CudaPages:
     """`PageDriver` on one GPU; page `i` is the i-th allocation made."""
@@ -38,15 +40,25 @@ class CudaPages:
     def commit(self, pages: int) -> None:
         while len(self._handles) < pages:
             try:
-                self._handles.append(self._gpu.create(self.page_bytes))
+                self._handles.append(self._create())
             except DriverError as error:
-                if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
+                if error.code != _OUT_OF_MEMORY:
                     raise
                 missing = (pages - len(self._handles)) * self.page_bytes >> 20
                 raise ConfigurationError(
                     f"{self._device} has {self._gpu.memory()[0] >> 20} MiB left where the memory "
                     f"budget needs {missing} MiB more; give a smaller --memory-budget"
                 ) from error
+
+    def _create(self) -> Handle:
+        """One page; where there is no memory left, of what torch keeps and does not use."""
+        try:
+            return self._gpu.create(self.page_bytes)
+        except DriverError as error:
+            if error.code != _OUT_OF_MEMORY:
+                raise
+        self.reclaim()
+        return self._gpu.create(self.page_bytes)
 
     def reclaim(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from kunserve_sglang.errors import ConfigurationError, PeerLost
 from kunserve_sglang.memory.cuda import CudaPages, ForeignPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.transport.data import TensorSpec
@@ -38,7 +39,11 @@ class CudaRings:
         self._device = device
 
     def writer(self, nbytes: int) -> Writer:
-        return _CudaWriter(self._open(), nbytes, self._device)
+        """Raises `PeerLost` if the GPU has no memory left beside what the budget has taken."""
+        try:
+            return _CudaWriter(self._open(), nbytes, self._device)
+        except ConfigurationError as error:
+            raise PeerLost(f"no ring to a peer: {error}") from error
 
     def reader(self, fds: list[int]) -> Reader:
         return _CudaReader(self._open(), fds, self._device)
@@ -51,7 +56,11 @@ class _CudaWriter(RingWriter):
             page *= 2
         count = -(-nbytes // page)
         self._pages = CudaPages(gpu, page, device)
-        self._pages.commit(count)
+        try:
+            self._pages.commit(count)
+        except ConfigurationError:
+            self._pages.close()
+            raise
         address = self._pages.reserve(count * page)
         self._pages.map(address, range(count))
         super().__init__(count * page, self._pages.tensor(address, count * page))

@@ -166,9 +166,9 @@ class _Outbox:
         self._path = path
         self._epoll = epoll
         self._waiting: deque[tuple[bytes, list[int]]] = deque()
+        self._ring = rings.writer(ring_bytes)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_CONNECT_TIMEOUT_S)
-        self._ring = rings.writer(ring_bytes)
         try:
             self._socket.connect(path)
         except OSError as error:

@@ -101,7 +101,9 @@ class Rings(Protocol):
 
     kind: bytes
 
-    def writer(self, nbytes: int) -> Writer: ...
+    def writer(self, nbytes: int) -> Writer:
+        """Raises `PeerLost` if there is no memory for it."""
+        ...
 
     def reader(self, fds: list[int]) -> Reader:
         """Takes over `fds`."""
