@@ -14,16 +14,18 @@ from benchmark.gpu.side_by_side import side_by_side
 from benchmark.gpu.tokens import token_identity
 from benchmark.gpu.transport import transport
 
+_CLUSTERS = "tests/gpu/test_ranks.py"
+
 TOTAL_S = 480.0
 """All checks together take no longer."""
 
 
 def tests(_: Bench, found: Findings) -> None:
-    """The tests that are marked `gpu` or `multi_gpu`."""
+    """The tests for GPUs, but for those that start clusters over several, which take minutes."""
     for needed in ("hypothesis", "pytest", "pytest_timeout"):
         if importlib.util.find_spec(needed) is None:
             raise NotPossible(f"the package {needed} is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", f"--ignore={_CLUSTERS}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout)
     summary = re.findall(r"(\d+) (passed|failed|skipped)", done.stdout)
