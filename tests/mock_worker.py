@@ -68,7 +68,7 @@ MODEL = ModelIdentity(
     versions={"sglang": "1", "kunserve-sglang": "2"},
 )
 
-_PATIENCE_S = 10.0
+_PATIENCE_S = 20.0
 """What a test holds back it lets go again within this time."""
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class Background:
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
+        self._thread.join(30)
         assert not self._thread.is_alive()
         self.loop.close()
 
@@ -285,7 +285,7 @@ class MockInstance:
     def hang_up(self) -> None:
         """End the control connection, and nothing else."""
         self._stopping.set()
-        self._thread.join(10)
+        self._thread.join(30)
         assert not self._thread.is_alive()
 
     def _capacity(self) -> int:

@@ -164,7 +164,7 @@ class RouterCluster(Client):
     def stop_router(self) -> None:
         """End the router, and all that it has begun; its instances go on without it."""
         self._background.loop.call_soon_threadsafe(self._stop.set)
-        self._serving.result(10)
+        self._serving.result(30)
         assert not self._background.run(_tasks_of_the_router())
 
     def start_router(self) -> None:

@@ -119,7 +119,7 @@ def test_nothing_is_left_behind(
         assert len(family) >= 8
         known = {*shared_before, *held_in_shared_memory(except_by=[p.pid for p in family])}
         launcher.send_signal(end)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive, (alive, log_tail(tmp_path / "log"))
 
     wait_until_nothing_is_left(temporary, known)

@@ -106,7 +106,7 @@ def test_two_ranks_an_instance(
         family += [launcher, *launcher.children(recursive=True)]
         known = {*shared_before, *held_in_shared_memory(except_by=[p.pid for p in family])}
         launcher.send_signal(signal.SIGKILL)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive, (alive, log_tail(log))
 
     wait_until_nothing_is_left(temporary, known)

@@ -39,7 +39,7 @@ class ControlThread:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, args=(config, address), daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(30)
 
     def begin(self, work: Callable[[ControlPlane], Coroutine[Any, Any, Any]]) -> Future[Any]:
         """Run a coroutine there."""
@@ -51,7 +51,7 @@ class ControlThread:
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(10)
+        self._thread.join(30)
         assert not self._thread.is_alive()
 
     def _serve(self, config: ClusterConfig, address: str) -> None:
@@ -135,7 +135,7 @@ class ScriptedCluster:
             with contextlib.suppress(BrokenPipeError):
                 link.send(("stop", None))
         for process in (p for members in self._processes for p in members):
-            process.join(10)
+            process.join(30)
             if process.is_alive():
                 process.kill()
         self.control.stop()
@@ -250,7 +250,7 @@ class ScriptedCluster:
         for process in self._processes[member]:
             process.kill()
         for process in self._processes[member]:
-            process.join(10)
+            process.join(30)
         self.refuse_http(member)
 
     def refuse_http(self, member: int) -> None:

@@ -69,7 +69,7 @@ def test_an_early_end_shows_the_log(tmp_path: Path) -> None:
 def test_a_late_end_shows_the_log(tmp_path: Path) -> None:
     with cluster(tmp_path / "a.log", READY, "print('out of memory', flush=True)") as short:
         assert short._process is not None
-        short._process.wait(10)
+        short._process.wait(30)
         with pytest.raises(ClusterError, match=r"ended with status 0(?s:.*)out of memory"):
             short.check_running()
 

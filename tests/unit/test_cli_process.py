@@ -32,7 +32,7 @@ def process(*words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         yield started
     finally:
         started.kill()
-        started.wait(10)
+        started.wait(30)
 
 
 class Output:
@@ -52,7 +52,7 @@ class Output:
 
 def interrupt(started: subprocess.Popen[bytes]) -> int:
     started.send_signal(signal.SIGINT)
-    return started.wait(10)
+    return started.wait(30)
 
 
 def test_events_are_followed_until_ctrl_c(router: RouterCluster, tmp_path: Path) -> None:

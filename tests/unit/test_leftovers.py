@@ -46,7 +46,7 @@ def test_a_file_is_left_behind_once_nobody_holds_it(how: str) -> None:
             assert inode not in held_in_shared_memory(except_by=[process.pid])
             assert path not in left_in_shared_memory(before)
             process.kill()
-            process.wait(10)
+            process.wait(30)
             assert path in left_in_shared_memory(before)
             assert path not in left_in_shared_memory({*before, inode})
         finally:

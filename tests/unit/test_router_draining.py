@@ -39,7 +39,7 @@ def hold_back(instance: MockInstance) -> threading.Event:
     go = threading.Event()
 
     def vote(message: Prepare) -> Vote:
-        assert go.wait(5)
+        assert go.wait(20)
         return Vote(call=message.call, epoch=message.transition.epoch, ok=True)
 
     instance.on_prepare = vote

@@ -171,6 +171,6 @@ def test_a_router_ends_with_its_launcher(port: int, tmp_path: Path) -> None:
     (router,) = psutil.Process(launcher.pid).children()
     launcher.kill()
     launcher.wait()
-    _, alive = psutil.wait_procs([router], timeout=5)
+    _, alive = psutil.wait_procs([router], timeout=30)
     assert not alive
     assert not folder.exists()
