@@ -31,12 +31,16 @@ class Round:
         return sum(r.output_tokens for r in self.results) / (last - first)
 
     @property
+    def ttfts_ms(self) -> list[float]:
+        return [1e3 * r.ttft_s for r in self.results]
+
+    @property
     def median_ttft_ms(self) -> float:
-        return 1e3 * float(np.median([r.ttft_s for r in self.results]))
+        return median(self.ttfts_ms)
 
     @property
     def p99_ttft_ms(self) -> float:
-        return 1e3 * float(np.percentile([r.ttft_s for r in self.results], 99))
+        return float(np.percentile(self.ttfts_ms, 99))
 
     @property
     def median_tpot_ms(self) -> float:
