@@ -26,6 +26,7 @@ from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.report import describe_machine, dumps
 from kunserve_sglang.config import parse_size
 from kunserve_sglang.policy.cost_model import Chunk, CostModel, Sample, Work, errors, fit
+from kunserve_sglang.policy.profile import UNHURRIED
 
 MEDIAN_BAR = 0.05
 """Largest median error, relative, of the cost model (paper section 4.4: below 5 %)."""
@@ -180,7 +181,8 @@ def measured(flags: argparse.Namespace, model: Path, console: Console) -> dict[s
     # Importing torch takes seconds; `--help` and the tests of the pure parts do without.
     import torch
 
-    from kunserve_sglang.instance.profiling import measure, shapes
+    from kunserve_sglang.instance.profiling import measure
+    from kunserve_sglang.sglang_seam.assembly import shapes_for
 
     chunk = flags.chunked_prefill_size
     with local_scheduler(
@@ -190,7 +192,7 @@ def measured(flags: argparse.Namespace, model: Path, console: Console) -> dict[s
         chunked_prefill_size=chunk,
     ) as scheduler:
         slots, context = scheduler.max_total_num_tokens, scheduler.model_config.context_len
-        seen = list(shapes(slots, context, chunk))
+        seen = shapes_for(scheduler)
         unseen = unseen_shapes(seen, slots, context, chunk)
         profiles: list[list[Sample]] = []
         others: list[list[Sample]] = []
@@ -199,7 +201,7 @@ def measured(flags: argparse.Namespace, model: Path, console: Console) -> dict[s
             task = bar.add_task("measuring", total=2 * flags.passes)
             for _ in range(flags.passes):
                 for work, found in ((seen, profiles), (unseen, others)):
-                    found.append(measure(scheduler.engine, work, budget_s=float("inf")))
+                    found.append(measure(scheduler.engine, work, UNHURRIED))
                     bar.advance(task)
         share = noise.share()
     samples = best_of(profiles)

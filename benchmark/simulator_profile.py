@@ -24,6 +24,7 @@ from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine
 from kunserve_sglang.config import parse_size
 from kunserve_sglang.policy.cost_model import fit
+from kunserve_sglang.policy.profile import UNHURRIED
 from kunserve_sglang.simulation.profile import Links, Profile, StepCost, load_profile
 
 LINKS = Links(
@@ -41,7 +42,8 @@ def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, fl
     """What one scheduler shows, and the share of the cores that other programs took meanwhile."""
     import torch
 
-    from kunserve_sglang.instance.profiling import measure, shapes
+    from kunserve_sglang.instance.profiling import measure
+    from kunserve_sglang.sglang_seam.assembly import shapes_for
 
     with local_scheduler(
         model,
@@ -50,12 +52,9 @@ def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, fl
         chunked_prefill_size=flags.chunked_prefill_size,
     ) as scheduler:
         noise = Noise()
-        context = scheduler.model_config.context_len
-        work = list(shapes(scheduler.max_total_num_tokens, context, flags.chunked_prefill_size))
+        work = shapes_for(scheduler)
         with torch.inference_mode():
-            passes = [
-                measure(scheduler.engine, work, budget_s=float("inf")) for _ in range(flags.passes)
-            ]
+            passes = [measure(scheduler.engine, work, UNHURRIED) for _ in range(flags.passes)]
             costs = fit(best_of(passes))
         runner: Any = scheduler.tp_worker.model_runner
         memory = runner.kv_cache_configurator.profile

@@ -143,3 +143,68 @@ def test_there_is_enough_for_every_chunk_and_little_more(
     tokens = sum(chunk.tokens for chunk in found)
     assert tokens >= min(count * limit, sum(min(p.tokens, limit) for p in prompts))
     assert tokens < (count + 1) * limit
+
+
+def scaled(model: CostModel, factor: float) -> CostEstimate:
+    return CostEstimate(
+        CostModel(
+            prefill=tuple(factor * c for c in model.prefill),
+            decode=tuple(factor * c for c in model.decode),
+        )
+    )
+
+
+@given(
+    st.integers(-10, 0),
+    st.integers(0, 64),
+    st.lists(st.builds(Chunk, st.integers(0, 20_000), st.integers(1, 8192)), max_size=3),
+    st.lists(st.floats(0.5, 500), max_size=3),
+)
+def test_a_device_that_is_faster_at_everything_gets_the_same_micro_batches(
+    speed: int, decodes: int, prompts: list[Chunk], others: list[float]
+) -> None:
+    """Nothing is decided by a time or a size that suits one kind of device."""
+    factor = 2.0**speed
+    work = Work(decodes=decodes, context=300 * decodes)
+    slow, fast = (
+        look_ahead(
+            scaled(COSTS.model, f),
+            work,
+            prompts,
+            [peer(f * ms) for ms in others],
+            layers=LAYERS,
+            stages=len(others) + 1,
+        )
+        for f in (1.0, factor)
+    )
+    assert (slow.count, slow.chunk_tokens) == (fast.count, fast.chunk_tokens)
+    assert fast.round_ms == factor * slow.round_ms
+
+
+ON_A_GPU = CostEstimate(
+    CostModel(prefill=(0.1, 0.0, 7e-4, 5e-8, 0.0, 0.0), decode=(0.1, 1e-4, 5e-7))
+)
+"""Reading the parameters takes as long as computing on 140 tokens."""
+
+
+def test_where_parameters_are_read_longer_chunks_are_longer() -> None:
+    """Beside a peer that decodes; of the same prompt, whose every token a CPU computes slowly."""
+    other = peer(LAYERS * ON_A_GPU.predict(Work(decodes=64, context=64 * 500)))
+    prompt = Chunk(0, 1000)
+    outlook = look_ahead(ON_A_GPU, Work(), [prompt], [other], layers=LAYERS, stages=2)
+    least = 4 * ON_A_GPU.predict(Work(chunks=(Chunk(0, 1),)))
+    cut = ON_A_GPU.predict(Work(chunks=(Chunk(0, outlook.chunk_tokens),)))
+    assert 400 < outlook.chunk_tokens < 1000
+    assert cut > 0.8 * least
+    slow = peer(LAYERS * COSTS.predict(Work(decodes=1, context=1)))
+    on_a_cpu = look_ahead(COSTS, Work(), [prompt], [slow], layers=LAYERS, stages=2)
+    assert on_a_cpu.chunk_tokens < outlook.chunk_tokens
+
+
+def test_where_parameters_are_all_that_counts_a_decode_step_stays_whole() -> None:
+    step = Work(decodes=64, context=64 * 300)
+    other = peer(LAYERS * ON_A_GPU.predict(step))
+    outlook = look_ahead(ON_A_GPU, step, [], [other], layers=LAYERS, stages=2)
+    assert outlook.count == 1
+    alone = look_ahead(ON_A_GPU, Work(decodes=4, context=400), [], [], layers=LAYERS, stages=2)
+    assert alone.count == 1

@@ -1,11 +1,12 @@
-"""The profile at start: which shapes, what they look like, and that it ends."""
+"""The profile at start: what the shapes look like, how they are timed, and that it ends."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from kunserve_sglang.instance import profiling
 from kunserve_sglang.instance.engine import Hidden, StageBatch
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.policy.cost_model import Chunk, Work
+from kunserve_sglang.policy.profile import ON_DEVICE, ON_HOST, Timing, shapes
 
 
 class RecordingEngine:
@@ -29,6 +31,12 @@ class RecordingEngine:
     def clock(self) -> float:
         return time.thread_time()
 
+    def settle(self) -> None:
+        return None
+
+    def captured(self, batch: StageBatch) -> Sequence[LayerRange]:  # noqa: ARG002
+        return ()
+
     def forget_owners(self) -> None:
         return None
 
@@ -43,31 +51,24 @@ class RecordingEngine:
         return hidden
 
 
-def measure(work: list[Work], **arguments: Any) -> tuple[RecordingEngine, list[Work]]:
+def measure(work: list[Work], timing: Timing = ON_HOST) -> tuple[RecordingEngine, list[Work]]:
     engine = RecordingEngine()
-    samples = profiling.measure(engine, work, **arguments)  # type: ignore[arg-type]
+    samples = profiling.measure(engine, work, timing)  # type: ignore[arg-type]
     return engine, [s.work for s in samples]
 
 
-def test_shapes_fit_the_memory_and_the_context() -> None:
-    for slots, context in ((64, 4096), (500, 300), (100_000, 4096)):
-        for work in profiling.shapes(slots, context, 256):
-            assert work.context <= slots
-            assert sum(c.prefix + c.tokens for c in work.chunks) <= slots
-            assert all(c.prefix + c.tokens <= context for c in work.chunks)
-
-
-def test_every_shape_is_run_as_it_is_described() -> None:
-    work = list(profiling.shapes(2000, 1000, 256))
-    engine, measured = measure(work)
+@pytest.mark.parametrize(("device", "timing"), [("cpu", ON_HOST), ("cuda", ON_DEVICE)])
+def test_every_shape_is_run_as_it_is_described(device: str, timing: Timing) -> None:
+    work = shapes(device, slots=2000, context=1000, chunk=256, running=32)
+    engine, measured = measure(work, timing)
     assert sorted(map(repr, measured)) == sorted(map(repr, work))
     assert {repr(batch.work()) for batch, _ in engine.runs} == {repr(w) for w in work}
     assert all(0 <= r.lo < r.hi <= engine.layer_count for _, r in engine.runs)
 
 
 def test_a_slow_machine_measures_a_part_of_each_kind() -> None:
-    work = list(profiling.shapes(2000, 1000, 256))
-    _, measured = measure(work, budget_s=0)
+    work = shapes("cpu", slots=2000, context=1000, chunk=256, running=32)
+    _, measured = measure(work, msgspec.structs.replace(ON_HOST, budget_s=0))
     assert len(measured) < len(work) / 2
     assert sum(bool(w.chunks) for w in measured) >= 4
     assert sum(bool(w.decodes) for w in measured) >= 4
@@ -94,3 +95,52 @@ def test_a_broken_cache_is_measured_anew(monkeypatch: pytest.MonkeyPatch, tmp_pa
     again = RecordingEngine()
     profiling.load_or_measure(again, "key", work)  # type: ignore[arg-type]
     assert again.runs
+
+
+class LateDevice(RecordingEngine):
+    """Takes work at once and does it later: time that has not been waited for is not seen.
+
+    A layer of a graph takes 2 ms, any other 5 ms, and in the first two runs of a shape ten times as
+    long.
+    """
+
+    layer_count = 12
+    graphs = (LayerRange(0, 5), LayerRange(5, 12))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.pending = 0.0
+        self.waits = 0
+        self._runs = 0
+
+    def captured(self, batch: StageBatch) -> Sequence[LayerRange]:
+        return self.graphs if batch.decode else ()
+
+    def forget_owners(self) -> None:
+        self._runs = 0
+
+    def run_stage(
+        self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
+    ) -> Hidden:
+        self._runs += 1
+        a_layer = 2e-3 if layers in self.graphs else 5e-3
+        self.pending += a_layer * len(layers) * (10 if self._runs <= 2 else 1)
+        return super().run_stage(batch, table, base, layers, hidden)
+
+    def settle(self) -> None:
+        self.waits += 1
+        self.now += self.pending
+        self.pending = 0.0
+
+    def clock(self) -> float:
+        self.settle()
+        return self.now
+
+
+def test_a_device_is_waited_for_and_warmed_up_and_runs_its_graphs() -> None:
+    engine = LateDevice()
+    work = shapes("cuda", slots=2000, context=1000, chunk=256, running=8)
+    samples = profiling.measure(engine, work, ON_DEVICE)  # type: ignore[arg-type]
+    assert {round(s.ms, 6) for s in samples if s.work.decodes} == {2.0}
+    assert {round(s.ms, 6) for s in samples if s.work.chunks} == {5.0}
+    assert {r for batch, r in engine.runs[1:] if batch.decode} == set(engine.graphs)

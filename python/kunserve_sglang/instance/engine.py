@@ -124,6 +124,10 @@ class Engine(Protocol):
         """
         ...
 
+    def captured(self, batch: StageBatch) -> Sequence[LayerRange]:
+        """Ranges of layers through which `run_stage` takes such a batch by a graph."""
+        ...
+
     def blank_hidden(self, tokens: int) -> Hidden:
         """Hidden states of no meaning, for measuring what layers cost."""
         ...

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,14 +17,10 @@ from kunserve_sglang.instance.ranked import clock_of
 from kunserve_sglang.instance.ranks import Fact, OneRank, Ranks
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.policy.cost_model import Chunk, CostModel, Sample, Work, fit
+from kunserve_sglang.policy.profile import ON_HOST, Timing
 
 _LAYERS = 6
 """Decoder layers are alike: a few tell enough, in a fraction of the time."""
-
-_REPEATS = 3
-
-BUDGET_S = 20.0
-"""Time for a profile; instances start no later than this because of it."""
 
 _STRIDE = 5
 _LEAST = 4
@@ -34,32 +30,17 @@ _ALONE = OneRank()
 _MODEL: Fact[CostModel | None] = Fact("costs", msgspec.msgpack.Decoder(CostModel | None))
 
 
-def shapes(slots: int, context: int, chunk: int) -> Iterator[Work]:
-    """What is measured, as far as `slots` slots and requests of `context` tokens allow."""
-    for decodes in (1, 2, 4, 8, 16, 32, 64):
-        for length in (16, 128, 512, 1024):
-            if decodes * length <= slots and length <= context:
-                yield Work(decodes=decodes, context=decodes * length)
-    for tokens in sorted({16, 32, 64, min(128, chunk), min(256, chunk), min(512, chunk)}):
-        for prefix in (0, 128, 512, 1024):
-            if prefix + tokens <= min(slots, context):
-                yield Work(chunks=(Chunk(prefix, tokens),))
-    for many in (2, 4, 8):
-        if many * 32 <= min(slots, chunk):
-            yield Work(chunks=(Chunk(0, 32),) * many)
-
-
 def measure(
-    engine: Engine, work: Iterable[Work], budget_s: float = BUDGET_S, ranks: Ranks = _ALONE
+    engine: Engine, work: Iterable[Work], timing: Timing = ON_HOST, ranks: Ranks = _ALONE
 ) -> list[Sample]:
     """Run shapes on this instance's own layers. To be called while all slots are free.
 
-    A slow machine gets through a part of them in `budget_s`; it is spread over all, and has at
-    least `_LEAST` of each kind. All ranks measure together, each its own time.
+    A slow machine gets through a part of them in `timing.budget_s`; it is spread over all, and has
+    at least `_LEAST` of each kind. All ranks measure together, each its own time.
     """
     work = list(work)
     clock = clock_of(ranks)
-    deadline = clock() + budget_s
+    deadline = clock() + timing.budget_s
     # Once over everything: the first touch of a page costs more than computing on it.
     batch, table = _probe(max(work, key=lambda w: w.context))
     everything = LayerRange(0, engine.layer_count)
@@ -70,12 +51,16 @@ def measure(
         kinds = Counter(bool(s.work.chunks) for s in samples)
         if clock() > deadline and min(kinds[True], kinds[False]) >= _LEAST:
             break
-        samples.append(Sample(work=shape, ms=_measure(engine, shape)))
+        samples.append(Sample(work=shape, ms=_measure(engine, shape, timing)))
     return samples
 
 
 def load_or_measure(
-    engine: Engine, key: str, work: Iterable[Work], ranks: Ranks = _ALONE
+    engine: Engine,
+    key: str,
+    work: Iterable[Work],
+    timing: Timing = ON_HOST,
+    ranks: Ranks = _ALONE,
 ) -> CostModel:
     """The cached model for `key`, or a new one. A cache that cannot be written is no error.
 
@@ -85,7 +70,7 @@ def load_or_measure(
     known = ranks.agree(_MODEL, lambda: _read(path))
     if known is not None:
         return known
-    mine = fit(measure(engine, work, ranks=ranks))
+    mine = fit(measure(engine, work, timing, ranks))
     if ranks.rank == 0:
         _write(path, mine)
     return ranks.agree(_MODEL, lambda: mine) or mine
@@ -111,24 +96,26 @@ def _cache_folder() -> Path:
     return Path(base) / "kunserve" / "profiles"
 
 
-def _measure(engine: Engine, work: Work) -> float:
-    """Milliseconds per layer; the first run, which compiles kernels, does not count.
-
-    Each run takes other layers, so that neither parameters nor KV are still in a cache.
-    """
-    width = min(_LAYERS, engine.layer_count)
-    windows = engine.layer_count // width
+def _measure(engine: Engine, work: Work, timing: Timing) -> float:
+    """Milliseconds per layer."""
     batch, table = _probe(work)
     engine.forget_owners()
     hidden = engine.blank_hidden(len(batch.positions))
+    # What graphs exist for is going to run by graph.
+    ranges = engine.captured(batch) or _windows(engine.layer_count)
     times = []
-    for repeat in range(1 + _REPEATS):
-        first = repeat % windows * width
-        layers = LayerRange(first, first + width)
+    for run in range(timing.warmups + timing.repeats):
+        layers = ranges[run % len(ranges)]
         started = engine.clock()
         engine.run_stage(batch, table, 0, layers, hidden)
-        times.append(engine.clock() - started)
-    return 1e3 * min(times[1:]) / width  # whatever disturbs a run makes it longer
+        times.append((engine.clock() - started) / len(layers))
+    return 1e3 * timing.of(times)
+
+
+def _windows(layers: int) -> Sequence[LayerRange]:
+    """Each run takes other layers, so that neither parameters nor KV are still in a cache."""
+    width = min(_LAYERS, layers)
+    return [LayerRange(n * width, (n + 1) * width) for n in range(layers // width)]
 
 
 def _probe(work: Work) -> tuple[StageBatch, torch.Tensor]:

@@ -12,12 +12,13 @@ from kunserve_sglang.errors import InternalError
 from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.instance.body import Body
 from kunserve_sglang.instance.control import ControlLink
-from kunserve_sglang.instance.profiling import load_or_measure, shapes
+from kunserve_sglang.instance.profiling import load_or_measure
 from kunserve_sglang.instance.ranked import ranked_control, ranked_plane
 from kunserve_sglang.instance.ranks import Ranks
 from kunserve_sglang.layout import MemoryProfile
 from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
-from kunserve_sglang.policy.cost_model import CostModel
+from kunserve_sglang.policy.cost_model import CostModel, Work
+from kunserve_sglang.policy.profile import shapes, timing
 from kunserve_sglang.transport import HostAwareDataPlane
 
 if TYPE_CHECKING:
@@ -27,22 +28,45 @@ if TYPE_CHECKING:
 
 def cost_model(scheduler: KunServeScheduler) -> CostModel:
     """Measured on this machine, or remembered from an earlier start."""
-    config = scheduler.model_config
-    chunk = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
-    ranks = scheduler.ranks
+    config, ranks = scheduler.model_config, scheduler.ranks
+    place = scheduler.tp_worker.model_runner.place
     key: tuple[Any, ...] = (
         config.model_path,
         str(config.hf_config),
         str(config.dtype),
-        scheduler.device,
+        _device_name(place),
         torch.get_num_threads(),
-        chunk,
+        _largest_chunk(scheduler),
     )
     if ranks.size > 1:
         key = (*key, ranks.size)
-    work = shapes(scheduler.max_total_num_tokens, config.context_len, chunk)
+    if place.type != "cpu":
+        backends = scheduler.server_args.get_attention_backends()
+        graphs = scheduler.instance.stage_graph_max_bs
+        key = (*key, *backends, graphs, scheduler.max_running_requests)
+    work, how = shapes_for(scheduler), timing(place.type)
     with torch.inference_mode():
-        return load_or_measure(scheduler.engine, repr(key), work, ranks)
+        return load_or_measure(scheduler.engine, repr(key), work, how, ranks)
+
+
+def shapes_for(scheduler: KunServeScheduler) -> list[Work]:
+    """What a profile of this instance measures."""
+    return shapes(
+        scheduler.tp_worker.model_runner.place.type,
+        slots=scheduler.max_total_num_tokens,
+        context=scheduler.model_config.context_len,
+        chunk=_largest_chunk(scheduler),
+        running=scheduler.max_running_requests,
+    )
+
+
+def _largest_chunk(scheduler: KunServeScheduler) -> int:
+    return int(scheduler.chunked_prefill_size or scheduler.max_prefill_tokens)
+
+
+def _device_name(place: torch.device) -> str:
+    """Tells apart what is not equally fast."""
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
 
 
 def build_agent(scheduler: KunServeScheduler) -> Agent:

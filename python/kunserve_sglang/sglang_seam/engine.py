@@ -247,10 +247,17 @@ class SglangEngine:
     ) -> Hidden:
         return self._stages.run(batch, table, base, layers, hidden)
 
+    def captured(self, batch: StageBatch) -> Sequence[LayerRange]:
+        if self._place.type == "cpu":
+            return ()
+        ranges = first_drop_ranges(self._runner.kv_cache_configurator.profile)
+        return [layers for layers in ranges if self._stages.captured(batch, layers)]
+
     def blank_hidden(self, tokens: int) -> Hidden:
-        size = self._runner.model_config.hidden_size
-        blank = torch.zeros((tokens, size), dtype=self._runner.dtype, device=self._runner.device)
-        return blank, None
+        shape = tokens, self._runner.model_config.hidden_size
+        # A GPU multiplies zeros with less power, and so at a higher clock.
+        make = torch.zeros if self._place.type == "cpu" else torch.randn
+        return make(shape, dtype=self._runner.dtype, device=self._place), None
 
     def forget_owners(self) -> None:
         self._stages.forget_owners()
