@@ -12,7 +12,6 @@ import pickle
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -33,8 +32,10 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from benchmark.local_scheduler import tokenized
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
+from kunserve_sglang.instance import pipeline
 from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.instance.ranks import Fact, Ranks
+from kunserve_sglang.instance.sent_rows import DeviceSentRows
 from kunserve_sglang.policy.blocks import block_hashes
 from kunserve_sglang.sglang_seam import engine, plugin
 from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
@@ -43,8 +44,11 @@ from tests.support.census import whereabouts
 
 STALL_S = 60.0
 
-STAGES: dict[str, Callable[[Any, Any], Any]] = {"device": DeviceStages}
-"""Ways to run stages that a CPU does not take by itself."""
+BESIDE_A_DEVICE: dict[str, tuple[Any, Any]] = {
+    "": (engine.stages_for, pipeline.sent_rows),
+    "device": (DeviceStages, DeviceSentRows),
+}
+"""What runs stages, and what keeps account of an owner's table."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Member:
         # Measurements of this model are of no use to anybody else.
         os.environ["XDG_CACHE_HOME"] = str(Path(server["model_path"]).parent)
         # What runs beside a device runs on a CPU as well, if it is asked to.
-        engine.stages_for = {"": engine.stages_for, **STAGES}[server.pop("stages", "")]
+        engine.stages_for, pipeline.sent_rows = BESIDE_A_DEVICE[server.pop("stages", "")]
         plugin.register()
         HookRegistry.apply_hooks()
         torch.set_num_threads(1)

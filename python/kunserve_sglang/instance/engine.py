@@ -24,7 +24,8 @@ Segment = Callable[[LayerRange, Hidden], Hidden]
 class StageBatch:
     """What a stage must know of a micro-batch to run its layers on it.
 
-    All tensors are on the CPU. `rows` are the owner's request rows, one a request;
+    All tensors are on the CPU; an owner's `out_slots` are where its runtime has them until its
+    group is told (`SentRows.difference`). `rows` are the owner's request rows, one a request;
     `out_slots` the owner's slots that receive the new KV, one a token; `prefix_lens` and
     `extend_lens` are None for a decode batch.
     """

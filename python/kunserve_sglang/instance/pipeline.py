@@ -17,10 +17,11 @@ import msgspec
 import torch
 
 from kunserve_sglang.errors import InternalError, PeerLost
-from kunserve_sglang.instance import wire
+from kunserve_sglang.instance import packing, wire
 from kunserve_sglang.instance.engine import Engine, Hidden, Segment, StageBatch
 from kunserve_sglang.instance.kv_store import KvStore
-from kunserve_sglang.instance.request_table import MirroredRows, SentRows, TableDelta
+from kunserve_sglang.instance.request_table import MirroredRows
+from kunserve_sglang.instance.sent_rows import sent_rows
 from kunserve_sglang.instance.trace import Tracer
 from kunserve_sglang.instance.transfer import Transfer
 from kunserve_sglang.layout import Layout
@@ -50,11 +51,14 @@ class PipelineCounters:
 
 @dataclass(slots=True)
 class _OwnBatch:
-    """`reads`: slots that its requests hold, noted while KV is on its way."""
+    """`described`: what of its description does not fit the header (`packing.pack`).
+
+    `reads`: slots that its requests hold, noted while KV is on its way.
+    """
 
     header: wire.MicroBatch
     batch: StageBatch
-    delta: TableDelta
+    described: list[torch.Tensor]
     segment: Segment
     reads: torch.Tensor | None
     result: Hidden | None = None
@@ -104,7 +108,7 @@ class Pipeline:
         table = engine.request_table()
         rows, context = table.shape
         rows = max(rows, _MOST_ROWS)
-        self._sent = SentRows(table)
+        self._sent = sent_rows(table)
         self._peers = {
             m.instance: _Peer(MirroredRows(rows, context, kv.base(m.instance)))
             for m in layout.members
@@ -146,7 +150,8 @@ class Pipeline:
         if self.transfer is not None:
             reads = self._sent.slots(batch.rows, batch.seq_lens)
             self.transfer.take_along(reads)
-        delta = self._sent.difference(batch.rows, batch.seq_lens)
+        batch, delta = self._sent.difference(batch)
+        packed, described = packing.pack(batch, delta)
         self._progress = self._clock()
         self._end_idle(self._progress)
         header = wire.MicroBatch(
@@ -155,13 +160,13 @@ class Pipeline:
             owner=self._me,
             sequence=self._sequence,
             position=0,
-            decode=batch.decode,
+            packed=packed,
             has_residual=hidden[1] is not None,
             launched=self._progress,
             cost_ms=work.batch_ms,
             round_ms=work.round_ms,
         )
-        own = _OwnBatch(header, batch, delta, segment, reads)
+        own = _OwnBatch(header, batch, described, segment, reads)
         self._sequence += 1
         self._counters.own += 1
         self._own.append(own)
@@ -199,7 +204,11 @@ class Pipeline:
         peer.sequence = header.sequence
         peer.arrived = self._progress
         peer.work = PeerWork(batch_ms=header.cost_ms, round_ms=header.round_ms)
-        batch, delta, hidden = wire.unpack_batch(header, packet.tensors)
+        if header.packed is None:
+            raise InternalError(f"micro-batch {header.sequence} came without its description")
+        described = wire.described_by(header, packet.tensors)
+        batch, delta = packing.unpack(header.owner, header.packed, described)
+        hidden = wire.hidden_of(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
         if self.transfer is not None:
@@ -209,7 +218,7 @@ class Pipeline:
             hidden = self._engine.run_stage(
                 batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
             )
-        self._send(header, self._position + 1, batch, delta, hidden)
+        self._send(header, self._position + 1, described, hidden)
 
     def begin_idle(self) -> None:
         """Nothing to do here until a packet arrives or something is submitted."""
@@ -230,8 +239,7 @@ class Pipeline:
         own = next((o for o in self._own if o.header.sequence == header.sequence), None)
         if own is None or own.result is not None:
             raise InternalError(f"micro-batch {header.sequence} came back unasked")
-        _, _, hidden = wire.unpack_batch(header, packet.tensors)
-        self._pass_on(own, header.position, hidden)
+        self._pass_on(own, header.position, wire.hidden_of(header, packet.tensors))
 
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""
@@ -245,7 +253,7 @@ class Pipeline:
         if position == self.stages:
             own.result = hidden
         else:
-            self._send(own.header, position, own.batch, own.delta, hidden)
+            self._send(own.header, position, own.described, hidden)
 
     @contextlib.contextmanager
     def _measured(self, name: str, header: wire.MicroBatch, batch: StageBatch) -> Iterator[None]:
@@ -257,7 +265,7 @@ class Pipeline:
         details = {
             "owner": header.owner,
             "sequence": header.sequence,
-            "decode": int(header.decode),
+            "decode": int(batch.decode),
         }
         self._tracer.add(name, started, ended, details)
         self._costs.observe(batch.work(), 1e3 * (ended - started) / len(self._layers))
@@ -266,13 +274,18 @@ class Pipeline:
         self,
         header: wire.MicroBatch,
         position: int,
-        batch: StageBatch,
-        delta: TableDelta,
+        described: list[torch.Tensor],
         hidden: Hidden,
     ) -> None:
         last = position == self.stages
         target = header.owner if last else self._layout.members[position].instance
+        home = target == header.owner
         header = msgspec.structs.replace(
-            header, sender=self._me, position=position, has_residual=hidden[1] is not None
+            header,
+            sender=self._me,
+            position=position,
+            packed=None if home else header.packed,
+            has_residual=hidden[1] is not None,
         )
-        self._plane.send(target, wire.encode(header), wire.pack_batch(batch, delta, hidden))
+        tensors = wire.tensors_of([] if home else described, hidden)
+        self._plane.send(target, wire.encode(header), tensors)

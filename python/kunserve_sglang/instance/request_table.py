@@ -2,8 +2,7 @@
 
 A stage needs to know which slots a request's tokens are in. Sending the whole list with every
 micro-batch would cost as much as the context is long; instead the owner remembers what it sent
-and sends each row from the first position that differs. Comparing (instead of assuming that rows
-only grow) also catches SGLang's rewriting of a prefix when a request finds its tokens cached.
+(`sent_rows`) and sends each row from the first position that differs.
 """
 
 from __future__ import annotations
@@ -24,51 +23,6 @@ class TableDelta:
     slots: torch.Tensor
 
 
-class SentRows:
-    """Owner side: what the group was told about each row."""
-
-    def __init__(self, table: torch.Tensor) -> None:
-        self._table = table
-        # Large, and made while everybody waits: what is not used is not touched either.
-        self._sent = torch.empty_like(table, device="cpu")
-        self._length = [0] * table.shape[0]
-
-    def slots(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-        """All that the requests in these rows hold, int64."""
-        return _spans(*self._on_host(rows, seq_lens), seq_lens)
-
-    def difference(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> TableDelta:
-        """What the group does not know yet of the first `seq_lens[i]` slots of `rows[i]`."""
-        starts, lengths, pieces = [], [], []
-        table, places = self._on_host(rows, seq_lens)
-        spans = zip(rows.tolist(), places.tolist(), seq_lens.tolist(), strict=True)
-        for row, place, length in spans:
-            start = self._first_difference(table[place], row, length)
-            pieces.append(table[place, start:length])
-            self._sent[row, start:length] = pieces[-1]
-            self._length[row] = length
-            starts.append(start)
-            lengths.append(length - start)
-        return TableDelta(rows, torch.tensor(starts), torch.tensor(lengths), torch.cat(pieces))
-
-    def _on_host(
-        self, rows: torch.Tensor, seq_lens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A table with the first `seq_lens[i]` slots of `rows[i]`, and which of its rows they are.
-
-        The live one, or copies of these rows out of the memory of a GPU, all at once.
-        """
-        if self._table.device.type == "cpu":
-            return self._table, rows
-        live = self._table[rows.to(self._table.device), : int(seq_lens.max())]
-        return live.cpu(), torch.arange(len(rows))
-
-    def _first_difference(self, now: torch.Tensor, row: int, length: int) -> int:
-        known = min(self._length[row], length)
-        changed = torch.nonzero(now[:known] != self._sent[row, :known])
-        return int(changed[0]) if len(changed) else known
-
-
 class MirroredRows:
     """Stage side: another owner's rows in this stage's addresses."""
 
@@ -87,9 +41,10 @@ class MirroredRows:
 
     def slots(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """As `SentRows.slots`: in the owner's numbers."""
-        return _spans(self.table, rows, seq_lens) - self.base
+        return spans_of(self.table, rows, seq_lens) - self.base
 
 
-def _spans(table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def spans_of(table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The first `lengths[i]` entries of row `rows[i]` of a table on the host, int64."""
     spans = zip(rows.tolist(), lengths.tolist(), strict=True)
     return torch.cat([table[row, :length] for row, length in spans]).long()

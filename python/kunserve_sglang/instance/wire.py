@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from kunserve_sglang.instance.engine import Hidden, StageBatch
-from kunserve_sglang.instance.request_table import TableDelta
+from kunserve_sglang.instance.engine import Hidden
+from kunserve_sglang.instance.packing import Packed
 from kunserve_sglang.layout import LayerRange
 
 
@@ -23,14 +23,15 @@ class MicroBatch(Envelope, frozen=True, kw_only=True, tag="micro_batch"):
     `launched` is when it left its owner, in monotonic seconds of that host;
     `cost_ms` its predicted time through all stages, `round_ms` that of all its owner's work.
 
-    Tensors: seq_lens, positions, out_slots, rows, table starts, table lengths, table slots,
-    [prefix_lens, extend_lens unless decode], hidden, [residual if has_residual].
+    `packed` is what a stage must know of its requests; its owner knows, so there it is None.
+
+    Tensors: [what is packed, unless it is inline], hidden, [residual if has_residual].
     """
 
     owner: int
     sequence: int
     position: int
-    decode: bool
+    packed: Packed | None
     has_residual: bool
     launched: float
     cost_ms: float
@@ -80,36 +81,18 @@ def envelope(data: bytes) -> Envelope:
     return _envelopes.decode(data)
 
 
-def pack_batch(batch: StageBatch, delta: TableDelta, hidden: Hidden) -> list[torch.Tensor]:
-    """The tensors of a `MicroBatch`."""
-    tensors = [batch.seq_lens, batch.positions, batch.out_slots]
-    tensors += [delta.rows, delta.starts, delta.lengths, delta.slots]
-    if batch.prefix_lens is not None and batch.extend_lens is not None:
-        tensors += [batch.prefix_lens, batch.extend_lens]
-    tensors += [t for t in hidden if t is not None]
-    return tensors
+def tensors_of(described: list[torch.Tensor], hidden: Hidden) -> list[torch.Tensor]:
+    """The tensors of a `MicroBatch`; `described` is what `packing.pack` leaves to them."""
+    return [*described, *(t for t in hidden if t is not None)]
 
 
-def unpack_batch(
-    header: MicroBatch, tensors: list[torch.Tensor]
-) -> tuple[StageBatch, TableDelta, Hidden]:
-    """The inverse of `pack_batch`."""
-    queue = iter(tensors)
+def hidden_of(header: MicroBatch, tensors: list[torch.Tensor]) -> Hidden:
+    """Hidden states and residual stream, where they have arrived."""
+    if header.has_residual:
+        return tensors[-2], tensors[-1]
+    return tensors[-1], None
 
-    def on_host() -> torch.Tensor:
-        """What is counted with; only hidden states are computed with where they have arrived."""
-        return next(queue).cpu()
 
-    seq_lens, positions, out_slots = on_host(), on_host(), on_host()
-    delta = TableDelta(on_host(), on_host(), on_host(), on_host())
-    batch = StageBatch(
-        owner=header.owner,
-        rows=delta.rows,
-        seq_lens=seq_lens,
-        positions=positions,
-        out_slots=out_slots,
-        prefix_lens=None if header.decode else on_host(),
-        extend_lens=None if header.decode else on_host(),
-    )
-    hidden = next(queue), next(queue) if header.has_residual else None
-    return batch, delta, hidden
+def described_by(header: MicroBatch, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inverse of `tensors_of`, but for the hidden states. On the host."""
+    return [t.cpu() for t in tensors[: -2 if header.has_residual else -1]]

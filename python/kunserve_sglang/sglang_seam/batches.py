@@ -1,4 +1,4 @@
-"""Taking SGLang's batches apart and putting them together."""
+"""Taking SGLang's batches apart, putting them together, and describing them to stages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import copy
 import weakref
 from typing import Any
 
+import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+from kunserve_sglang.instance.engine import StageBatch
 
 
 def no_requests() -> Any:
@@ -46,6 +49,31 @@ def split(batch: Any, size: int) -> tuple[Any, Any]:
     batch.filter_batch(keep_indices=list(range(size)))
     rest.filter_batch(keep_indices=list(range(size, count)))
     return batch, rest
+
+
+def described(batch: Any, owner: int) -> StageBatch:
+    """A scheduled batch as stages see it; its `out_slots` stay where they are.
+
+    All else SGLang knows on the host: to copy it from a GPU would be to wait for the GPU.
+    """
+    seq_lens = batch.seq_lens_cpu
+    prefix_lens = extend_lens = None
+    if batch.forward_mode.is_extend():
+        prefix_lens = torch.tensor(batch.prefix_lens, dtype=torch.int32)
+        extend_lens = torch.tensor(batch.extend_lens, dtype=torch.int32)
+        spans = zip(batch.prefix_lens, batch.extend_lens, strict=True)
+        positions = torch.cat([torch.arange(first, first + tokens) for first, tokens in spans])
+    else:
+        positions = seq_lens - 1
+    return StageBatch(
+        owner=owner,
+        rows=batch.req_pool_indices_cpu,
+        seq_lens=seq_lens,
+        positions=positions,
+        out_slots=batch.out_cache_loc,
+        prefix_lens=prefix_lens,
+        extend_lens=extend_lens,
+    )
 
 
 def _copy_of_sampling(info: Any, batch: Any) -> Any:

@@ -15,8 +15,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kunserve_sglang.config import MicroBatches
 from kunserve_sglang.errors import InternalError, PeerLost
+from kunserve_sglang.instance.sent_rows import rows_on_host
 from kunserve_sglang.policy.formation import Outlook, look_ahead
 from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
 from kunserve_sglang.sglang_seam.lookahead import batch_work, chunks_of, crowd_work, prompts_ahead
@@ -200,10 +203,14 @@ class Cooperation:
         transfer = self._scheduler.agent.transfer
         if transfer is None:
             return share
-        table = self._scheduler.engine.request_table()
+        ready = self._ready.reqs[:share]
+        rows = torch.tensor([request.req_pool_idx for request in ready])
+        lengths = [request.seqlen - 1 for request in ready]
+        live = self._scheduler.engine.request_table()
+        table, places = rows_on_host(live, rows, max(lengths))
         room = _KV_ALONG_BYTES
-        for index, request in enumerate(self._ready.reqs[:share]):
-            room -= transfer.unsent(table[request.req_pool_idx, : request.seqlen - 1].long().cpu())
+        for index, (place, length) in enumerate(zip(places.tolist(), lengths, strict=True)):
+            room -= transfer.unsent(table[place, :length].long())
             if room < 0:
                 return max(1, index)
         return share

@@ -23,6 +23,7 @@ from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.messages import Load, Slots
 from kunserve_sglang.policy.output_length import OutputLengths
 from kunserve_sglang.policy.stage_graphs import batch_sizes, first_drop_ranges
+from kunserve_sglang.sglang_seam.batches import described
 from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
@@ -198,16 +199,7 @@ class SglangEngine:
             batch, self._runner, return_hidden_states_before_norm=False
         )
         positions = forward_batch.positions
-        prefix_lens, extend_lens = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
-        stage_batch = StageBatch(
-            owner=self._scheduler.instance.instance,
-            rows=forward_batch.req_pool_indices.cpu(),
-            seq_lens=forward_batch.seq_lens.cpu(),
-            positions=positions.cpu(),
-            out_slots=forward_batch.out_cache_loc.cpu(),
-            prefix_lens=None if prefix_lens is None else prefix_lens.cpu(),
-            extend_lens=None if extend_lens is None else extend_lens.cpu(),
-        )
+        stage_batch = described(batch, self._scheduler.instance.instance)
         backend = self._runner.attn_backend
 
         def segment(layers: LayerRange, hidden: Hidden) -> Hidden:

@@ -59,7 +59,8 @@ class HostStages:
         self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
     ) -> Hidden:
         backend = self._backend(batch.owner, table)
-        forward_batch = _forward_batch(batch, batch.rows, batch.out_slots + base)
+        total = int(batch.seq_lens.sum())
+        forward_batch = _forward_batch(batch, batch.rows, batch.out_slots + base, total)
         with forward_context(ForwardContext(attn_backend=backend)):
             backend.init_forward_metadata(forward_batch)
             return self._decoder.layers(layers, batch.positions, forward_batch, hidden)
@@ -110,7 +111,9 @@ class DeviceStages:
         self._load(table, batch)
         requests = len(batch.rows)
         there = on_device(batch, self._device)
-        forward_batch = _forward_batch(there, self._rows[:requests], there.out_slots + base)
+        total = int(batch.seq_lens.sum())  # of what is on the host: nobody waits for the device
+        out_rows = there.out_slots + base
+        forward_batch = _forward_batch(there, self._rows[:requests], out_rows, total)
         forward_batch.seq_lens_cpu = batch.seq_lens
         if batch.prefix_lens is not None and batch.extend_lens is not None:
             forward_batch.extend_prefix_lens_cpu = batch.prefix_lens.tolist()
@@ -172,7 +175,10 @@ def on_device(batch: StageBatch, device: torch.device) -> StageBatch:
     )
 
 
-def _forward_batch(batch: StageBatch, rows: torch.Tensor, out_rows: torch.Tensor) -> ForwardBatch:
+def _forward_batch(
+    batch: StageBatch, rows: torch.Tensor, out_rows: torch.Tensor, total: int
+) -> ForwardBatch:
+    """`total`: of all sequences' lengths."""
     forward_batch = ForwardBatch(
         forward_mode=ForwardMode.DECODE if batch.decode else ForwardMode.EXTEND,
         batch_size=len(batch.rows),
@@ -180,7 +186,7 @@ def _forward_batch(batch: StageBatch, rows: torch.Tensor, out_rows: torch.Tensor
         req_pool_indices=rows,
         seq_lens=batch.seq_lens,
         out_cache_loc=out_rows,
-        seq_lens_sum=int(batch.seq_lens.sum()),
+        seq_lens_sum=total,
     )
     forward_batch.positions = batch.positions
     forward_batch.extend_prefix_lens = batch.prefix_lens
