@@ -79,6 +79,10 @@ class KvStore:
         self._slots: dict[tuple[int, int], int] = {}
 
     @property
+    def device(self) -> torch.device:
+        return self._tensors[0][0].device
+
+    @property
     def pages(self) -> int:
         """Pages that KV takes now."""
         return sum(k.mapped_pages + v.mapped_pages for k, v in self._buffers)
@@ -170,8 +174,7 @@ class KvStore:
 
     def _rows(self, owner: int, slots: torch.Tensor) -> torch.Tensor:
         """Rows of the buffers, on their device, for slots that are counted anywhere."""
-        device = self._tensors[0][0].device
-        return slots.to(device, torch.int64, non_blocking=True) + self.base(owner)
+        return slots.to(self.device, torch.int64, non_blocking=True) + self.base(owner)
 
     @property
     def _row_bytes(self) -> tuple[int, int]:

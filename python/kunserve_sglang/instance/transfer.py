@@ -26,7 +26,11 @@ from kunserve_sglang.layout import LayerRange, Move, ParameterLoad
 from kunserve_sglang.transport import DataPlane, Packet
 
 _PIECE_BYTES = 256 << 10
-"""Large enough to copy fast, small enough to let activations pass between two."""
+_DEVICE_PIECE_BYTES = 4 << 20
+"""Large enough to copy fast, small enough to let activations pass between two.
+
+Beside a GPU a piece costs two kernels a layer and a wait for them, however small it is.
+"""
 
 _RESERVED_BYTES = 4 << 20
 """Room that is left to activations: they always go first."""
@@ -80,6 +84,7 @@ class Transfer:
         self._plane = plane
         self._clock = clock
         self._timeout = timeout_s
+        self._piece_bytes = _PIECE_BYTES if kv.device.type == "cpu" else _DEVICE_PIECE_BYTES
         moves = list(moves)
         self._outgoing = [_Outgoing(m, self._mask(taken[m.owner])) for m in moves if m.source == me]
         self._incoming = {
@@ -88,7 +93,7 @@ class Transfer:
             if m.target == me
         }
         self._pieces = ParameterPieces(
-            me, list(loads), store=parameters, plane=plane, piece_bytes=_PIECE_BYTES
+            me, list(loads), store=parameters, plane=plane, piece_bytes=self._piece_bytes
         )
         self.sent_kv_bytes = 0
 
@@ -201,7 +206,7 @@ class Transfer:
         """Send pieces for about so long, at least one, if there is room; false if none went."""
         deadline = self._clock() + seconds
         sent = False
-        while self._send_piece(_PIECE_BYTES + _RESERVED_BYTES):
+        while self._send_piece(self._piece_bytes + _RESERVED_BYTES):
             sent = True
             if self._clock() >= deadline:
                 break
@@ -233,7 +238,7 @@ class Transfer:
         pieces = self._pieces
         while pieces.unsent or pieces.due or not all(i.ended for i in self._incoming.values()):
             # A peer may hold on to what it has received: then some goes without room.
-            sent = self._send_piece(_PIECE_BYTES if self._clock() < patience else 0)
+            sent = self._send_piece(self._piece_bytes if self._clock() < patience else 0)
             if sent:
                 patience = self._clock() + _PATIENCE_S
             wait = self._clock() + (0.0 if sent else _WAIT_S)
@@ -252,7 +257,7 @@ class Transfer:
             if self._plane.room(out.move.target) >= room:
                 slots = torch.nonzero(out.pending).flatten()
                 if len(slots):
-                    count = max(1, _PIECE_BYTES // self._row_bytes(out.move))
+                    count = max(1, self._piece_bytes // self._row_bytes(out.move))
                     self._send_rows(out, slots[:count])
                     return True
         return self._pieces.send(self._epoch, room)
