@@ -23,13 +23,15 @@ from kunserve_sglang.processes import this_host
 from kunserve_sglang.transport.choice import PeerAddress, Way, way_between
 from kunserve_sglang.transport.cuda_ring import CudaRings
 from kunserve_sglang.transport.data import DataPlane, Packet
-from kunserve_sglang.transport.local import LocalDataPlane
+from kunserve_sglang.transport.local import RING_BYTES, LocalDataPlane
 from kunserve_sglang.transport.nccl import NcclDataPlane
 from kunserve_sglang.transport.ring import HostRings, Rings
 from kunserve_sglang.transport.tcp import TcpDataPlane
 
 _CPU = torch.device("cpu")
 _LOOPBACK = "127.0.0.1"
+_GPU_RING_BYTES = 64 << 20
+"""2,048 tokens of a 7B model are some 30 MB; without room they would go by way of the host."""
 
 
 def gpu_of(device: torch.device) -> str:
@@ -64,7 +66,8 @@ class HostAwareDataPlane:
         """
         self._wanted = transport
         self._context: zmq.Context[Any] = zmq.Context()
-        self._local = LocalDataPlane(path, rings=rings_on(device))
+        ring_bytes = RING_BYTES if device.type == "cpu" else _GPU_RING_BYTES
+        self._local = LocalDataPlane(path, rings=rings_on(device), ring_bytes=ring_bytes)
         self._tcp = TcpDataPlane(self._context, tcp, keys, device) if tcp and keys else None
         self._nccl: NcclDataPlane | None = None
         # With host memory it is there for those who ask for it: shared memory is faster.
