@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,9 +14,11 @@ import torch
 
 from kunserve_sglang.instance import profiling
 from kunserve_sglang.instance.engine import Hidden, StageBatch
+from kunserve_sglang.instance.ranks import OneRank
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.policy.cost_model import Chunk, Work
 from kunserve_sglang.policy.profile import ON_DEVICE, ON_HOST, Timing, shapes
+from kunserve_sglang.sglang_seam import assembly
 
 
 class RecordingEngine:
@@ -144,3 +148,48 @@ def test_a_device_is_waited_for_and_warmed_up_and_runs_its_graphs() -> None:
     assert {round(s.ms, 6) for s in samples if s.work.decodes} == {2.0}
     assert {round(s.ms, 6) for s in samples if s.work.chunks} == {5.0}
     assert {r for batch, r in engine.runs[1:] if batch.decode} == set(engine.graphs)
+
+
+def scheduler_on(place: torch.device, *, graphs: int = 64) -> Any:
+    """As much of a scheduler as its profile is named by."""
+    return SimpleNamespace(
+        engine=None,
+        ranks=OneRank(),
+        instance=SimpleNamespace(stage_graph_max_bs=graphs),
+        server_args=SimpleNamespace(get_attention_backends=lambda: ("triton", "triton")),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(place=place)),
+        model_config=SimpleNamespace(
+            model_path="m", hf_config="{}", dtype=torch.bfloat16, context_len=4096
+        ),
+        max_total_num_tokens=10_000,
+        chunked_prefill_size=None,
+        max_prefill_tokens=2048,
+        max_running_requests=128,
+    )
+
+
+def test_every_kind_of_device_has_profiles_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on a GPU every choice of graphs; shapes and timing are those of the device."""
+    asked: list[tuple[str, list[Work], Timing]] = []
+    monkeypatch.setattr(
+        assembly,
+        "load_or_measure",
+        lambda _, key, work, timing, __: asked.append((key, work, timing)),
+    )
+    names = iter(["NVIDIA H200", "NVIDIA L4", "NVIDIA H200"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: next(names))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for scheduler in (
+        scheduler_on(cpu),
+        scheduler_on(gpu),
+        scheduler_on(gpu),
+        scheduler_on(gpu, graphs=0),
+        scheduler_on(cpu, graphs=0),
+    ):
+        assembly.cost_model(scheduler)
+    keys = [key for key, *_ in asked]
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[4]
+    assert [timing for *_, timing in asked] == [ON_HOST, *[ON_DEVICE] * 3, ON_HOST]
+    expected = shapes("cuda", slots=10_000, context=4096, chunk=2048, running=128)
+    assert asked[1][1] == expected
