@@ -18,7 +18,7 @@ import torch
 from kunserve_sglang.config import Transport
 from kunserve_sglang.errors import PeerLost
 from kunserve_sglang.keys import MemberKeys, new_keys
-from kunserve_sglang.transport import HostAwareDataPlane, Packet, nccl
+from kunserve_sglang.transport import HostAwareDataPlane, Packet, lane, nccl
 
 WAIT_S = 30.0
 
@@ -181,3 +181,27 @@ def test_nothing_is_announced_before_it_is_there(tmp_path: Path) -> None:
     assert a.room(1) == nccl.ROOM_BYTES
     a.close()
     b.close()
+
+
+def test_without_memory_for_a_packet_only_its_lane_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where activations have taken the last of a GPU; other senders are heard."""
+
+    def no_memory(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(lane, "_TIMEOUT_S", 3.0)
+    a, b, c = (plane(tmp_path, name, None) for name in "abc")
+    a.connect({1: b.address})
+    a.send(1, b"first", [torch.zeros(3)])
+    assert received(b).header == b"first"
+    with monkeypatch.context() as patch:
+        patch.setattr(nccl.Lane, "new_memory", no_memory)
+        with pytest.raises(PeerLost):
+            send_in_vain(a)
+    c.connect({1: b.address})
+    c.send(1, b"other", [torch.zeros(3)])
+    assert received(b).header == b"other"
+    for each in (a, b, c):
+        each.close()

@@ -44,6 +44,9 @@ ROOM_BYTES = 16 << 20
 
 _CLOSE_S = 5.0
 _LAST_WORD_MS = 200
+_ENDS = (PeerLost, RuntimeError)
+"""What ends one lane, and not the thread of all; torch says so where a GPU has no memory left."""
+
 _CPU = torch.device("cpu")
 
 
@@ -181,7 +184,7 @@ class _Outbox:
                 self._pass_on(leaving, name, lane, news)
             news.send(_encoder.encode(_Closed(name)))
             lane.close()
-        except PeerLost as error:
+        except _ENDS as error:
             self._lost = str(error)
             logger.warning("%s", error)
         finally:
@@ -253,10 +256,10 @@ class _Inbox:
             news = _decoder.decode(self._socket.recv())
             try:
                 self._hear(news)
-            except PeerLost as error:
+            except _ENDS as error:
                 # Whoever waits for its packets finds out by itself.
                 logger.warning("%s", error)
-                self._lanes.pop(news.lane, None)
+                self._leave(news.lane)
         for lane in self._lanes.values():
             lane.close()
         self._socket.close()
@@ -269,10 +272,13 @@ class _Inbox:
             store = self._rendezvous.store
             self._lanes[news.lane] = Lane(news.lane, store, self._device, sending=False)
         elif isinstance(news, _Closed):
-            if (lane := self._lanes.pop(news.lane, None)) is not None:
-                lane.close()
+            self._leave(news.lane)
         elif news.lane in self._lanes:
             self._take_in(self._lanes[news.lane], news)
+
+    def _leave(self, name: str) -> None:
+        if (lane := self._lanes.pop(name, None)) is not None:
+            lane.close()
 
     def _take_in(self, lane: Lane, news: _Sent) -> None:
         memory = lane.new_memory(news.nbytes, self._device)
