@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Semaphore
 
 import psutil
 import pytest
@@ -21,45 +20,11 @@ from tests.support.leftovers import (
     held_in_shared_memory,
     wait_until_nothing_is_left,
 )
+from tests.support.streams import REQUESTS, Streams
 from tests.support.waiting import until
 
 FLAGS = ("--tp-size=2", "--dtype=float32", "--skip-tokenizer-init", "--context-length=1024")
-REQUESTS = 4
-NEW_TOKENS = 100
 DEAD = 1
-
-
-class _Requests:
-    """All at once, each a stream."""
-
-    def __init__(self, client: Client, pool: ThreadPoolExecutor) -> None:
-        self._begun = Semaphore(0)
-        self._answers = [pool.submit(self._tokens, client, n) for n in range(REQUESTS)]
-
-    def wait_until_all_run(self) -> None:
-        """All have their first token; most of them have hardly more."""
-        for _ in range(REQUESTS):
-            assert self._begun.acquire(timeout=60)
-
-    def tokens(self) -> list[list[int]]:
-        return [answer.result(60) for answer in self._answers]
-
-    def _tokens(self, client: Client, number: int) -> list[int]:
-        body = {
-            "input_ids": list(range(3 + number, 23 + number)),
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": NEW_TOKENS,
-                "ignore_eos": True,
-            },
-        }
-        tokens: list[int] = []
-        for event in client.stream("/generate", body):
-            if not tokens:
-                self._begun.release()
-            tokens = event["output_ids"]
-        assert len(tokens) == NEW_TOKENS
-        return tokens
 
 
 def test_two_ranks_an_instance(
@@ -80,15 +45,15 @@ def test_two_ranks_an_instance(
     log = tmp_path / "log"
     with Cluster(options.command, log) as cluster, ThreadPoolExecutor(REQUESTS) as pool:
         client = Client(cluster.url)
-        expected = _Requests(client, pool).tokens()
-        running = _Requests(client, pool)
+        expected = Streams(client, pool).tokens()
+        running = Streams(client, pool)
         running.wait_until_all_run()
         client.drop()
         assert running.tokens() == expected
-        assert _Requests(client, pool).tokens() == expected
+        assert Streams(client, pool).tokens() == expected
         client.wait_until_idle()
         client.restore()
-        assert _Requests(client, pool).tokens() == expected
+        assert Streams(client, pool).tokens() == expected
 
         client.drop()
         family = family_of(cluster.pid, client.status()["instances"][DEAD]["url"])
@@ -100,7 +65,7 @@ def test_two_ranks_an_instance(
             poll_s=0.05,
             about=client.status,
         )
-        assert _Requests(client, pool).tokens() == expected
+        assert Streams(client, pool).tokens() == expected
 
         launcher = psutil.Process(cluster.pid)
         family += [launcher, *launcher.children(recursive=True)]
