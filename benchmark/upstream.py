@@ -32,11 +32,7 @@ _BUILD_TIMEOUT_S = 600.0
 _SERVING_TIMEOUT_S = 30.0
 _READY_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 30.0
-_FLAGS = (
-    *("--log-level", "warning"),
-    # Else a server with nothing to do takes all of its core from the processes around it.
-    "--sleep-on-idle",
-)
+_FLAGS = ("--log-level", "warning")
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
@@ -54,6 +50,8 @@ CPU = Platform(
         *("--device", "cpu"),
         *("--attention-backend", "torch_native"),
         *("--sampling-backend", "pytorch"),
+        # Else a server with nothing to do takes all of its core from the processes around it.
+        "--sleep-on-idle",
     ),
     environment={"SGLANG_USE_CPU_ENGINE": "1"},
     guards=True,

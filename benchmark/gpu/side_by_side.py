@@ -39,7 +39,7 @@ class Plan:
     fits_each: int
 
 
-ON_GPU = Plan(12_000, Burst(Shape(96, 416), times=2.5, over_s=2.0), Shape(96, 256), 16)
+ON_GPU = Plan(12_000, Burst(Shape(96, 416), times=2.5, over_s=2.0), Shape(96, 384), 16)
 ON_CPU = Plan(1_200, Burst(Shape(24, 40), times=2.5, over_s=0.5), Shape(24, 40), 8)
 
 
@@ -107,7 +107,15 @@ async def in_turns(
     assert all(i["mode"] == "independent" for i in status["instances"]), "something was dropped"
     for name, rounds in (("kunserve", ours), (UPSTREAM, theirs)):
         found.note(
-            {f"tokens a second, {size} {name}": round(median([r.throughput for r in rounds]), 1)}
+            {
+                f"tokens a second, {size} {name}": _middle([r.throughput for r in rounds]),
+                f"TTFT P50 beside it, {size} {name}, ms": _middle(
+                    [r.median_ttft_ms for r in rounds]
+                ),
+                f"TPOT P50 beside it, {size} {name}, ms": _middle(
+                    [r.median_tpot_ms for r in rounds]
+                ),
+            }
         )
     found.at_least(
         f"throughput of {size} kunserve / {UPSTREAM}, nothing dropped",
@@ -123,3 +131,7 @@ async def _warm_up(cluster: Control, size: int) -> None:
     await cluster.drop(*range(2))
     await load(cluster.url, _WARM_UP * size, shape)
     await cluster.restore()
+
+
+def _middle(values: Sequence[float]) -> float:
+    return round(median(values), 2)
