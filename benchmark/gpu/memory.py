@@ -25,7 +25,7 @@ _REPEATS = 5
 _CYCLES = 50
 _KEPT_PAGES = 8
 """What a driver may keep for tables of its own, once; a page lost a cycle is far more."""
-_PEER_WAIT_S = 45.0
+_PEER_WAIT_S = 80.0
 _SHARED_BLOCKS_MIB = 128
 _FDS_A_MESSAGE = 200
 """Linux takes at most 253 in one."""

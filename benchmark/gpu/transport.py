@@ -15,7 +15,7 @@ from kunserve_sglang.transport.cuda_ring import CudaRings
 from kunserve_sglang.transport.data import Packet
 from kunserve_sglang.transport.local import LocalDataPlane
 
-_WAIT_S = 40.0
+_WAIT_S = 80.0
 _ROUNDS = 50
 
 
