@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from tests.support import hardware
 if TYPE_CHECKING:
     from tests.router_harness import RouterCluster
 
+
+# As instances do (see `sglang_seam.server.preload`), and before any test imports torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Programs under test must hear Ctrl-C even if the tests run in the background of a shell.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -137,7 +137,7 @@ def test_one_that_joins_takes_part(alone: Client, model: Path, tmp_path: Path, w
 
 
 def test_ctrl_c_lets_requests_end(alone: Client, model: Path, tmp_path: Path) -> None:
-    tokens = 160  # so many that both are seen to work
+    tokens = 100  # so many that both are seen to work
     with joined(alone, model, tmp_path) as instance, ThreadPoolExecutor(4) as pool:
         number = instance.ready()
         alone.drop()

@@ -60,6 +60,11 @@ def preload(device: str) -> None:
             raise ConfigurationError("--device cuda: no CUDA device here that torch can use")
         return
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # An instance's threads meet some hundred times a step. By default they spin for
+        # milliseconds first, and if one has lost its core to another program, as to an instance
+        # that was started by itself, every meeting takes a turn of the operating system's.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for name in _PRELOAD:
         importlib.import_module(name)
     registry = importlib.import_module("sglang.srt.models.registry")
