@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 from torch import nn
 
@@ -14,13 +15,20 @@ from kunserve_sglang.layout import LayerRange
 
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers of a loaded model; raises `ConfigurationError` if it has no such stack."""
+    """The decoder layers of a loaded model.
+
+    Raises `ConfigurationError` if it has no such stack, or experts, with which nobody has tried it.
+    """
     stack = getattr(model, "model", None)
     layers = getattr(stack, "layers", None)
     needed = ("embed_tokens", "norm", "start_layer", "end_layer", "pp_group")
     if not isinstance(layers, nn.ModuleList) or not all(hasattr(stack, name) for name in needed):
         raise ConfigurationError(
             f"{type(model).__name__} is not a plain dense decoder; KunServe cannot split it"
+        )
+    if any(isinstance(part, FusedMoE) for part in layers.modules()):
+        raise ConfigurationError(
+            f"{type(model).__name__} has experts; KunServe splits only dense models so far"
         )
     return list(layers)
 
