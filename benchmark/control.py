@@ -55,6 +55,10 @@ class Control(StatusReader):
         """Where the instances themselves serve, in order of their numbers."""
         return [i["url"] for i in (await self.status())["instances"]]
 
+    async def slots_of_each(self) -> int:
+        """KV token slots of one instance, the smallest if they differ."""
+        return min(int(i["slots"]["capacity"]) for i in (await self.status())["instances"])
+
     async def _transition(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         event = await self._send("POST", f"/kunserve/{kind}", body)
         if event["status"] != "committed":

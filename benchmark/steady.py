@@ -36,16 +36,14 @@ _LEAST, _MOST = 0.98, 1.02
 
 def measure(bench: Bench) -> Section:
     with bench.kunserve("steady-kunserve") as kunserve:
-        slots = asyncio.run(slots_of_each(kunserve.url))
+        slots = asyncio.run(_slots_of_each(kunserve.url))
         with bench.upstream(slots) as upstream:
             return asyncio.run(_measure(bench, kunserve.url, upstream.url))
 
 
-async def slots_of_each(url: str) -> int:
-    """KV token slots of one instance, the smallest if they differ."""
+async def _slots_of_each(url: str) -> int:
     async with control(url) as cluster:
-        capacities = [i["slots"]["capacity"] for i in (await cluster.status())["instances"]]
-        return int(min(capacities))
+        return await cluster.slots_of_each()
 
 
 async def _measure(bench: Bench, kunserve_url: str, upstream_url: str) -> Section:
@@ -108,7 +106,8 @@ def _checks(rounds: dict[str, list[Round]], alone: dict[str, list[float]]) -> li
     upstream, off = rounds[_UPSTREAM], rounds[_OFF]
     theirs = [r.p99_ttft_ms for r in upstream]
     margin = max(_LEAST_MARGIN, spread(theirs))
-    among_others = ratio([r.median_ttft_ms for r in off], [r.median_ttft_ms for r in upstream])
+    middle = [r.median_ttft_ms for r in upstream]
+    among_others = ratio([r.median_ttft_ms for r in off], middle)
     return [
         at_least(
             1,
@@ -120,7 +119,7 @@ def _checks(rounds: dict[str, list[Round]], alone: dict[str, list[float]]) -> li
             1,
             "not overloaded: P50 TTFT of KunServe / upstream, one request at a time "
             f"(of a dozen: {among_others:.3f}, upstream's rounds differ by "
-            f"{spread([r.median_ttft_ms for r in upstream]):.0%})",
+            f"{spread(middle):.0%})",
             median(alone[_OFF]) / median(alone[_UPSTREAM]),
             _MOST,
         ),

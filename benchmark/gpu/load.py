@@ -78,11 +78,6 @@ def running(status: dict[str, Any]) -> int:
     return sum(int(i["running"]) for i in status["instances"])
 
 
-async def slots_of_each(cluster: Control) -> int:
-    """KV token slots of one instance, the smallest if they differ."""
-    return min(int(i["slots"]["capacity"]) for i in (await cluster.status())["instances"])
-
-
 async def calm(cluster: Control) -> None:
     """All instances are full replicas again, and the policy is off."""
     await cluster.automatic(False)

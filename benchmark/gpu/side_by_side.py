@@ -15,7 +15,7 @@ from benchmark.control import Control, control
 from benchmark.gpu.burst import UPSTREAM, Burst, Latencies, judge, of_kunserve
 from benchmark.gpu.check import Bench, Findings
 from benchmark.gpu.clusters import check_installed, dummy_rig
-from benchmark.gpu.load import calm, keep, load, requests, slots_of_each
+from benchmark.gpu.load import calm, keep, load, requests
 from benchmark.rounds import Round, fresh, median, ratio
 from benchmark.workload import Shape
 
@@ -67,7 +67,7 @@ async def bursts_of_ours(
     dropping: dict[int, Latencies] = {}
     async with control(url) as cluster:
         await calm(cluster)
-        slots = await slots_of_each(cluster)
+        slots = await cluster.slots_of_each()
         found.note({"slots of an instance": slots})
         for size in sizes:
             await keep(cluster, size)
