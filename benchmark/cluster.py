@@ -19,6 +19,8 @@ import psutil
 
 from kunserve_sglang.processes import die_with_parent, free_port
 
+READY_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 30.0
 _READY = re.compile(r"^KunServe is ready: (http://\S+)", re.MULTILINE)
 _POLL_S = 0.1
 _TAIL_LINES = 30
@@ -70,8 +72,8 @@ class Cluster:
         command: Callable[[int], Sequence[str]],
         log: Path,
         *,
-        ready_timeout_s: float = 180.0,
-        stop_timeout_s: float = 30.0,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
         on_wait: Callable[[float], None] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:

@@ -24,14 +24,18 @@ from typing import Self
 
 import psutil
 
-from benchmark.cluster import Cluster, ClusterError, router_command
+from benchmark.cluster import (
+    READY_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    Cluster,
+    ClusterError,
+    router_command,
+)
 from kunserve_sglang.processes import divide_cpus
 
 _BUILDER = Path(__file__).resolve().parent.parent / "scripts" / "build_sglang.py"
 _BUILD_TIMEOUT_S = 600.0
 _SERVING_TIMEOUT_S = 30.0
-_READY_TIMEOUT_S = 180.0
-_STOP_TIMEOUT_S = 30.0
 _FLAGS = ("--log-level", "warning")
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
@@ -70,8 +74,8 @@ class PlainServer(Cluster):
         cpus: tuple[int, ...],
         log: Path,
         *,
-        ready_timeout_s: float = _READY_TIMEOUT_S,
-        stop_timeout_s: float = _STOP_TIMEOUT_S,
+        ready_timeout_s: float,
+        stop_timeout_s: float,
         on_wait: Callable[[float], None] | None = None,
     ) -> None:
         """`folder` gets the server's temporary files."""
@@ -149,8 +153,8 @@ class UpstreamCluster:
         *,
         num_instances: int = 2,
         platform: Platform = CPU,
-        ready_timeout_s: float = _READY_TIMEOUT_S,
-        stop_timeout_s: float = _STOP_TIMEOUT_S,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
         on_wait: Callable[[float], None] | None = None,
     ) -> None:
         """`slots` is the number of KV token slots of each server."""
