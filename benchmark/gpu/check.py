@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -103,6 +104,17 @@ class Bench:
         """Until all work on the device is done."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
+
+    def copy_times(self, target: torch.Tensor, source: torch.Tensor, repeats: int) -> list[float]:
+        """Seconds that each of so many copies takes on the device."""
+        times = []
+        for _ in range(repeats):
+            self.wait()
+            started = time.perf_counter()
+            target.copy_(source)
+            self.wait()
+            times.append(time.perf_counter() - started)
+        return times
 
 
 @dataclass(frozen=True)

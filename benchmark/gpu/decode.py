@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import torch
 
@@ -17,6 +16,7 @@ GRAPHS = 16
 """Requests in the largest captured decode step of a stage: one more, and it runs eagerly."""
 _MOST_ADDED = 1.15
 _STEPS = 64
+_COPIES = 5
 
 
 def decode_and_exchange(bench: Bench, found: Findings) -> None:
@@ -78,12 +78,5 @@ async def steps_and_exchange(url: str, held: Shape, found: Findings) -> None:
 def _copy_speed(bench: Bench) -> float:
     """GB/s read and written by one copy of a gibibyte; counted once, as the exchange is."""
     source = torch.ones(bench.gib, dtype=torch.uint8, device=bench.device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        bench.wait()
-        started = time.perf_counter()
-        target.copy_(source)
-        bench.wait()
-        times.append(time.perf_counter() - started)
+    times = bench.copy_times(torch.empty_like(source), source, _COPIES)
     return round(bench.gib / min(times) / 1e9, 1)

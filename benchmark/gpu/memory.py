@@ -234,13 +234,7 @@ def _peer(bench: Bench, link: socket.socket, count: int, page: int, results: Con
     theirs = foreign.tensor()
     assert bool((theirs == 5).all())
     own = torch.empty_like(theirs)
-    times = []
-    for _ in range(_REPEATS):
-        bench.wait()
-        started = time.perf_counter()
-        own.copy_(theirs)
-        bench.wait()
-        times.append(time.perf_counter() - started)
+    times = bench.copy_times(own, theirs, _REPEATS)
     theirs[-1] = 6
     bench.wait()
     foreign.close()
