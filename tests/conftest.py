@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kunserve_sglang.processes import spin_shortly
 from tests.support import hardware
 
 if TYPE_CHECKING:
     from tests.router_harness import RouterCluster
 
 
-# As instances do (see `sglang_seam.server.preload`), and before any test imports torch.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+spin_shortly()  # before any test imports torch
 
 # Programs under test must hear Ctrl-C even if the tests run in the background of a shell.
 signal.signal(signal.SIGINT, signal.default_int_handler)

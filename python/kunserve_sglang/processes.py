@@ -26,6 +26,17 @@ def die_with_parent(number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
+def spin_shortly() -> None:
+    """Let the threads of OpenMP wait for each other asleep. To be called before torch is imported.
+
+    They meet some hundred times a step. By default they spin for milliseconds first, and if one has
+    lost its core to another program, as to an instance that was started by itself, every meeting
+    takes a turn of the operating system's. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def kill_descendants() -> None:
     """SIGKILL to everything this process has started, children of children included.
 

@@ -20,7 +20,7 @@ from kunserve_sglang.config import (
     PromptFormat,
 )
 from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.processes import die_with_parent
+from kunserve_sglang.processes import die_with_parent, spin_shortly
 from kunserve_sglang.sglang_seam.compatibility import (
     check_heads,
     check_server_args,
@@ -60,11 +60,7 @@ def preload(device: str) -> None:
             raise ConfigurationError("--device cuda: no CUDA device here that torch can use")
         return
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # An instance's threads meet some hundred times a step. By default they spin for
-        # milliseconds first, and if one has lost its core to another program, as to an instance
-        # that was started by itself, every meeting takes a turn of the operating system's.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    spin_shortly()
     for name in _PRELOAD:
         importlib.import_module(name)
     registry = importlib.import_module("sglang.srt.models.registry")
