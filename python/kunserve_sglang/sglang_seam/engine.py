@@ -240,10 +240,8 @@ class SglangEngine:
         return self._stages.run(batch, table, base, layers, hidden)
 
     def captured(self, batch: StageBatch) -> Sequence[LayerRange]:
-        if self._place.type == "cpu":
-            return ()
-        ranges = first_drop_ranges(self._runner.kv_cache_configurator.profile)
-        return [layers for layers in ranges if self._stages.captured(batch, layers)]
+        stages = self._stages
+        return [layers for layers in stages.ranges if stages.captured(batch, layers)]
 
     def blank_hidden(self, tokens: int) -> Hidden:
         shape = tokens, self._runner.model_config.hidden_size

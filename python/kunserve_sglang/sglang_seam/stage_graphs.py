@@ -74,7 +74,7 @@ class StageGraphs:
     ) -> None:
         self._runner = runner
         self._decoder = decoder
-        self._ranges = ranges
+        self.ranges = ranges
         self._sizes = sizes
         self._recording = recording
         self._captured: Captured[StageGraph] = Captured()
@@ -90,7 +90,7 @@ class StageGraphs:
             return
         buffers = _Buffers.for_requests(max(sizes), rows, self._runner)
         with torch.no_grad(), self._recording() as record:
-            for layers in self._ranges:
+            for layers in self.ranges:
                 backend = make_backend()
                 backend.init_cuda_graph_state(max(sizes), max(sizes))
                 # The largest first: the others find their memory in what it has taken.

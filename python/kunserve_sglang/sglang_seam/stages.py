@@ -6,6 +6,7 @@ backends of its own: what SGLang's loop has prepared for the owner's batches is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -29,7 +30,9 @@ _LEAST_ROWS = 64
 
 
 class Stages(Protocol):
-    """Stage work on one kind of device."""
+    """Stage work on one kind of device; `ranges` of layers have graphs."""
+
+    ranges: Sequence[LayerRange]
 
     def run(
         self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
@@ -54,6 +57,7 @@ class HostStages:
         self._runner = runner
         self._decoder = decoder
         self._backends: dict[int, AttentionBackend] = {}
+        self.ranges: Sequence[LayerRange] = ()
 
     def run(
         self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
@@ -102,6 +106,7 @@ class DeviceStages:
         view = RunnerView(runner, self._table)
         self._backend = get_attention_backend(model_runner=view)
         self._graphs = graphs
+        self.ranges: Sequence[LayerRange] = () if graphs is None else graphs.ranges
         if graphs is not None:
             graphs.capture(lambda: get_attention_backend(model_runner=view), self._rows)
 
