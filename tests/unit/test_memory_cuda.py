@@ -42,6 +42,29 @@ def test_a_run_is_mapped_page_by_page_and_opened_at_once(fake: FakeCuda, pages: 
     assert len(fake.accessible) == 3
 
 
+def test_neighbours_are_unmapped_at_once(fake: FakeCuda, pages: CudaPages) -> None:
+    pages.commit(7)
+    address = pages.reserve(10 * PAGE)
+    pages.map(address, [2, 0, 3])
+    pages.map(address + 3 * PAGE, [1, 6])  # a neighbour that came later
+    pages.map(address + 8 * PAGE, [4, 5])
+    pages.unmap(address + PAGE, 8)
+    assert fake.calls["cuMemUnmap"] == 2
+    assert sorted(fake.mappings) == [address, address + 9 * PAGE]
+    pages.map(address + PAGE, [0, 3, 1, 6, 4])
+
+
+def test_a_range_need_not_begin_at_a_multiple_of_the_page_size(fake: FakeCuda) -> None:
+    pages = CudaPages(CudaDevice(0, fake), 4 * PAGE, CPU)
+    pages.commit(2)
+    address = pages.reserve(12 * PAGE) + PAGE
+    pages.map(address, [0, 1])
+    pages.unmap(address, 2)
+    assert fake.calls["cuMemUnmap"] == 1
+    assert not fake.mappings
+    pages.close()
+
+
 def test_nothing_is_unmapped_under_work_in_flight(fake: FakeCuda) -> None:
     pages = CudaPages(CudaDevice(0, fake), PAGE, CPU)
     pages.commit(2)

@@ -2,7 +2,8 @@
 
 The driver maps and unmaps whole allocations only, so a page is one allocation, and a page is never
 shown at two addresses. Neither call waits for a stream: work in flight is waited for before pages
-are taken from under it.
+are taken from under it. Each call to the driver costs some microseconds and more for each
+allocation in its range, so neighbours are opened and unmapped together.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from kunserve_sglang.errors import ConfigurationError, DriverError, InternalError
 from kunserve_sglang.memory.cuda_driver import CudaDevice, Handle
 from kunserve_sglang.memory.dlpack import tensor_at
+from kunserve_sglang.memory.pool import contiguous_runs
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
@@ -84,18 +86,19 @@ class CudaPages:
                 done.append(place)
             self._gpu.allow_access(address, len(pages) * self.page_bytes)
         except DriverError:
-            for place in done:
-                self._gpu.unmap(place, self.page_bytes)
+            if done:
+                self._gpu.unmap(address, len(done) * self.page_bytes)
             raise
         self._at.update(zip(places, pages, strict=True))
         self._shown.update(pages)
 
     def unmap(self, address: int, count: int) -> None:
         self._gpu.synchronize()
-        for place in range(address, address + count * self.page_bytes, self.page_bytes):
-            if place in self._at:
-                self._gpu.unmap(place, self.page_bytes)
-                self._shown.discard(self._at.pop(place))
+        page = self.page_bytes
+        mapped = [n for n in range(count) if address + n * page in self._at]
+        for first, length in contiguous_runs(mapped):
+            self._gpu.unmap(address + first * page, length * page)
+        self._shown.difference_update(self._at.pop(address + n * page) for n in mapped)
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         return tensor_at(address, nbytes, self._device)
@@ -106,7 +109,7 @@ class CudaPages:
 
     def close(self) -> None:
         self._gpu.synchronize()
-        for address in list(self._at):
+        for address in self._at:
             self._gpu.unmap(address, self.page_bytes)
         for address, nbytes in self._ranges.items():
             self._gpu.free(address, nbytes)
