@@ -11,8 +11,8 @@ TYPED := python/kunserve_sglang scripts $(if $(wildcard benchmark/*.py),benchmar
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-env: ## create or update .venv: torch, the patched SGLang, this package
-	@$(PYTHON) scripts/setup_env.py
+env: ## create or update .venv (DEVICE=cuda: for GPUs)
+	@$(PYTHON) scripts/setup_env.py $(if $(DEVICE),--device $(DEVICE))
 
 demo: env ## a burst on two instances, with and without KunServe
 	@$(RUN) -m benchmark.demo $(ARGS)
