@@ -51,7 +51,7 @@ def _own_fake() -> CudaDevice:
 @pytest.mark.parametrize(
     ("check", "figures", "limits"),
     [
-        (memory.remap, 18, 1),
+        (memory.remap, 24, 1),
         (memory.conservation, 2, 0),
         (memory.leak, 2, 1),
         (memory.parameters, 1, 1),

@@ -143,13 +143,24 @@ def test_without_a_budget_an_instance_takes_a_share_of_what_is_free(
     assert memory_budget(_instance(7), gpu, 0.5) == 7
 
 
-@pytest.mark.parametrize(("budget", "page"), [(30 << 30, 2), (40 << 30, 4), (1 << 40, 32)])
-def test_pages_of_a_gpu_are_what_its_driver_asks_for(
-    budget: int, page: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("budget", "buffer", "page"),
+    [
+        pytest.param(30 << 30, 0, 2, id="what the driver asks for"),
+        pytest.param(40 << 30, 0, 4, id="as few pages as a process can map"),
+        pytest.param(1 << 40, 0, 32, id="the largest"),
+        pytest.param(30 << 30, 150 << 20, 2, id="buffers too small for larger pages"),
+        pytest.param(70 << 30, 420 << 20, 8, id="small buffers of a large budget"),
+        pytest.param(70 << 30, 820 << 20, 16, id="large buffers"),
+        pytest.param(120 << 30, 2 << 30, 32, id="very large buffers"),
+    ],
+)
+def test_pages_of_a_gpu_suit_its_driver_and_the_buffers(
+    budget: int, buffer: int, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeCuda(granularity=2 << 20, devices=4)
     monkeypatch.setattr(devices, "CudaDevice", partial(CudaDevice, bindings=fake))
-    pool = open_pool(torch.device("cuda", 3), budget)
+    pool = open_pool(torch.device("cuda", 3), budget, buffer_bytes=buffer)
     assert (pool.page_bytes, pool.total) == (page << 20, budget // (page << 20))
     assert fake.used == 0
     pool.driver.close()

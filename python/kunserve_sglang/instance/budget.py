@@ -58,16 +58,19 @@ def adopt_model(
     droppable = {id(p) for layer in layers for p in layer.parameters()}
     resident = sum(p.nbytes for p in model.parameters() if id(p) not in droppable)
     resident += sum(b.nbytes for b in model.buffers())
+    sizes = [layer_bytes(layer) for layer in layers]
+    kv_bytes = budget - resident - sum(sizes)
     pool = open_pool(
         device,
         budget - resident,
         page_bytes=config.page_bytes,
+        buffer_bytes=kv_bytes // (2 * len(layers)),
         name=f"kunserve-{config.instance}",
     )
     try:
         parameters = ParameterStore(pool, layers)
     except OutOfPages:
-        needed = resident + sum(layer_bytes(layer) for layer in layers)
+        needed = resident + sum(sizes)
         raise ConfigurationError(
             f"--memory-budget {format_size(budget)} is too small: the parameters "
             f"alone take {format_size(needed)}"

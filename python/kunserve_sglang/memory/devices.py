@@ -15,14 +15,22 @@ _MOST_PAGES = 16_384
 _SMALLEST_ON_CPU = 64 << 10
 _LARGEST_ON_CPU = 2 << 20
 _LARGEST_ON_CUDA = 32 << 20
+_PAGES_A_BUFFER = 50
+"""Of which half a one is wasted at its end."""
 
 
 def open_pool(
-    device: torch.device, budget: int, *, page_bytes: int = 0, name: str = "kunserve"
+    device: torch.device,
+    budget: int,
+    *,
+    page_bytes: int = 0,
+    buffer_bytes: int = 0,
+    name: str = "kunserve",
 ) -> PhysicalPagePool:
     """A pool of `budget` bytes in whole pages, memory to be committed as it is used.
 
-    `page_bytes` 0 chooses by budget. Raises `ConfigurationError` if there is no such device.
+    `page_bytes` 0 chooses by budget, and by what most buffers begin with, `buffer_bytes`. Raises
+    `ConfigurationError` if there is no such device.
     """
     driver: PageDriver
     if device.type == "cpu":
@@ -30,7 +38,7 @@ def open_pool(
         driver = MemfdDriver(page, name)
     elif device.type == "cuda":
         gpu = CudaDevice(device.index or 0)
-        page = page_bytes or page_bytes_on_cuda(budget, gpu.granularity)
+        page = page_bytes or page_bytes_on_cuda(budget, gpu.granularity, buffer_bytes)
         driver = CudaPages(gpu, page)
     else:
         raise ConfigurationError(f"--device {device.type}: KunServe has no pages there")
@@ -44,9 +52,16 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def page_bytes_on_cuda(budget: int, granularity: int) -> int:
-    """The page size of an instance on a GPU whose driver maps multiples of `granularity`."""
-    return page_bytes_for(budget, granularity, _LARGEST_ON_CUDA)
+def page_bytes_on_cuda(budget: int, granularity: int, buffer_bytes: int) -> int:
+    """The page size of an instance on a GPU whose driver maps multiples of `granularity`.
+
+    The driver takes its time for every page, however large, so pages are larger than they must be
+    where hardly anything is wasted by it.
+    """
+    page = page_bytes_for(budget, granularity, _LARGEST_ON_CUDA)
+    while page < _LARGEST_ON_CUDA and 2 * page * _PAGES_A_BUFFER <= buffer_bytes:
+        page *= 2
+    return page
 
 
 def page_bytes_for(budget: int, smallest: int, largest: int) -> int:
