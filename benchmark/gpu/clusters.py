@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmark import upstream
 from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.gpu.check import Bench, NotPossible
-from benchmark.gpu.models import LARGE, SMALL, Geometry, checkpoint, configuration
+from benchmark.gpu.models import EXACT, LARGE, SMALL, Geometry, checkpoint, configuration
 from benchmark.upstream import UpstreamCluster
 
 _READY_S = 180.0
@@ -107,7 +107,7 @@ def dummy_rig(bench: Bench, decode_graphs: int) -> Iterator[Rig]:
 @contextmanager
 def exact_rig(bench: Bench) -> Iterator[Rig]:
     """A small model whose tokens mean something; on GPUs SGLang's kernels are for bf16."""
-    dtype = "bfloat16" if bench.on_gpu else "float32"
+    geometry, dtype = (EXACT, "bfloat16") if bench.on_gpu else (SMALL, "float32")
     with tempfile.TemporaryDirectory() as folder:
-        model = checkpoint(Path(folder) / "model", SMALL)
-        yield Rig(bench, SMALL, model, Path(folder), dtype, ("--context-length", "1024"))
+        model = checkpoint(Path(folder) / "model", geometry)
+        yield Rig(bench, geometry, model, Path(folder), dtype, ("--context-length", "1024"))

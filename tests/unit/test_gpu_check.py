@@ -18,12 +18,16 @@ import torch
 from rich.console import Console
 
 from benchmark.gpu import __main__ as program
-from benchmark.gpu import memory, one, runner
+from benchmark.gpu import clusters, memory, one, runner, tokens
 from benchmark.gpu.check import Bench, Check, Findings, Outcome, Status
 from benchmark.gpu.checks import CHECKS, TOTAL_S
+from benchmark.gpu.models import EXACT, LARGE, Geometry
+from benchmark.gpu.side_by_side import ON_GPU, SIZES
 from benchmark.gpu.transport import transport
+from kunserve_sglang.layout import LayerRange, MemoryProfile
 from kunserve_sglang.memory.cuda import CudaPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
+from kunserve_sglang.memory.devices import page_bytes_on_cuda
 from tests.support.fake_cuda import FakeCuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +122,39 @@ def test_all_checks_fit_into_the_time() -> None:
 def _check(name: str) -> Check:
     (check,) = (c for c in CHECKS if c.name == name)
     return check
+
+
+@pytest.mark.parametrize(
+    ("geometry", "slots", "instances"),
+    [
+        (EXACT, tokens._SLOTS, 2),
+        (LARGE, 10 * LARGE.max_position_embeddings, 2),
+        *((LARGE, ON_GPU.slots, size) for size in SIZES),
+    ],
+)
+def test_models_of_the_checks_gain_slots_by_a_drop(
+    geometry: Geometry, slots: int, instances: int
+) -> None:
+    """In a GPU's pages, which are larger than the layers of many a small model."""
+    budget = geometry.budget(slots, 2, clusters._PAGE_ON_GPU)
+    layers, row = geometry.num_hidden_layers, geometry._row
+    embeddings = 4 * geometry.vocab_size * geometry.hidden_size
+    layer = (2 * geometry.parameters - embeddings) // layers
+    kv = budget - embeddings - layers * layer
+    page = page_bytes_on_cuda(budget - embeddings, clusters._PAGE_ON_GPU, kv // (2 * layers))
+    profile = MemoryProfile(
+        page_bytes=page,
+        pages=(budget - embeddings) // page,
+        layer_pages=(-(-layer // page),) * layers,
+        key_row_bytes=row,
+        value_row_bytes=row,
+        stride=1 << 24,
+        owners=instances,
+    )
+    alone = profile.capacity(LayerRange(0, layers), 1)
+    together = profile.capacity(LayerRange(0, layers // instances), instances)
+    assert alone >= slots
+    assert together > 1.5 * alone
 
 
 def test_what_cannot_be_checked_says_why(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
