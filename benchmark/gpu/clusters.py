@@ -30,7 +30,9 @@ def check_installed() -> None:
     if importlib.util.find_spec("sglang") is None:
         raise NotPossible("SGLang is not installed")
     if not importlib.metadata.entry_points(group="sglang.srt.plugins", name="kunserve"):
-        raise NotPossible("this package is not installed: pip install --no-deps -e .")
+        raise NotPossible(
+            "this package is not installed: pip install --no-deps --no-build-isolation -e ."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,13 @@ def dummy_rig(bench: Bench, decode_graphs: int) -> Iterator[Rig]:
 
 @contextmanager
 def exact_rig(bench: Bench) -> Iterator[Rig]:
-    """A small model whose tokens mean something; on GPUs SGLang's kernels are for bf16."""
+    """A small model whose tokens mean something; on GPUs SGLang's kernels are for bf16.
+
+    Graphs are captured of steps as they come here, prefill and decode.
+    """
     geometry, dtype = (EXACT, "bfloat16") if bench.on_gpu else (SMALL, "float32")
+    graphs = ("--cuda-graph-max-bs-decode", "32", "--cuda-graph-max-bs-prefill", "1024")
+    flags = ("--context-length", "1024", *(graphs if bench.on_gpu else ()))
     with tempfile.TemporaryDirectory() as folder:
         model = checkpoint(Path(folder) / "model", geometry)
-        yield Rig(bench, geometry, model, Path(folder), dtype, ("--context-length", "1024"))
+        yield Rig(bench, geometry, model, Path(folder), dtype, flags)
