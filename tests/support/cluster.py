@@ -284,6 +284,12 @@ class ScriptedCluster:
         cached: set[int] = self._expect(self._links[member], "cached")
         return cached
 
+    def waits(self, member: int) -> dict[str, int]:
+        """Where it has waited for its emulated device since the last call, and how often."""
+        self._links[member].send(("waits", None))
+        waits: dict[str, int] = self._expect(self._links[member], "waits")
+        return waits
+
     def _expect(self, link: Connection, verb: str) -> Any:
         if not link.poll(READY_S):
             raise TimeoutError(f"no {verb} from a member")

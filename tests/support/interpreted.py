@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from kunserve_sglang.policy.cost_model import CostModel
 from kunserve_sglang.sglang_seam import assembly
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import Recorder, StageGraphs
-from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages
+from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages, on_device
 from tests.support.member import Member
 
 FIRST, LAST = LayerRange(0, 2), LayerRange(6, 8)
@@ -114,13 +115,18 @@ def prefill() -> StageBatch:
 def _compare(
     runner: Any, stages: DeviceStages, batch: StageBatch, table: torch.Tensor, layers: LayerRange
 ) -> None:
-    """Hidden states as the backend for CPUs has them, and KV in the same rows and no others."""
+    """Hidden states as the backend for CPUs has them, and KV in the same rows and no others.
+
+    That one is given all that it reads where the KV is.
+    """
     torch.manual_seed(len(batch.rows))
-    tokens, width = len(batch.positions), runner.model_config.hidden_size
-    hidden = torch.randn(tokens, width), torch.randn(tokens, width) if layers.lo else None
+    tokens, width, place = len(batch.positions), runner.model_config.hidden_size, runner.place
+    states, residual = (torch.randn(tokens, width, device=place) for _ in range(2))
+    hidden = states, residual if layers.lo else None
     host = HostStages(runner, LayeredDecoder(runner.model))
     pool = runner.token_to_kv_pool
-    expected, written = _run(host, pool, batch, table, layers, hidden)
+    there = replace(on_device(batch, place), rows=batch.rows.to(place))
+    expected, written = _run(host, pool, there, table.to(place), layers, hidden)
     got, rewritten = _run(stages, pool, batch, table, layers, hidden)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -171,7 +177,7 @@ def _runner(model: str, folder: str) -> Any:
     server = {
         "model_path": model,
         "attention_backend": "triton",
-        "stages": "device",
+        "device": "cuda",
         "dtype": "float32",
         "max_running_requests": 8,
         "context_length": 256,

@@ -11,7 +11,8 @@ import os
 import pickle
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -32,23 +33,16 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from benchmark.local_scheduler import tokenized
 from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
-from kunserve_sglang.instance import pipeline
 from kunserve_sglang.instance.agent import Agent
 from kunserve_sglang.instance.ranks import Fact, Ranks
-from kunserve_sglang.instance.sent_rows import DeviceSentRows
 from kunserve_sglang.policy.blocks import block_hashes
-from kunserve_sglang.sglang_seam import engine, plugin
+from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
-from kunserve_sglang.sglang_seam.stages import DeviceStages
 from tests.support.census import whereabouts
+from tests.support.emulated_gpu import emulated_gpu_for_sglang
+from tests.support.emulated_tensors import EmulatedDevice
 
 STALL_S = 60.0
-
-BESIDE_A_DEVICE: dict[str, tuple[Any, Any]] = {
-    "": (engine.stages_for, pipeline.sent_rows),
-    "device": (DeviceStages, DeviceSentRows),
-}
-"""What runs stages, and what keeps account of an owner's table."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +106,31 @@ class Link:
 
 
 class Member:
-    """Drives one scheduler; lives in the child process."""
+    """Drives one scheduler; lives in the child process.
+
+    With the device `cuda`, that is an emulated one, of this process and all others of this user.
+    """
 
     def __init__(self, config: InstanceConfig, server: dict[str, Any], rank: int) -> None:
+        self._gpu: EmulatedDevice | None = None
+        if server.get("device") == "cuda":
+            self._for_good = ExitStack()
+            self._gpu = self._for_good.enter_context(emulated_gpu_for_sglang())
+            # There are no CUDA graphs.
+            config = msgspec.structs.replace(config, stage_graph_max_bs=0)
+            server = {"disable_cuda_graph": True, **server}
         os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
         # Measurements of this model are of no use to anybody else.
         os.environ["XDG_CACHE_HOME"] = str(Path(server["model_path"]).parent)
-        # What runs beside a device runs on a CPU as well, if it is asked to.
-        engine.stages_for, pipeline.sent_rows = BESIDE_A_DEVICE[server.pop("stages", "")]
         plugin.register()
         HookRegistry.apply_hooks()
         torch.set_num_threads(1)
         arguments = ServerArgs(
-            device="cpu",
             sampling_backend="pytorch",
             skip_tokenizer_init=True,
             log_level="error",
             **{
+                "device": "cpu",
                 "attention_backend": "torch_native",
                 "disable_overlap_schedule": True,
                 **server,
@@ -206,6 +208,12 @@ class Member:
         """Let nothing move between members but what micro-batches take along."""
         agent = self.scheduler.agent
         agent.move_pieces = (lambda _: False) if hold else partial(Agent.move_pieces, agent)
+
+    def waits(self) -> Counter[str]:
+        """Where the product has waited for the device since the last call, by place."""
+        assert self._gpu is not None
+        waits, self._gpu.waits = self._gpu.waits, Counter()
+        return Counter({k: n for k, n in waits.items() if k.startswith("kunserve_sglang.")})
 
     def cached(self) -> set[int]:
         """The blocks of all sequences in the radix tree, each hashed from its beginning."""
@@ -355,6 +363,8 @@ def serve(
             link.send(("numbers", (member.largest_slot, member.retracted)))
         elif verb == "cached":
             link.send(("cached", member.cached()))
+        elif verb == "waits":
+            link.send(("waits", member.waits()))
         elif verb == "hold":
             member.hold_pieces(argument)
             link.send(("held", None))

@@ -63,7 +63,7 @@ def test_running_requests_take_their_kv_along(pair: ScriptedCluster) -> None:
 
 
 def test_two_cycles_as_on_gpus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """With all that ranks on GPUs have: stages beside a device, lanes, results one step later."""
+    """With all that ranks on GPUs have: an emulated device, lanes, results one step later."""
     folder = tmp_path_factory.mktemp("as-on-gpus")
     with small_cluster(
         folder,
@@ -71,7 +71,7 @@ def test_two_cycles_as_on_gpus(tiny_model: Path, tmp_path_factory: pytest.TempPa
         tiny_model,
         memory_budget=BUDGET,
         ranks=2,
-        stages="device",
+        device="cuda",
         transport=Transport.NCCL,
         disable_overlap_schedule=False,
     ) as cluster:
