@@ -15,12 +15,15 @@ import torch
 
 from kunserve_sglang.memory import cuda, devices, dlpack
 from kunserve_sglang.memory.cuda_driver import CudaDevice
+from kunserve_sglang.policy.profile import Timing
 from kunserve_sglang.transport import lane, plane
 from tests.support.emulated_tensors import DEVICE, EmulatedDevice, device_view
 from tests.support.fake_cuda import FakeCuda
 
 _CPU = torch.device("cpu")
 _MEMORY = 8 << 30
+_HURRIED = Timing(warmups=0, repeats=1, middle=False, budget_s=0.0)
+"""How long something takes here says nothing."""
 
 
 @contextmanager
@@ -59,6 +62,8 @@ def emulated_gpu_for_sglang() -> Iterator[EmulatedDevice]:
     from sglang.srt.distributed import parallel_state
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+    from kunserve_sglang.sglang_seam import assembly
+
     def reduce(tensor: torch.Tensor, group_name: str) -> None:
         parallel_state._groups[group_name]()._all_reduce_in_place(tensor)
 
@@ -72,6 +77,7 @@ def emulated_gpu_for_sglang() -> Iterator[EmulatedDevice]:
         for place, name, stand_in in (
             (parallel_state, "inplace_all_reduce", reduce),
             (parallel_state, "reg_all_gather_into_tensor", gather),
+            (assembly, "timing", lambda _: _HURRIED),
             (VocabParallelEmbedding, "_use_triton_embedding", lambda *_: False),
         ):
             undo.enter_context(patch.object(place, name, stand_in))

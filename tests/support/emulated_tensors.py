@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 
@@ -107,7 +106,7 @@ class EmulatedDevice(TorchFunctionMode):
             results = args[0].clone() if name == "pin_memory" else function(*args, **kwargs)
             if there:
                 self._launched()
-                return tree_map(_as_device, results)
+                return _as_device(results)
             if pinned:
                 results.pinned = True
             return results
@@ -135,7 +134,7 @@ class EmulatedDevice(TorchFunctionMode):
     def _results_there(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether what this function returns is on the device."""
         if kwargs.get("device") is None:
-            return name != "tensor" and any(on_device(x) for x in tree_leaves((args, kwargs)))
+            return name != "tensor" and any(map(on_device, _tensors(args, kwargs)))
         there = _is_device(kwargs["device"])
         if name in _FROM_VALUES and on_device(args[0]) != there:
             self.wait()
@@ -173,7 +172,7 @@ class EmulatedDevice(TorchFunctionMode):
 
     def _look(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Raises `Refused`, or notes a wait."""
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = list(_tensors(args, kwargs))
         if not any(map(on_device, tensors)):
             return
         if name in _NEEDS_HOST:
@@ -225,9 +224,23 @@ def device_view(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_device(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor) or on_device(value):
-        return value
-    return value.as_subclass(DeviceTensor)
+    """A tensor, or all in a tuple or list, as tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value if on_device(value) else value.as_subclass(DeviceTensor)
+    if isinstance(value, tuple | list):
+        made = type(value)
+        parts = [_as_device(part) for part in value]
+        return made(*parts) if hasattr(made, "_fields") else made(parts)
+    return value
+
+
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """All among the arguments of a function."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value, {})
 
 
 def _is_device(place: Any) -> bool:
