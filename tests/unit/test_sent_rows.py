@@ -20,14 +20,14 @@ from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
 @given(seed=st.integers(0, 10_000))
 def test_a_stage_that_follows_sees_what_the_owner_sees(kind: Any, seed: int) -> None:
     owner = Owner(seed)
-    sent, mirror = kind(owner.table), MirroredRows(ROWS, CONTEXT, BASE)
+    sent, mirror = kind(owner.table), MirroredRows(ROWS, CONTEXT, BASE, owner.table.device)
     for _ in range(25):
         follow(owner, sent, mirror, owner.step())
 
 
 def test_rows_longer_than_a_block_are_compared_to_their_end() -> None:
     owner = Owner(1, context=20_000)
-    sent, mirror = DeviceSentRows(owner.table), MirroredRows(ROWS, 20_000, BASE)
+    sent, mirror = DeviceSentRows(owner.table), MirroredRows(ROWS, 20_000, BASE, owner.table.device)
     follow(owner, sent, mirror, owner.grow([0, 2], [19_000, 9000], decode=False))
     for row, place in ((0, 0), (0, 18_999), (2, 8191), (2, 8192)):
         owner.table[row, place] = 7
@@ -48,6 +48,12 @@ def test_where_the_table_is_says_how_it_is_compared() -> None:
     assert isinstance(
         sent_rows(torch.zeros((2, 2), dtype=torch.int32, device="meta")), DeviceSentRows
     )
+
+
+def test_rows_are_where_attention_reads_them_unless_they_are_too_many() -> None:
+    device = torch.device("meta")
+    assert MirroredRows(512, 32_768, BASE, device).table.device == device
+    assert MirroredRows(513, 32_768, BASE, device).table.device.type == "cpu"
 
 
 class OnDevice(torch.Tensor):

@@ -110,7 +110,7 @@ class Pipeline:
         rows = max(rows, _MOST_ROWS)
         self._sent = sent_rows(table)
         self._peers = {
-            m.instance: _Peer(MirroredRows(rows, context, kv.base(m.instance)))
+            m.instance: _Peer(MirroredRows(rows, context, kv.base(m.instance), table.device))
             for m in layout.members
             if m.instance != me
         }

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+_MOST_BYTES = 64 << 20
+"""Of a device's memory for the rows of one owner: 512 requests of 32,768 tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class TableDelta:
@@ -24,24 +27,45 @@ class TableDelta:
 
 
 class MirroredRows:
-    """Stage side: another owner's rows in this stage's addresses."""
+    """Stage side: another owner's rows in this stage's addresses.
 
-    def __init__(self, rows: int, context: int, base: int) -> None:
-        self.table = torch.from_numpy(np.zeros((rows, context), dtype=np.int32))
+    On `device`, where attention reads them, so that a decode step brings one slot a request there
+    instead of whole rows; on the host if they would take much of the device's memory.
+    """
+
+    def __init__(self, rows: int, context: int, base: int, device: torch.device) -> None:
+        if device.type != "cpu" and rows * context * torch.int32.itemsize <= _MOST_BYTES:
+            self.table = torch.zeros((rows, context), dtype=torch.int32, device=device)
+        else:
+            # The kernel gives it pages when they are written, and most never are.
+            self.table = torch.from_numpy(np.zeros((rows, context), dtype=np.int32))
         self.base = base
 
     def apply(self, delta: TableDelta) -> None:
-        slots = delta.slots.to(torch.int32) + self.base
-        position = 0
-        for row, start, length in zip(
-            delta.rows.tolist(), delta.starts.tolist(), delta.lengths.tolist(), strict=True
-        ):
-            self.table[row, start : start + length] = slots[position : position + length]
-            position += length
+        """All of `delta` is on the host; it gets there in one copy."""
+        ends = delta.lengths.cumsum(0)
+        begins = delta.rows * self.table.shape[1] + delta.starts - ends + delta.lengths
+        places = torch.arange(len(delta.slots)) + begins.repeat_interleave(delta.lengths)
+        there = torch.stack([places, delta.slots + self.base])
+        places, slots = there.to(self.table.device, non_blocking=True)
+        self.table.view(-1).index_copy_(0, places, slots.int())
 
     def slots(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """As `SentRows.slots`: in the owner's numbers."""
-        return spans_of(self.table, rows, seq_lens) - self.base
+        there = rows_on_host(self.table, rows, int(seq_lens.max()))
+        return spans_of(*there, seq_lens) - self.base
+
+
+def rows_on_host(
+    table: torch.Tensor, rows: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A table on the host with the first `width` slots of these rows, and where in it they are.
+
+    The live one, or one copy of them all out of the memory of a GPU.
+    """
+    if table.device.type == "cpu":
+        return table, rows
+    return table[rows.to(table.device), :width].cpu(), torch.arange(len(rows))
 
 
 def spans_of(table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

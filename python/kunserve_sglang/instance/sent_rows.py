@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from kunserve_sglang.instance.engine import StageBatch
-from kunserve_sglang.instance.request_table import TableDelta, spans_of
+from kunserve_sglang.instance.request_table import TableDelta, rows_on_host, spans_of
 
 _BLOCK = 8192
 """Columns of a device's table that are compared together: bounds the memory that this takes."""
@@ -157,15 +157,3 @@ class DeviceSentRows:
         places = torch.stack([rows.repeat_interleave(lengths - starts), columns])
         row, column = places.to(self._table.device, non_blocking=True)
         return self._table[row, column].cpu()
-
-
-def rows_on_host(
-    table: torch.Tensor, rows: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A table on the host with the first `width` slots of these rows, and where in it they are.
-
-    The live one, or one copy of them all out of the memory of a GPU.
-    """
-    if table.device.type == "cpu":
-        return table, rows
-    return table[rows.to(table.device), :width].cpu(), torch.arange(len(rows))

@@ -90,7 +90,8 @@ class DeviceStages:
     """Beside a device: one backend for all owners, as SGLang's own factory makes it.
 
     Before each micro-batch the rows that it needs are copied to the top of a table that only this
-    backend reads. Its address never changes, so captured graphs can read it as well.
+    backend reads, on the device if their owner's table is there. Its address never changes, so
+    captured graphs can read it as well.
     """
 
     def __init__(
