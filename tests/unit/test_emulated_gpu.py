@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from torch import nn
 
 from benchmark.gpu import memory
 from benchmark.gpu.check import Bench, Findings
+from kunserve_sglang.config import Transport
 from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.parameters import ParameterStore, layer_bytes
 from kunserve_sglang.instance.request_table import MirroredRows
 from kunserve_sglang.instance.sent_rows import DeviceSentRows, sent_rows
+from kunserve_sglang.keys import new_keys
 from kunserve_sglang.layout import LayerRange
 from kunserve_sglang.memory import PhysicalPagePool, devices, open_pool
+from kunserve_sglang.transport import HostAwareDataPlane, nccl, plane
 from tests.support.emulated_gpu import emulated_gpu
 from tests.support.emulated_tensors import DEVICE, EmulatedDevice, Refused, on_device
 from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
@@ -182,6 +186,43 @@ def test_parameters_move_into_pages_of_the_device(pool: PhysicalPagePool, origin
     store.check(1)
     assert len(content) == layer_bytes(layers[1])
     assert torch.equal(layers[1].weight.cpu(), expected)
+
+
+@pytest.mark.parametrize("way", [Transport.CUDA_IPC, Transport.NCCL, Transport.TCP])
+def test_packets_arrive_on_the_device(
+    gpu: EmulatedDevice,  # noqa: ARG001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: Transport,
+) -> None:
+    """From wherever they were sent; and those, too, for which there is no room there."""
+    monkeypatch.setattr(plane, "_GPU_RING_BYTES", 64 << 10)
+    monkeypatch.setattr(nccl, "ROOM_BYTES", 64 << 10)
+    keys = new_keys().members
+    a, b = (
+        HostAwareDataPlane(
+            str(tmp_path / name), tcp="tcp://127.0.0.1:*", keys=keys, device=DEVICE, transport=way
+        )
+        for name in "ab"
+    )
+    a.connect({1: b.address})
+    sent = [
+        torch.randn(9, 5, device="cuda").to(torch.bfloat16).t(),
+        torch.arange(5),
+        torch.empty(0, 7, device="cuda"),
+        torch.tensor(3.5, device="cuda"),
+    ]
+    large = torch.arange(10_000, device="cuda")
+    for _ in range(4):
+        a.send(1, b"", [*sent, large])
+    for _ in range(4):
+        packet = b.receive(10.0)
+        assert packet is not None
+        assert all(map(on_device, packet.tensors))
+        for got, wanted in zip(packet.tensors, [*sent, large], strict=True):
+            assert torch.equal(got.cpu(), wanted.cpu())
+    a.close()
+    b.close()
 
 
 @pytest.mark.parametrize("check", [memory.conservation, memory.leak, memory.parameters])
