@@ -134,7 +134,7 @@ def test_a_stage_that_follows_sees_what_the_owner_sees(
     seed: int,
 ) -> None:
     owner = Owner(seed, device="cuda")
-    sent, mirror = sent_rows(owner.table), MirroredRows(ROWS, CONTEXT, BASE)
+    sent, mirror = sent_rows(owner.table), MirroredRows(ROWS, CONTEXT, BASE, DEVICE)
     assert isinstance(sent, DeviceSentRows)
     for _ in range(25):
         follow(owner, sent, mirror, owner.step())
