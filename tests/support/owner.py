@@ -71,6 +71,7 @@ def follow(owner: Owner, sent: SentRows, mirror: MirroredRows, batch: StageBatch
     mirror.apply(delta)
     assert torch.equal(told.out_slots, batch.out_slots.cpu())
     for row, length in zip(batch.rows.tolist(), batch.seq_lens.tolist(), strict=True):
-        assert torch.equal(mirror.table[row, :length] - BASE, owner.table[row, :length].cpu())
+        mirrored = mirror.table[row, :length].cpu() - BASE
+        assert torch.equal(mirrored, owner.table[row, :length].cpu())
     reads = sent.slots(batch.rows, batch.seq_lens)
     assert torch.equal(reads, mirror.slots(batch.rows, batch.seq_lens))
