@@ -41,9 +41,12 @@ def token_identity(bench: Bench, found: Findings) -> None:
 
 
 async def compare(
-    url: str, settings: str, found: Findings, requests: int = 16, output: int = 300
+    url: str, settings: str, found: Findings, requests: int = 16, output: int = 800
 ) -> None:
-    """Send the same prompts undisturbed and with a drop and a restore in between."""
+    """Send the same prompts undisturbed and with a drop and a restore in between.
+
+    Answers are long, since a GPU takes about a millisecond for a token of a small model.
+    """
     prompts = [prompt(number, _PROMPT) for number in range(requests)]
     async with control(url) as cluster:
         await cluster.automatic(False)
