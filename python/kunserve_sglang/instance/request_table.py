@@ -65,7 +65,8 @@ def rows_on_host(
     """
     if table.device.type == "cpu":
         return table, rows
-    return table[rows.to(table.device), :width].cpu(), torch.arange(len(rows))
+    there = table[rows.to(table.device, non_blocking=True), :width]
+    return there.cpu(), torch.arange(len(rows))
 
 
 def spans_of(table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ class DeviceStages:
                 "members need the same --max-running-requests"
             )
         width = int(batch.seq_lens.max())
-        rows = table[batch.rows.to(table.device), :width]
+        rows = table[batch.rows.to(table.device, non_blocking=True), :width]
         self._table[: len(rows), :width].copy_(rows, non_blocking=True)
 
 
