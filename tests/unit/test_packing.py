@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,3 +131,12 @@ def test_what_goes_home_is_hidden_states_alone() -> None:
     home = header(None, residual=True)
     assert wire.described_by(home, tensors) == []
     assert wire.hidden_of(home, tensors) == (tensors[0], tensors[1])
+
+
+@pytest.mark.parametrize("count", [0, 1, packing.INLINE_BYTES // 8, packing.INLINE_BYTES // 8 + 1])
+def test_integers_are_inline_if_they_are_few(count: int) -> None:
+    integers = torch.arange(count)
+    inline, beside = packing.inlined(integers)
+    assert len(inline) + sum(t.nbytes for t in beside) == integers.nbytes
+    assert len(beside) == (integers.nbytes > packing.INLINE_BYTES)
+    assert torch.equal(packing.integers_of(inline, beside), integers)

@@ -152,10 +152,17 @@ def pair_on_a_gpu(
 
 @pytest.mark.parametrize("seed", range(700, 702), ids=lambda s: f"seed-{s}")
 def test_two_cycles_on_an_emulated_gpu(pair_on_a_gpu: ScriptedCluster, seed: int) -> None:
-    """What is on the device and what is on the host are never taken for one another."""
+    """What is on the device and what is on the host are never taken for one another.
+
+    Nobody waits for KV on its way, but where its packets come and go.
+    """
     events, differences = play_both(pair_on_a_gpu, random_scripts(seed, 2, PAIR_GATES))
     assert differences == []
     assert len(events) >= 2
+    assert sum(e.exchanged_bytes for e in events) > 0
+    for member in (0, 1):
+        waits = pair_on_a_gpu.waits(member)
+        assert not [w for w in waits if w.startswith("kunserve_sglang.instance.transfer.")]
 
 
 def test_how_often_a_micro_batch_waits_for_the_device(pair_on_a_gpu: ScriptedCluster) -> None:

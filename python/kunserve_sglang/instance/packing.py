@@ -1,7 +1,7 @@
-"""What the stages must know of a micro-batch, as one row of integers.
+"""Integers of a packet, and what stages must know of a micro-batch as one row of them.
 
-All of it is known on the host and needed on the host. In the memory of a GPU, where activations
-pass, each tensor of it would cost a copy that waits for the device. So few integers travel in the
+They are known on the host and needed on the host. In the memory of a GPU, where activations and KV
+pass, each tensor of them would cost two copies that wait for the device. So few travel in the
 packet's header, and many as one tensor.
 """
 
@@ -27,6 +27,22 @@ class Packed(msgspec.Struct, frozen=True, array_like=True):
     inline: bytes
 
 
+def inlined(integers: torch.Tensor) -> tuple[bytes, list[torch.Tensor]]:
+    """Flat int64 on the host, as bytes for a header; if they are too many, as a list of one."""
+    if integers.nbytes > INLINE_BYTES:
+        return b"", [integers]
+    return integers.numpy().tobytes(), []
+
+
+def integers_of(inline: bytes, beside: list[torch.Tensor]) -> torch.Tensor:
+    """The inverse of `inlined`."""
+    if beside:
+        return beside[0]
+    if not inline:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(bytearray(inline), dtype=torch.int64)
+
+
 def pack(batch: StageBatch, delta: TableDelta) -> tuple[Packed, list[torch.Tensor]]:
     """Both as integers; the list is what has to travel as a tensor: flat int64, or nothing.
 
@@ -36,15 +52,15 @@ def pack(batch: StageBatch, delta: TableDelta) -> tuple[Packed, list[torch.Tenso
     if batch.prefix_lens is not None and batch.extend_lens is not None:
         parts += [batch.prefix_lens, batch.extend_lens]
     integers = torch.cat([*parts, batch.positions, batch.out_slots, delta.slots])
-    fits = integers.nbytes <= INLINE_BYTES
+    inline, beside = inlined(integers)
     packed = Packed(
         requests=len(batch.rows),
         tokens=len(batch.positions),
         slots=len(delta.slots),
         decode=batch.decode,
-        inline=integers.numpy().tobytes() if fits else b"",
+        inline=inline,
     )
-    return packed, [] if fits else [integers]
+    return packed, beside
 
 
 def unpack(
@@ -54,10 +70,7 @@ def unpack(
 
     The tensors are views, of what `tensors` holds if there is any.
     """
-    if packed.inline:
-        integers = torch.frombuffer(bytearray(packed.inline), dtype=torch.int64)
-    else:
-        integers = tensors[0]
+    integers = integers_of(packed.inline, tensors)
     tables = 4 if packed.decode else 6
     sizes = [packed.requests] * tables + [packed.tokens, packed.tokens, packed.slots]
     parts = torch.split(integers, sizes)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from kunserve_sglang.errors import PeerLost
-from kunserve_sglang.instance import wire
+from kunserve_sglang.instance import packing, wire
 from kunserve_sglang.instance.kv_store import KvStore
 from kunserve_sglang.instance.parameter_pieces import ParameterPieces
 from kunserve_sglang.instance.parameters import ParameterStore
@@ -267,20 +267,29 @@ class Transfer:
             return
         move = out.move
         k, v = self._kv.gather(move.layers, move.owner, slots)
+        inline, beside = packing.inlined(slots)
         header = wire.KvRows(
-            sender=self._me, epoch=self._epoch, owner=move.owner, layers=move.layers, last=last
+            sender=self._me,
+            epoch=self._epoch,
+            owner=move.owner,
+            layers=move.layers,
+            slots=inline,
+            last=last,
         )
-        self._plane.send(move.target, wire.encode(header), [slots, k, v])
+        self._plane.send(move.target, wire.encode(header), [*beside, k, v])
         out.pending[slots] = False
         self.sent_kv_bytes += k.nbytes + v.nbytes
 
     def _store_rows(self, header: wire.KvRows, tensors: Sequence[torch.Tensor]) -> None:
         incoming = self._incoming[header.owner, header.layers]
-        slots, k, v = tensors[0].cpu(), tensors[1], tensors[2]
+        *beside, k, v = tensors
+        slots = packing.integers_of(header.slots, [t.cpu() for t in beside])
         if self._serves(incoming.move):
             # What a micro-batch has written here since is newer than what was on its way.
-            fresh = incoming.awaited[slots]
-            slots, k, v = slots[fresh], k[:, fresh], v[:, fresh]
+            fresh = torch.nonzero(incoming.awaited[slots]).flatten()
+            if len(fresh) < len(slots):
+                slots, there = slots[fresh], fresh.to(k.device, non_blocking=True)
+                k, v = k.index_select(1, there), v.index_select(1, there)
         self._kv.scatter(header.layers, header.owner, slots, k, v)
         incoming.awaited[slots] = False
         incoming.ended = header.last

@@ -45,11 +45,13 @@ class TakenSlots(Envelope, frozen=True, kw_only=True, tag="taken_slots"):
 class KvRows(Envelope, frozen=True, kw_only=True, tag="kv_rows"):
     """KV of some slots of `owner` in `layers`; `last` if nothing of it is left to send.
 
-    Tensors: slots, int64; K and V rows, each `(len(layers), len(slots), heads, dim)`.
+    Tensors: [slots, int64, unless they are inline], K and V rows, each
+    `(len(layers), len(slots), heads, dim)`.
     """
 
     owner: int
     layers: LayerRange
+    slots: bytes
     last: bool = False
 
 
