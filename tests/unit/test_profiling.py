@@ -49,6 +49,8 @@ class RecordingEngine:
     ) -> Hidden:
         assert base == 0
         assert len(hidden[0]) == len(batch.positions) == len(batch.out_slots)
+        chunks = {t.dtype for t in (batch.prefix_lens, batch.extend_lens) if t is not None}
+        assert chunks <= {torch.int32}  # as real ones are, for which kernels are compiled
         for row, length in zip(batch.rows.tolist(), batch.seq_lens.tolist(), strict=True):
             assert (table[row, :length] > 0).all()  # slot 0 is the dummy
         self.runs.append((batch, layers))

@@ -27,7 +27,8 @@ class StageBatch:
     All tensors are on the CPU; an owner's `out_slots` are where its runtime has them until its
     group is told (`SentRows.difference`). `rows` are the owner's request rows, one a request;
     `out_slots` the owner's slots that receive the new KV, one a token; `prefix_lens` and
-    `extend_lens` are None for a decode batch.
+    `extend_lens`, int32, are None for a decode batch; all else is int64. Kernels on a GPU are
+    compiled for these types.
     """
 
     owner: int

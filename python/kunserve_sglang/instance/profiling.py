@@ -141,7 +141,7 @@ def _probe(work: Work) -> tuple[StageBatch, torch.Tensor]:
         seq_lens=lengths,
         positions=torch.cat(positions),
         out_slots=torch.cat(slots),
-        prefix_lens=torch.tensor([s.prefix for s in spans]) if extend else None,
-        extend_lens=torch.tensor([s.tokens for s in spans]) if extend else None,
+        prefix_lens=torch.tensor([s.prefix for s in spans], dtype=torch.int32) if extend else None,
+        extend_lens=torch.tensor([s.tokens for s in spans], dtype=torch.int32) if extend else None,
     )
     return batch, table
