@@ -71,9 +71,14 @@ def again() -> Iterator[Recorder]:
 def run_again(step: Callable[[], Hidden]) -> tuple[Callable[[], None], Hidden]:
     """Records nothing: does the step again, into the same memory.
 
-    With the metadata of its recording, as kernels in a graph have it.
+    With the metadata of its recording, as kernels in a graph have it. What a graph contains
+    neither waits for the device nor reads the host's memory.
     """
+    device = EmulatedDevice.here
+    device.waits.clear()
+    device.uploads.clear()
     results = step()
+    assert not device.waits + device.uploads, (device.waits, device.uploads)
     backend = get_attn_backend()
     metadata = backend.forward_metadata
 
