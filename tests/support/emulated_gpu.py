@@ -33,7 +33,7 @@ def emulated_gpu(granularity: int = 4096) -> Iterator[EmulatedDevice]:
     Pages must not have been taken from under what the GPU was doing.
     """
     fake = FakeCuda(granularity=granularity)
-    device = EmulatedDevice(launched=fake.launch)
+    device = EmulatedDevice(fake)
     run = threading.Thread.run
 
     def run_with_it(thread: threading.Thread) -> None:

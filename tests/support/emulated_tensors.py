@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from tests.support.fake_cuda import FakeCuda
 
 DEVICE = torch.device("cuda", 0)
 
@@ -65,17 +67,17 @@ class EmulatedDevice(TorchFunctionMode):
     """While it is entered, which is once a thread, this thread's `cuda` is the emulated device.
 
     `waits` and `uploads` count by place, as module and function: where the program waits for the
-    device, and where it copies from pageable memory of the host without waiting. `launched` is
-    called with all that the device is asked to do.
+    device, and where it copies from pageable memory of the host without waiting. `driver` is told
+    of all that the device is asked to do.
     """
 
     here: EmulatedDevice
 
-    def __init__(self, launched: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, driver: FakeCuda) -> None:
         super().__init__()
+        self.driver = driver
         self.waits: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
-        self._launched = launched
         EmulatedDevice.here = self
 
     def __torch_function__(
@@ -105,7 +107,7 @@ class EmulatedDevice(TorchFunctionMode):
                 kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"}
             results = args[0].clone() if name == "pin_memory" else function(*args, **kwargs)
             if there:
-                self._launched()
+                self.driver.launch()
                 return _as_device(results)
             if pinned:
                 results.pinned = True

@@ -165,6 +165,7 @@ class Member:
             if time.monotonic() - progress > STALL_S:
                 raise TimeoutError(f"no step for {STALL_S} s at step {step}: {self._state()}")
             self._find_all()
+        assert self._gpu is None or not self._gpu.driver.unmapped_while_busy
         self.retracted += sum(r.retraction_count for r in self.requests.values())
         return {
             rid: Output(tuple(r.output_ids), self._end(r), r.cached_tokens)
