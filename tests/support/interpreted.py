@@ -1,8 +1,8 @@
-"""Stages with SGLang's attention backend for GPUs, whose kernels Triton interprets on a CPU.
+"""Stages with SGLang's attention backends for GPUs, whose kernels Triton interprets on a CPU.
 
-A program, because Triton decides at its import: `python -m tests.support.interpreted MODEL`, with
-TRITON_INTERPRET=1. Compares what stages compute with the backend for CPUs: its exit status is 0 if
-they agree.
+A program, because Triton decides at its import: `python -m tests.support.interpreted MODEL
+BACKEND`, with TRITON_INTERPRET=1. Compares what stages compute with the backend for CPUs: its exit
+status is 0 if they agree. FlashInfer's own kernels are torch's here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from kunserve_sglang.sglang_seam.stage_graphs import Recorder, StageGraphs
 from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages, on_device
 from tests.support.emulated_tensors import EmulatedDevice
 from tests.support.member import Member
+from tests.support.reference_flashinfer import reference_flashinfer
 
 FIRST, LAST = LayerRange(0, 2), LayerRange(6, 8)
 OTHER = LayerRange(2, 4)
@@ -41,10 +42,10 @@ BASE = 100
 USED = BASE + 1 + ROWS * WIDTH
 
 
-def main(model: str) -> None:
+def main(model: str, backend: str) -> None:
     """Decode with and without graphs, and prefill after a prefix."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        runner = _runner(model, folder)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), reference_flashinfer():
+        runner = _runner(model, backend, folder)
         decoder = LayeredDecoder(runner.model)
         graphs = StageGraphs(runner, decoder, ranges=(FIRST, LAST), sizes=SIZES, recording=again)
         stages = DeviceStages(runner, decoder, graphs)
@@ -173,7 +174,7 @@ def _table() -> torch.Tensor:
     return torch.arange(BASE + 1, USED, dtype=torch.int32).view(ROWS, WIDTH)
 
 
-def _runner(model: str, folder: str) -> Any:
+def _runner(model: str, backend: str, folder: str) -> Any:
     """A scheduler's model runner; measuring would take minutes here."""
     no_model = CostModel(prefill=(0.0,) * 6, decode=(0.0,) * 3)
     assembly.load_or_measure = lambda *_, **__: no_model  # type: ignore[assignment]
@@ -188,7 +189,7 @@ def _runner(model: str, folder: str) -> Any:
     )
     server = {
         "model_path": model,
-        "attention_backend": "triton",
+        "attention_backend": backend,
         "device": "cuda",
         "dtype": "float32",
         "max_running_requests": 8,

@@ -1,4 +1,4 @@
-"""Stages on SGLang's Triton backend, with and without graphs, as far as a CPU can run it."""
+"""Stages on SGLang's backends for GPUs, with and without graphs, as far as a CPU can run them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 
 
 @pytest.mark.timeout(240)
-def test_stages_compute_with_triton_what_they_do_on_a_cpu(tiny_model: Path) -> None:
+@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
+def test_stages_compute_what_they_do_on_a_cpu(tiny_model: Path, backend: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.interpreted", str(tiny_model)],
+        [sys.executable, "-m", "tests.support.interpreted", str(tiny_model), backend],
         capture_output=True,
         text=True,
         timeout=200,
