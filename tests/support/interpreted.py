@@ -2,7 +2,7 @@
 
 A program, because Triton decides at its import: `python -m tests.support.interpreted MODEL
 BACKEND`, with TRITON_INTERPRET=1. Compares what stages compute with the backend for CPUs: its exit
-status is 0 if they agree. FlashInfer's own kernels are torch's here.
+status is 0 if they agree. For the kernels of FlashInfer and FlashAttention there is torch here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from kunserve_sglang.sglang_seam.stage_graphs import Recorder, StageGraphs
 from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages, on_device
 from tests.support.emulated_tensors import EmulatedDevice
 from tests.support.member import Member
+from tests.support.reference_flash_attention import reference_flash_attention
 from tests.support.reference_flashinfer import reference_flashinfer
 
 FIRST, LAST = LayerRange(0, 2), LayerRange(6, 8)
@@ -44,7 +45,12 @@ USED = BASE + 1 + ROWS * WIDTH
 
 def main(model: str, backend: str) -> None:
     """Decode with and without graphs, and prefill after a prefix."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), reference_flashinfer():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.no_grad(),
+        reference_flashinfer(),
+        reference_flash_attention() if backend == "fa3" else nullcontext(),
+    ):
         runner = _runner(model, backend, folder)
         decoder = LayeredDecoder(runner.model)
         graphs = StageGraphs(runner, decoder, ranges=(FIRST, LAST), sizes=SIZES, recording=again)

@@ -74,10 +74,10 @@ class _Wrapper:
     ) -> _Result:
         """Each span of queries to what its request has in the cache."""
         results = []
-        for span, (first, end) in zip(spans, pairwise(_values(self._starts)), strict=False):
+        for span, (first, end) in zip(spans, pairwise(read(self._starts)), strict=False):
             rows = self._paged_kv_indices_buf[first:end].long()
             keys, values = (part.index_select(0, rows) for part in cache)
-            results.append(_attention(query[_slice(span)], keys, values, scale, causal))
+            results.append(attention(query[_slice(span)], keys, values, scale, causal))
         outputs, weights = zip(*results, strict=True)
         return torch.cat(outputs), torch.cat(weights)
 
@@ -94,7 +94,7 @@ class _Decode(_Wrapper):
         assert on_device(starts)
         assert on_device(indices)
         if global_override_indptr_cpu is not None:
-            assert _values(global_override_indptr_cpu) == _values(starts)
+            assert read(global_override_indptr_cpu) == read(starts)
         if self.is_cuda_graph_enabled:
             assert indices.data_ptr() == self._paged_kv_indices_buf.data_ptr()
             self._starts.copy_(starts)
@@ -119,7 +119,7 @@ class _Paged(_Wrapper):
     def forward_return_lse(
         self, query: torch.Tensor, cache: Any, *, causal: bool, sm_scale: float, **_: Any
     ) -> _Result:
-        spans = [range(*pair) for pair in pairwise(_values(self._queries))]
+        spans = [range(*pair) for pair in pairwise(read(self._queries))]
         return self._attend(query, cache, spans, sm_scale, causal)
 
 
@@ -139,14 +139,14 @@ class _Ragged(_Wrapper):
         **_: Any,
     ) -> _Result:
         results = []
-        for pair in pairwise(_values(self._queries)):
+        for pair in pairwise(read(self._queries)):
             own = _slice(range(*pair))
-            results.append(_attention(query[own], keys[own], values[own], sm_scale, causal))
+            results.append(attention(query[own], keys[own], values[own], sm_scale, causal))
         outputs, weights = zip(*results, strict=True)
         return torch.cat(outputs), torch.cat(weights)
 
 
-def _attention(
+def attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool
 ) -> _Result:
     """Of the last `len(query)` tokens of a request to all in `keys`, which may be none."""
@@ -167,7 +167,7 @@ def _merged(
     return share * one + (1 - share) * other, None
 
 
-def _values(integers: torch.Tensor) -> list[int]:
+def read(integers: torch.Tensor) -> list[int]:
     """As a kernel reads them: nobody waits for the device."""
     with torch._C.DisableTorchFunction():
         values: list[int] = integers.tolist()

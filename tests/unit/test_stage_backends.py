@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
+@pytest.mark.parametrize("backend", ["triton", "flashinfer", "fa3"])
 def test_stages_compute_what_they_do_on_a_cpu(tiny_model: Path, backend: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.interpreted", str(tiny_model), backend],
