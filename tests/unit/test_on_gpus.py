@@ -46,8 +46,9 @@ def server_args(
 def test_gpus_are_taken_with_backends_of_which_there_may_be_two() -> None:
     check_server_args(server_args())
     check_server_args(server_args(backends=("flashinfer", "triton"), prefill="breakable"))
+    check_server_args(server_args(backends=("fa3", "fa3")))
     for args, complaint in (
-        (server_args(backends=("fa3", "fa3")), "--attention-backend fa3: on GPUs"),
+        (server_args(backends=("fa4", "fa4")), "--attention-backend fa4: on GPUs"),
         (server_args(backends=("triton", "trtllm_mha")), "--attention-backend trtllm_mha"),
         (server_args(prefill="tc_piecewise"), "--cuda-graph-backend-prefill tc_piecewise"),
         (server_args(device="xpu"), "--device xpu: KunServe has no pages there"),

@@ -44,7 +44,7 @@ _FIXED = {
     "cpu_offload_gb": 0,
 }
 
-_GPU_ATTENTION = ("flashinfer", "triton")
+_GPU_ATTENTION = ("flashinfer", "triton", "fa3")
 """Attention backends of which a second one may run beside SGLang's own."""
 
 _COLLECTIVES = {
@@ -83,7 +83,7 @@ def _check_gpu_args(server_args: Any) -> None:
         if backend not in _GPU_ATTENTION:
             raise ConfigurationError(
                 f"--attention-backend {backend}: on GPUs KunServe supports only "
-                f"{' and '.join(_GPU_ATTENTION)} so far"
+                f"{', '.join(_GPU_ATTENTION)} so far"
             )
     if server_args.cuda_graph_config.prefill.backend == "tc_piecewise":
         raise ConfigurationError(
