@@ -39,7 +39,7 @@ class Plan:
     fits_each: int
 
 
-ON_GPU = Plan(12_000, Burst(Shape(96, 416), times=2.5, over_s=2.0), Shape(96, 384), 16)
+ON_GPU = Plan(8_000, Burst(Shape(96, 416), times=2.5, over_s=2.0), Shape(96, 192), 16)
 ON_CPU = Plan(1_200, Burst(Shape(24, 40), times=2.5, over_s=0.5), Shape(24, 40), 8)
 
 
