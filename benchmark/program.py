@@ -18,6 +18,7 @@ from benchmark.experiment import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 SGLANG_FLAGS = ("--chunked-prefill-size", "256")
+_PROVIDER = ROOT / "scripts" / "get_model.py"
 
 
 def flags_of(name: str, description: str) -> argparse.ArgumentParser:
@@ -48,11 +49,20 @@ def run_program(name: str, work: Callable[[Console], int]) -> NoReturn:
 
 def small_model() -> Path:
     """The folder of a small real model; raises `RunError` if it cannot be had."""
-    script = ROOT / "scripts" / "get_model.py"
-    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise RunError(f"{script.name} could not provide a model; use --model-path")
-    return Path(done.stdout.strip())
+    if (model := _provided()) is None:
+        raise RunError(f"{_PROVIDER.name} could not provide a model; use --model-path")
+    return model
+
+
+def cached_model() -> Path | None:
+    """The same if it is there already."""
+    return _provided("--cached")
+
+
+def _provided(*flags: str) -> Path | None:
+    command = [sys.executable, str(_PROVIDER), *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return Path(done.stdout.strip()) if done.returncode == 0 else None
 
 
 def _stop(number: int, _frame: object) -> NoReturn:

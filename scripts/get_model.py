@@ -8,6 +8,7 @@ is all that is printed on standard output; progress goes to standard error.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import subprocess
@@ -28,10 +29,13 @@ class ModelError(Exception):
     """The model cannot be provided; the message says why in one line."""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the model's folder, making it first if need be; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cached", action="store_true", help="fail instead of downloading it")
+    flags = parser.parse_args(argv)
     try:
-        print(provide(cache_folder()))
+        print(provide(cache_folder(), download=not flags.cached))
     except (ModelError, OSError) as error:
         print(f"get_model: {error}", file=sys.stderr)
         return 1
@@ -44,11 +48,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KUNSERVE_CACHE") or default).expanduser().absolute()
 
 
-def provide(cache: Path) -> Path:
+def provide(cache: Path, *, download: bool = True) -> Path:
     """Return the model's folder in `cache`. It exists only when complete."""
     model = cache / "models" / MODEL
     if model.is_dir():
         return model
+    if not download:
+        raise ModelError(f"{MODEL} is not in {cache}")
     model.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its final place and renamed, so that an interrupted run leaves no half model.
     with tempfile.TemporaryDirectory(dir=model.parent, prefix=".making-") as scratch:

@@ -13,7 +13,16 @@ from pathlib import Path
 from benchmark import upstream
 from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.gpu.check import Bench, NotPossible
-from benchmark.gpu.models import EXACT, LARGE, SMALL, Geometry, checkpoint, configuration
+from benchmark.gpu.models import (
+    EXACT,
+    LARGE,
+    SMALL,
+    Geometry,
+    checkpoint,
+    configuration,
+    geometry_of,
+)
+from benchmark.program import cached_model
 from benchmark.upstream import UpstreamCluster
 
 _READY_S = 180.0
@@ -110,11 +119,16 @@ def dummy_rig(bench: Bench, decode_graphs: int) -> Iterator[Rig]:
 def exact_rig(bench: Bench) -> Iterator[Rig]:
     """A small model whose tokens mean something; on GPUs SGLang's kernels are for bf16.
 
-    Graphs are captured of steps as they come here, prefill and decode.
+    There it is the real one, if it has been provided. Graphs are captured of steps as they come
+    here, prefill and decode.
     """
-    geometry, dtype = (EXACT, "bfloat16") if bench.on_gpu else (SMALL, "float32")
-    graphs = ("--cuda-graph-max-bs-decode", "32", "--cuda-graph-max-bs-prefill", "1024")
-    flags = ("--context-length", "1024", *(graphs if bench.on_gpu else ()))
+    length = ("--context-length", "1024")
     with tempfile.TemporaryDirectory() as folder:
-        model = checkpoint(Path(folder) / "model", geometry)
-        yield Rig(bench, geometry, model, Path(folder), dtype, flags)
+        if not bench.on_gpu:
+            model = checkpoint(Path(folder) / "model", SMALL)
+            yield Rig(bench, SMALL, model, Path(folder), "float32", length)
+            return
+        graphs = ("--cuda-graph-max-bs-decode", "32", "--cuda-graph-max-bs-prefill", "1024")
+        model = cached_model() or checkpoint(Path(folder) / "model", EXACT)
+        flags = (*length, *graphs)
+        yield Rig(bench, geometry_of(model), model, Path(folder), "bfloat16", flags)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import json
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +69,12 @@ LARGE = Geometry(
     max_position_embeddings=8192,
 )
 """That of Qwen2.5-7B: 15 GB in bf16, 57 kB of KV a token."""
+
+
+def geometry_of(model: Path) -> Geometry:
+    """That of a Llama in a folder."""
+    config = json.loads((model / "config.json").read_text())
+    return Geometry(**{f.name: config[f.name] for f in fields(Geometry)})
 
 
 def configuration(folder: Path, geometry: Geometry) -> Path:

@@ -31,6 +31,7 @@ def token_identity(bench: Bench, found: Findings) -> None:
     if bench.on_gpu:
         settings = {_ORDINARY: (), _DETERMINISTIC: ("--enable-deterministic-inference",)}
     with exact_rig(bench) as rig, ExitStack() as stack:
+        found.note({"parameters, millions": round(rig.geometry.parameters / 1e6, 1)})
         clusters = {name: rig.kunserve(name, _SLOTS, flags=f) for name, f in settings.items()}
         for cluster in clusters.values():
             stack.callback(cluster.stop)

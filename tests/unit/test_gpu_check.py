@@ -21,7 +21,7 @@ from benchmark.gpu import __main__ as program
 from benchmark.gpu import clusters, memory, one, runner, tokens
 from benchmark.gpu.check import Bench, Check, Findings, Outcome, Status
 from benchmark.gpu.checks import CHECKS, TOTAL_S
-from benchmark.gpu.models import EXACT, LARGE, Geometry
+from benchmark.gpu.models import EXACT, LARGE, Geometry, configuration
 from benchmark.gpu.side_by_side import ON_GPU, SIZES
 from benchmark.gpu.transport import transport
 from kunserve_sglang.layout import LayerRange, MemoryProfile
@@ -33,6 +33,15 @@ from tests.support.fake_cuda import FakeCuda
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = 4096
 CPU = torch.device("cpu")
+SMOLLM2 = Geometry(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+)
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -128,6 +137,7 @@ def _check(name: str) -> Check:
     ("geometry", "slots", "instances"),
     [
         (EXACT, tokens._SLOTS, 2),
+        (SMOLLM2, tokens._SLOTS, 2),
         (LARGE, 10 * LARGE.max_position_embeddings, 2),
         *((LARGE, ON_GPU.slots, size) for size in SIZES),
     ],
@@ -155,6 +165,15 @@ def test_models_of_the_checks_gain_slots_by_a_drop(
     together = profile.capacity(LayerRange(0, layers // instances), instances)
     assert alone >= slots
     assert together > 1.5 * alone
+
+
+def test_tokens_are_checked_on_the_real_model_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = configuration(tmp_path / "real", SMOLLM2)
+    monkeypatch.setattr(clusters, "cached_model", lambda: model)
+    with clusters.exact_rig(Bench(CudaDevice, torch.device("cuda"), 1 << 30)) as rig:
+        assert (rig.model, rig.geometry, rig.dtype) == (model, SMOLLM2, "bfloat16")
 
 
 def test_what_cannot_be_checked_says_why(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
