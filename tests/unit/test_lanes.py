@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import resource
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,6 +129,29 @@ def test_room_is_what_has_not_passed_yet(tmp_path: Path) -> None:
     while a.room(1) < nccl.ROOM_BYTES:
         assert time.monotonic() < deadline
         b.receive(0.01)
+    a.close()
+    b.close()
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """More open files than `select` can tell apart."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
+    with ExitStack() as files:
+        for _ in range(1100):
+            files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
+def test_an_instance_may_have_many_files_open(tmp_path: Path) -> None:
+    a, b = plane(tmp_path, "a", None), plane(tmp_path, "b", None)
+    a.connect({1: b.address})
+    a.send(1, b"hello", [torch.ones(2)])
+    assert received(b).tensors[0].sum() == 2
+    assert b.receive(0.0) is None
     a.close()
     b.close()
 

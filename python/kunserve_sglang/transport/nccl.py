@@ -225,13 +225,15 @@ class _Inbox:
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self.arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+        self._poller = select.poll()
+        self._poller.register(self.arrived, select.POLLIN)
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="kunserve-receive", daemon=True)
         self._thread.start()
 
     def receive(self, timeout_s: float) -> Packet | None:
         # Not by the queue: what is there may not have been counted yet.
-        if not select.select([self.arrived], [], [], timeout_s)[0]:
+        if not self._poller.poll(1e3 * timeout_s):
             return None
         os.eventfd_read(self.arrived)
         packet = self._packets.popleft()
