@@ -179,6 +179,7 @@ def parameters(bench: Bench, found: Findings) -> None:
         store.reserve(1).copy_(kept)
         store.attach(1)
         assert torch.equal(_run(layers, x), before), "results differ after a drop and a restore"
+    pool.driver.close()
     watch.close()
     found.note({"model, MiB": size >> 20})
     # Beside the layer on its way, torch may hold on to blocks that layers share.
