@@ -11,6 +11,7 @@ happened when its call returns.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -68,7 +69,8 @@ class EmulatedDevice(TorchFunctionMode):
 
     `waits` and `uploads` count by place, as module and function: where the program waits for the
     device, and where it copies from pageable memory of the host without waiting. `driver` is told
-    of all that the device is asked to do.
+    of all that the thread which made this asks of the device; others have memory of their own
+    there, and may ask for something while that one takes pages away.
     """
 
     here: EmulatedDevice
@@ -76,6 +78,7 @@ class EmulatedDevice(TorchFunctionMode):
     def __init__(self, driver: FakeCuda) -> None:
         super().__init__()
         self.driver = driver
+        self._main = threading.get_ident()
         self.waits: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
         EmulatedDevice.here = self
@@ -107,7 +110,8 @@ class EmulatedDevice(TorchFunctionMode):
                 kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"}
             results = args[0].clone() if name == "pin_memory" else function(*args, **kwargs)
             if there:
-                self.driver.launch()
+                if threading.get_ident() == self._main:
+                    self.driver.launch()
                 return _as_device(results)
             if pinned:
                 results.pinned = True
