@@ -43,9 +43,7 @@ class MirroredRows:
 
     def apply(self, delta: TableDelta) -> None:
         """All of `delta` is on the host; it gets there in one copy."""
-        ends = delta.lengths.cumsum(0)
-        begins = delta.rows * self.table.shape[1] + delta.starts - ends + delta.lengths
-        places = torch.arange(len(delta.slots)) + begins.repeat_interleave(delta.lengths)
+        places = places_of(self.table, delta.rows, delta.starts, delta.lengths)
         there = torch.stack([places, delta.slots + self.base])
         places, slots = there.to(self.table.device, non_blocking=True)
         self.table.view(-1).index_copy_(0, places, slots.int())
@@ -54,6 +52,17 @@ class MirroredRows:
         """As `SentRows.slots`: in the owner's numbers."""
         there = rows_on_host(self.table, rows, int(seq_lens.max()))
         return spans_of(*there, seq_lens) - self.base
+
+
+def places_of(
+    table: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Where in the flat `table` row `rows[i]` has its `lengths[i]` entries from `starts[i]` on.
+
+    One row after the other, int64 on the host, as all but the table are.
+    """
+    begins = rows * table.shape[1] + starts - lengths.cumsum(0) + lengths
+    return torch.arange(int(lengths.sum())) + begins.repeat_interleave(lengths)
 
 
 def rows_on_host(

@@ -12,7 +12,12 @@ from typing import Protocol
 import torch
 
 from kunserve_sglang.instance.engine import StageBatch
-from kunserve_sglang.instance.request_table import TableDelta, rows_on_host, spans_of
+from kunserve_sglang.instance.request_table import (
+    TableDelta,
+    places_of,
+    rows_on_host,
+    spans_of,
+)
 
 _BLOCK = 8192
 """Columns of a device's table that are compared together: bounds the memory that this takes."""
@@ -151,9 +156,6 @@ class DeviceSentRows:
         self, rows: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """Those of all rows in turn, on the host."""
-        columns = torch.cat(
-            [torch.arange(a, b) for a, b in zip(starts.tolist(), lengths.tolist(), strict=True)]
-        )
-        places = torch.stack([rows.repeat_interleave(lengths - starts), columns])
-        row, column = places.to(self._table.device, non_blocking=True)
-        return self._table[row, column].cpu()
+        places = places_of(self._table, rows, starts, lengths - starts)
+        there = places.to(self._table.device, non_blocking=True)
+        return self._table.view(-1).index_select(0, there).cpu()
