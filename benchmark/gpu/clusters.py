@@ -122,13 +122,12 @@ def exact_rig(bench: Bench) -> Iterator[Rig]:
     There it is the real one, if it has been provided. Graphs are captured of steps as they come
     here, prefill and decode.
     """
-    length = ("--context-length", "1024")
+    flags: tuple[str, ...] = ("--context-length", "1024")
     with tempfile.TemporaryDirectory() as folder:
-        if not bench.on_gpu:
-            model = checkpoint(Path(folder) / "model", SMALL)
-            yield Rig(bench, SMALL, model, Path(folder), "float32", length)
-            return
-        graphs = ("--cuda-graph-max-bs-decode", "32", "--cuda-graph-max-bs-prefill", "1024")
-        model = cached_model() or checkpoint(Path(folder) / "model", EXACT)
-        flags = (*length, *graphs)
-        yield Rig(bench, geometry_of(model), model, Path(folder), "bfloat16", flags)
+        own = Path(folder) / "model"
+        if bench.on_gpu:
+            model, dtype = cached_model() or checkpoint(own, EXACT), "bfloat16"
+            flags += ("--cuda-graph-max-bs-decode", "32", "--cuda-graph-max-bs-prefill", "1024")
+        else:
+            model, dtype = checkpoint(own, SMALL), "float32"
+        yield Rig(bench, geometry_of(model), model, Path(folder), dtype, flags)
