@@ -23,6 +23,7 @@ from kunserve_sglang.memory import PhysicalPagePool, devices, open_pool
 from kunserve_sglang.transport import HostAwareDataPlane, nccl, plane
 from tests.support.emulated_gpu import emulated_gpu
 from tests.support.emulated_tensors import DEVICE, EmulatedDevice, Refused, on_device
+from tests.support.limits import many_open_files
 from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
 
 PAGE = 4096
@@ -230,4 +231,5 @@ def test_checks_for_gpus_keep_the_devices_apart(
     gpu: EmulatedDevice,  # noqa: ARG001
     check: Callable[[Bench, Findings], None],
 ) -> None:
-    check(Bench(partial(devices.CudaDevice, 0), DEVICE, 256 * PAGE), Findings())
+    with many_open_files():
+        check(Bench(partial(devices.CudaDevice, 0), DEVICE, 256 * PAGE), Findings())

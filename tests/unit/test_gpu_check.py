@@ -6,7 +6,6 @@ import datetime
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from kunserve_sglang.memory.cuda import CudaPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.memory.devices import page_bytes_on_cuda
 from tests.support.fake_cuda import FakeCuda
+from tests.support.limits import many_open_files
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = 4096
@@ -48,10 +48,9 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     """Every page of the fake driver is an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     fake = FakeCuda(granularity=UNIT)
-    yield Bench(partial(CudaDevice, 0, fake), CPU, 256 * UNIT)
+    with many_open_files():
+        yield Bench(partial(CudaDevice, 0, fake), CPU, 256 * UNIT)
     for allocation in fake.handles.values():
         os.close(allocation.fd)
 

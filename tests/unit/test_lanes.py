@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from kunserve_sglang.config import Transport
 from kunserve_sglang.errors import PeerLost
 from kunserve_sglang.keys import MemberKeys, new_keys
 from kunserve_sglang.transport import HostAwareDataPlane, Packet, lane, nccl
+from tests.support.limits import many_open_files
 
 WAIT_S = 30.0
 
@@ -136,13 +136,10 @@ def test_room_is_what_has_not_passed_yet(tmp_path: Path) -> None:
 @pytest.fixture
 def many_files() -> Iterator[None]:
     """More open files than `select` can tell apart."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
-    with ExitStack() as files:
+    with many_open_files(), ExitStack() as files:
         for _ in range(1100):
             files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("many_files")
