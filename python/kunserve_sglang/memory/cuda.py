@@ -79,15 +79,15 @@ class CudaPages:
         if not self._shown.isdisjoint(pages):
             raise InternalError(f"pages {sorted(self._shown.intersection(pages))} mapped twice")
         places = range(address, address + len(pages) * self.page_bytes, self.page_bytes)
-        done: list[int] = []
+        done = 0
         try:
             for place, page in zip(places, pages, strict=True):
                 self._gpu.map(place, self.page_bytes, self._handles[page])
-                done.append(place)
+                done += 1
             self._gpu.allow_access(address, len(pages) * self.page_bytes)
         except DriverError:
             if done:
-                self._gpu.unmap(address, len(done) * self.page_bytes)
+                self._gpu.unmap(address, done * self.page_bytes)
             raise
         self._at.update(zip(places, pages, strict=True))
         self._shown.update(pages)
