@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +52,18 @@ def add(scheduler: Any, rid: str, prompt: Iterable[int], new_tokens: int) -> Non
 
 
 def tokenized(
-    rid: str, prompt: Iterable[int], new_tokens: int, *, stream: bool, **sampling: Any
+    rid: str,
+    prompt: Iterable[int],
+    new_tokens: int,
+    *,
+    stream: bool,
+    asks: Mapping[str, Any] | None = None,
+    **sampling: Any,
 ) -> TokenizedGenerateReqInput:
-    """A request as SGLang's tokenizer passes it on; greedy, unless `sampling` says otherwise."""
+    """A request as SGLang's tokenizer passes it on; greedy, unless `sampling` says otherwise.
+
+    `asks` are other fields of the request, such as `return_logprob`.
+    """
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -73,6 +82,7 @@ def tokenized(
         "top_logprobs_num": 0,
         "stream": stream,
         "time_stats": APIServerReqTimeStats(),
+        **(asks or {}),
     }
     for field in msgspec.structs.fields(TokenizedGenerateReqInput):
         if field.required and field.name not in values:

@@ -23,7 +23,7 @@ from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.processes import free_port
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.coordinator import TransitionRunning
-from kunserve_sglang.router.events import Event
+from kunserve_sglang.router.events import Event, Outcome
 from kunserve_sglang.router.upstream import REFUSED
 from tests.support.member import Action, Gate, Output, serve
 from tests.support.waiting import until
@@ -96,6 +96,7 @@ class ScriptedCluster:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.member"])
         self._links: list[Connection] = []
+        self._killed: set[int] = set()
         self._processes: list[list[Any]] = []
         server = {**server, "tp_size": ranks}
         for number in range(size):
@@ -162,7 +163,8 @@ class ScriptedCluster:
                     continue
                 try:
                     verb, value = link.recv()
-                except EOFError:  # killed
+                except EOFError:
+                    assert number in self._killed, f"member {number} has ended by itself"
                     verb, value = "played", {}
                 if verb == "gate":
                     waiting[number] = value
@@ -195,6 +197,20 @@ class ScriptedCluster:
                         await asyncio.sleep(0.01)
 
         return self.control.begin(work)
+
+    @contextmanager
+    def dropped(self) -> Iterator[None]:
+        """All members in one group, and independent again afterwards, whatever happens."""
+        assert self.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+        try:
+            yield
+        finally:
+            self.restore_when_idle()
+
+    def restore_when_idle(self) -> None:
+        """Make all members independent, once the router knows that their requests have ended."""
+        self.wait_until(lambda instances: all(i["slots"]["used"] == 0 for i in instances))
+        assert self.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
 
     def transition_with_epoch(self, kind: TransitionKind, epoch: int) -> Event:
         """Run a plan that claims an epoch of its own."""
@@ -247,6 +263,7 @@ class ScriptedCluster:
 
     def kill(self, member: int) -> None:
         """The member is gone, as after `kill -9`; its HTTP server, which it has not, refuses."""
+        self._killed.add(member)
         for process in self._processes[member]:
             process.kill()
         for process in self._processes[member]:

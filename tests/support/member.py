@@ -13,7 +13,7 @@ import time
 from array import array
 from collections import Counter, deque
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,6 +53,7 @@ class Add:
     prompt: tuple[int, ...]
     new_tokens: int
     sampling: dict[str, Any] = field(default_factory=dict)
+    asks: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,24 @@ class Pause:
     mode: str
 
 
-Action = Add | AbortRequest | Gate | Pause
+@dataclass(frozen=True)
+class Turns:
+    """So many turns of the loop, whether or not a batch runs in them."""
+
+    count: int
+
+
+Action = Add | AbortRequest | Gate | Pause | Turns
 
 
 @dataclass(frozen=True)
 class Output:
+    """An answer; `logprobs` are all that SGLang would send, by the names of its record."""
+
     tokens: tuple[int, ...]
     reason: str
     cached: int
+    logprobs: dict[str, Any] = field(default_factory=dict)
 
 
 class Link:
@@ -168,7 +179,7 @@ class Member:
         assert self._gpu is None or not self._gpu.driver.unmapped_while_busy
         self.retracted += sum(r.retraction_count for r in self.requests.values())
         return {
-            rid: Output(tuple(r.output_ids), self._end(r), r.cached_tokens)
+            rid: Output(tuple(r.output_ids), self._end(r), r.cached_tokens, _logprobs(r))
             for rid, r in self.requests.items()
         }
 
@@ -248,6 +259,9 @@ class Member:
             self._abort(action.rid)
         elif isinstance(action, Pause):
             self._pause(action)
+        elif isinstance(action, Turns):
+            for _ in range(action.count):
+                self._step()
         else:
             self._gate(action, link)
 
@@ -335,9 +349,16 @@ class Member:
         return batch is not None
 
     def _add(self, add: Add) -> None:
-        request = tokenized(add.rid, add.prompt, add.new_tokens, stream=False, **add.sampling)
+        request = tokenized(
+            add.rid, add.prompt, add.new_tokens, stream=False, asks=add.asks, **add.sampling
+        )
         self.scheduler.handle_generate_request(request)
         self.requests[add.rid] = self.scheduler.waiting_queue[-1]
+
+
+def _logprobs(request: Any) -> dict[str, Any]:
+    """Of its prompt and its output; empty if it did not ask."""
+    return asdict(request.logprob) if request.return_logprob else {}
 
 
 def serve(

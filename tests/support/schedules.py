@@ -22,7 +22,7 @@ def random_scripts(seed: int, members: int, gates: Sequence[str]) -> list[Script
 
 def _script(rng: random.Random, gates: Sequence[str]) -> Script:
     script: Script = []
-    prefixes = [_tokens(rng, rng.randrange(20, 150)) for _ in range(3)]
+    prefixes = [random_tokens(rng, rng.randrange(20, 150)) for _ in range(3)]
     phase_start = 0
     for phase in range(len(gates) + 1):
         length = rng.randrange(4, 24)
@@ -30,7 +30,7 @@ def _script(rng: random.Random, gates: Sequence[str]) -> Script:
             rid = f"p{phase}r{i}"
             prefix = rng.choice(prefixes)
             prompt = prefix[: rng.randrange(1, len(prefix) + 1)]
-            prompt += _tokens(rng, rng.choice((1, 7, 30, 130)))
+            prompt += random_tokens(rng, rng.choice((1, 7, 30, 130)))
             at = phase_start + rng.randrange(length)
             script.append((at, Add(rid, prompt, rng.randrange(1, 30))))
             if rng.random() < 0.15:
@@ -44,8 +44,8 @@ def _script(rng: random.Random, gates: Sequence[str]) -> Script:
 
 def request(rng: random.Random, rid: str, prompt: int, output: int) -> Add:
     """A request with a random prompt."""
-    return Add(rid, _tokens(rng, prompt), output)
+    return Add(rid, random_tokens(rng, prompt), output)
 
 
-def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+def random_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randrange(3, VOCABULARY) for _ in range(count))

@@ -11,6 +11,7 @@ owner in order (invariant 5).
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from kunserve_sglang.errors import InternalError, PeerLost
 from kunserve_sglang.instance.request_table import rows_on_host
 from kunserve_sglang.policy.formation import Outlook, look_ahead
 from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
+from kunserve_sglang.sglang_seam.launched import Launched, launching
 from kunserve_sglang.sglang_seam.lookahead import batch_work, chunks_of, crowd_work, prompts_ahead
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _KV_ALONG_BYTES = 8 << 20
 class _Flight:
     sequence: int
     batch: Any
+    chunked: Launched | None
+    """Its chunk of the prompt of which more chunks follow."""
 
 
 class Cooperation:
@@ -133,7 +137,8 @@ class Cooperation:
         except PeerLost:
             self._crowd.reqs = [*self._crowd.reqs, *batch.reqs]  # who holds slots is answered
             raise
-        self._flights.append(_Flight(sequence, batch))
+        chunked = None if batch.chunked_req is None else Launched(batch.chunked_req)
+        self._flights.append(_Flight(sequence, batch, chunked))
         self._count()
         return True
 
@@ -147,8 +152,9 @@ class Cooperation:
         if flight.sequence != sequence:
             raise InternalError(f"micro-batch {sequence} came back before {flight.sequence}")
         with scheduler.agent.tracer.span("finish", sequence=sequence):
-            result = scheduler.engine.finish(flight.batch, hidden)
-            scheduler.process_batch_result(flight.batch, result)
+            with flight.chunked.restored() if flight.chunked else contextlib.nullcontext():
+                result = scheduler.engine.finish(flight.batch, hidden)
+                scheduler.process_batch_result(flight.batch, result)
             self._absorb(flight.batch)
         return True
 
@@ -176,8 +182,9 @@ class Cooperation:
         scheduler = self._scheduler
         if len(self._flights) >= outlook.count:
             return None
-        scheduler.before_next_batch(self._crowd)
-        with chunks_of(scheduler, outlook):
+        in_flight = [flight.chunked for flight in self._flights if flight.chunked]
+        with launching(in_flight), chunks_of(scheduler, outlook):
+            scheduler.before_next_batch(self._crowd)
             plan = scheduler.get_new_batch_prefill(self._crowd)
         if plan.batch_to_run is not None:
             return plan.batch_to_run
