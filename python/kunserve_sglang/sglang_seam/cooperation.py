@@ -225,10 +225,7 @@ class Cooperation:
     def _count(self) -> None:
         """Let SGLang see everybody who holds slots; it counts a chunked prompt by itself."""
         flying = [r for f in self._flights for r in f.batch.reqs if r is not f.batch.chunked_req]
-        before = len(self._crowd.reqs)
         self._crowd.reqs = [*self._ready.reqs, *flying]
-        if len(self._crowd.reqs) < before:
-            self._crowd.batch_is_full = False
 
     # -- nothing to do ---------------------------------------------------------------------------
 

@@ -163,7 +163,6 @@ class SglangEngine:
         for name in _CAPACITY_COPIES:
             # Frozen dataclasses; there is one capacity, and it has changed.
             object.__setattr__(getattr(scheduler, name), "max_total_num_tokens", slots)
-        scheduler.running_batch.batch_is_full = False
 
     def request_table(self) -> torch.Tensor:
         table: torch.Tensor = self._scheduler.req_to_token_pool.req_to_token

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
 
 def most_output(request: Any) -> int:
     """Tokens it may still produce."""
@@ -15,3 +17,16 @@ def in_the_end(request: Any) -> int:
     """Slots it may need at most, with the one that SGLang wants free beside them."""
     length: int = request.seqlen
     return length + most_output(request) + 1
+
+
+def needed_to_admit(request: Any, *, cached: bool) -> int:
+    """Slots that have to be free, or the request's own cached prefix, before SGLang admits it.
+
+    It expects no answer to be longer than a certain length, unless the request says that it will be
+    and no prefix is `cached`.
+    """
+    output = most_output(request)
+    if cached or not request.sampling_params.ignore_eos:
+        output = min(output, CLIP_MAX_NEW_TOKENS)
+    length: int = request.seqlen
+    return length + output + 1

@@ -43,7 +43,7 @@ def _prompts_left(scheduler: KunServeScheduler) -> Iterator[Chunk]:
         done = chunked.extend_range.end
         yield Chunk(done, chunked.seqlen - done)
     if not scheduler.running_batch.batch_is_full:
-        for request in scheduler.waiting_queue:
+        for request in filter(scheduler.waiting.fits, scheduler.waiting_queue):
             yield Chunk(0, request.seqlen)
 
 

@@ -22,6 +22,7 @@ def register() -> None:
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from kunserve_sglang.sglang_seam import logprobs, penalties
     from kunserve_sglang.sglang_seam.admission import next_chunk_within_pool
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
@@ -30,6 +31,26 @@ def register() -> None:
         (
             "managers.schedule_policy.PrefillAdder.add_chunked_req",
             next_chunk_within_pool,
+            HookType.AROUND,
+        ),
+        (
+            "managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+            penalties.count_unless_overlapped,
+            HookType.AROUND,
+        ),
+        (
+            "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+            penalties.count_earlier_outputs,
+            HookType.AFTER,
+        ),
+        (
+            "layers.logprob_processor.get_token_ids_logprobs",
+            logprobs.tensors_for_all,
+            HookType.AFTER,
+        ),
+        (
+            "sampling.penaltylib.BatchedPenalizerOrchestrator.apply",
+            penalties.additive_first,
             HookType.AROUND,
         ),
         ("entrypoints.engine._set_envs_and_config", _fork_children, HookType.AFTER),

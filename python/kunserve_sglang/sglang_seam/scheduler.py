@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -31,8 +31,12 @@ from kunserve_sglang.sglang_seam.batches import no_requests, settled
 from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeWorker
+from kunserve_sglang.sglang_seam.penalties import counted
+from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 _IDLE_WAIT_MS = 500
+_NO_ROOM_WAIT_MS = 50
+"""For requests that wait while nothing runs: soon enough for one whose grammar is being built."""
 
 _AWAKE = Fact("an event", msgspec.msgpack.Decoder(bool))
 
@@ -63,6 +67,7 @@ class KunServeScheduler(upstream.Scheduler):
             torch.set_num_threads(len(instance.cpus))
         super().__init__(*args, **kwargs)
         self._in_own_loop = False
+        self.waiting = WaitingRequests(self)
         self.cooperation = Cooperation(self)
         self.engine = SglangEngine(self)
         self.clock = clock_of(self.ranks)
@@ -133,6 +138,22 @@ class KunServeScheduler(upstream.Scheduler):
         with self.agent.tracer.span("step", requests=len(batch.reqs)):
             return super().run_batch(batch, *args, **kwargs)
 
+    def get_new_batch_prefill(self, running_batch: Any) -> Any:
+        """Admit from the queue; who is too large for now stays there and holds up nobody."""
+        with self.waiting.admissible(running_batch):
+            return super().get_new_batch_prefill(running_batch)
+
+    def update_running_batch(self, batch: Any) -> Any:
+        """Prepare a decode step for the loop that runs now: its batch may come from the other."""
+        batch.enable_overlap = self.enable_overlap
+        return super().update_running_batch(batch)
+
+    @contextlib.contextmanager
+    def _forward_isolation(self, batch: Any, *, overlap: bool) -> Iterator[None]:
+        """Around each overlapped step, where its input is known."""
+        with counted(batch), super()._forward_isolation(batch, overlap=overlap):
+            yield
+
     def process_batch_result(self, batch: Any, result: Any) -> None:
         """Requests that end in this step teach how long answers get."""
         under_way = [r for r in batch.reqs if not r.finished()]
@@ -140,6 +161,13 @@ class KunServeScheduler(upstream.Scheduler):
         for request in under_way:
             if request.finished():
                 self.engine.ended(request)
+
+    def on_idle(self) -> None:
+        """Nothing to run; if somebody waits all the same, then not by spinning."""
+        super().on_idle()
+        if self._in_own_loop and self.waiting_queue and not self.requests_with_slots():
+            self.agent.publish()
+            self.wait_for_events(_NO_ROOM_WAIT_MS)
 
     def maybe_sleep_on_idle(self) -> None:
         """Wait for a request, a command or a peer's micro-batch instead of spinning."""
@@ -161,11 +189,7 @@ class KunServeScheduler(upstream.Scheduler):
 
     def before_next_batch(self, running: Any) -> None:
         """What SGLang does before it looks for the next batch."""
-        chunked = self.chunked_req
         self.process_pending_chunked_abort()
-        if self.chunked_req is not chunked:
-            # Its slots are free; SGLang's own loops notice as they merge the last chunk's batch.
-            running.batch_is_full = False
         self._abort_on_waiting_timeout()
         self._abort_on_running_timeout(running)
         chunked = self.chunked_req
