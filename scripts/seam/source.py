@@ -158,7 +158,7 @@ class Source:
                     found = Fact(Kind.FIELD, f"{name}:{node.name}", facts.value(member.value))
         if found is not None:
             return Fact(Kind.SETTING if flag else found.kind, SERVER_ARGS, found.signature)
-        if flag and self.files_with(f'"{flag}"', flag):
+        if flag and self.files_with(f'"{flag}"', flag, module):
             return Fact(Kind.SETTING, SERVER_ARGS)
         return None
 
