@@ -68,7 +68,7 @@ def value(node: ast.expr | None) -> str:
 def fingerprint(node: Function) -> str:
     """Of what a function does: neither comments, nor docstrings, nor types, nor layout count."""
     plain = _WithoutTypes().visit(copy.deepcopy(node))
-    return _digest("\n".join(ast.unparse(part) for part in (*plain.decorator_list, *plain.body)))
+    return _digest("\n".join(_shape(part) for part in (*plain.decorator_list, *plain.body)))
 
 
 class _WithoutTypes(ast.NodeTransformer):
@@ -97,6 +97,16 @@ class _WithoutTypes(ast.NodeTransformer):
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
         self.generic_visit(node)
+
+
+def _shape(node: object) -> str:
+    """Syntax as text, the same in all versions of Python: they differ in fields that are empty."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_shape, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{k}={_shape(v)}" for k, v in ast.iter_fields(node) if v not in (None, [])]
+    return f"{type(node).__name__}({','.join(fields)})"
 
 
 def _digest(text: str) -> str:

@@ -85,7 +85,7 @@ def pinned() -> dict[str, Fact]:
     return read_pinned(CONTRACT, load_spec(ROOT / "patches").upstream_version)
 
 
-# -- the installed SGLang keeps it -------------------------------------------------------------------
+# -- the installed SGLang keeps it ----------------------------------------------------------------
 
 
 def test_the_installed_sglang_is_what_was_written_down(
@@ -109,7 +109,7 @@ def test_the_plugin_is_announced_in_the_group_that_sglang_reads(pinned: dict[str
     assert "kunserve" in project["entry-points"][group]
 
 
-# -- it is complete ----------------------------------------------------------------------------------
+# -- it is complete -------------------------------------------------------------------------------
 
 
 def test_every_import_is_in_the_table(table: list[Entry]) -> None:
@@ -160,8 +160,9 @@ def test_every_attribute_named_in_a_string_is_in_the_table(table: list[Entry]) -
 
 
 def test_every_hook_is_in_the_table(table: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
-    from kunserve_sglang.sglang_seam import plugin
     from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from kunserve_sglang.sglang_seam import plugin
 
     found: list[str] = []
     monkeypatch.setattr(plugin, "instance_from_environment", object)
