@@ -11,9 +11,8 @@ import importlib
 import importlib.util
 import inspect
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -116,7 +115,7 @@ def test_every_import_is_in_the_table(table: list[Entry]) -> None:
     listed = {(e.scope, e.name) for e in table if Use.IMPORTS in e.uses}
     found = {(module, name) for module, name, _ in foreign.imported()}
 
-    assert found - listed == set(), _add((f'["{s}"]', n, "imports") for s, n in found - listed)
+    assert found - listed == set(), _add((f'["{s}"]', n, '"imports"') for s, n in found - listed)
     assert listed - found == set(), "imported nowhere: take `imports` from these lines"
 
 
@@ -135,7 +134,7 @@ def test_every_override_is_in_the_table(table: list[Entry]) -> None:
     }
 
     missing = [(o, n) for o, n in found if not any((owner, n) in listed for owner in o)]
-    assert missing == [], _add((f'["...:{o[0]}"]', n, "overrides") for o, n in missing)
+    assert missing == [], _add((f'["...:{o[0]}"]', n, '"overrides"') for o, n in missing)
     stale = [(o, n) for o, n in listed if not any(o in owners and n == m for owners, m in found)]
     assert stale == [], "overridden nowhere: take `overrides` from these lines"
 
@@ -149,14 +148,14 @@ def test_every_attribute_is_in_the_table(table: list[Entry]) -> None:
     }
 
     assert foreign.attributes().keys() >= {"chunked_req", "_engine_paused", "device", "kv"}
-    assert unknown == {}, _add(('["module:Class"]', n, f"reads ({p})") for n, p in unknown.items())
+    assert unknown == {}, _add(_read(unknown))
 
 
 def test_every_attribute_named_in_a_string_is_in_the_table(table: list[Entry]) -> None:
     known = {entry.name for entry in table} | set(NOT_SGLANGS) | set(VALUES)
     unknown = {n: p for n, p in foreign.named_in_strings().items() if n not in known}
 
-    assert unknown == {}, _add(('["module:Class"]', n, f"reads ({p})") for n, p in unknown.items())
+    assert unknown == {}, _add(_read(unknown))
 
 
 def test_every_hook_is_in_the_table(table: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,14 +172,14 @@ def test_every_hook_is_in_the_table(table: list[Entry], monkeypatch: pytest.Monk
 
     listed = {e.key.replace(":", ".") for e in table if Use.HOOKS in e.uses}
     assert found
-    assert set(found) - listed == set(), _add(('["module"]', n, "hooks") for n in found)
+    assert set(found) - listed == set(), _add(('["module"]', n, '"hooks"') for n in found)
 
 
 def test_every_environment_variable_is_in_the_table(table: list[Entry]) -> None:
     listed = {entry.name for entry in table if entry.scope == ENVIRONMENT}
 
     found = foreign.constants(foreign.PACKAGE, r"SGLANG_[A-Z_]+")
-    assert found == listed, _add((f"[{ENVIRONMENT}]", n, "sets") for n in found - listed)
+    assert found == listed, _add((f"[{ENVIRONMENT}]", n, '"sets"') for n in found - listed)
 
 
 def test_every_flag_is_in_the_table(table: list[Entry], installed: Source) -> None:
@@ -190,7 +189,7 @@ def test_every_flag_is_in_the_table(table: list[Entry], installed: Source) -> No
     flags = [Entry(FLAGS, name, frozenset({Use.SETS}), "", "") for name in named - OWN_FLAGS]
     found = {flag.name for flag in flags if installed.fact(flag) is not None}
 
-    assert found == listed, _add((f"[{FLAGS}]", n, "sets") for n in found - listed)
+    assert found == listed, _add((f"[{FLAGS}]", n, '"sets"') for n in found - listed)
 
 
 def test_every_line_of_the_table_is_used(table: list[Entry]) -> None:
@@ -204,9 +203,14 @@ def test_every_line_of_the_table_is_used(table: list[Entry]) -> None:
 _UPDATE = "run scripts/seam_report.py --update"
 
 
-def _add(lines: Iterable[tuple[str, str, Any]]) -> str:
-    wanted = "\n".join(f'  {scope} {name} = "{use}"' for scope, name, use in lines)
+def _add(lines: Iterable[tuple[str, str, str]]) -> str:
+    wanted = "\n".join(f"  {scope} {name} = {use}" for scope, name, use in lines)
     return f"add to a table in {CONTRACT.name}/, then {_UPDATE}:\n{wanted}"
+
+
+def _read(unknown: Mapping[str, list[str]]) -> Iterator[tuple[str, str, str]]:
+    for name, places in unknown.items():
+        yield '["module:Class"]', name, f'"reads"  # {", ".join(places)}'
 
 
 def _classes_of_the_seam() -> list[type]:
