@@ -41,7 +41,7 @@ class Launched:
         Raises `InternalError` if a later launch and the result have both written an attribute that
         is not a count: which of them is right is nothing that can be decided here.
         """
-        record = vars(self.request)
+        record: dict[str, Any] = vars(self.request)
         now = {name: record[name] for name in self._then}
         record.update(self._then)
         try:

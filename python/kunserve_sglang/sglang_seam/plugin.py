@@ -49,7 +49,7 @@ def register() -> None:
             HookType.AFTER,
         ),
         (
-            "sampling.penaltylib.BatchedPenalizerOrchestrator.apply",
+            "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.apply",
             penalties.additive_first,
             HookType.AROUND,
         ),
