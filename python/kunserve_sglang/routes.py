@@ -1,8 +1,8 @@
 """Every HTTP route of one SGLang server, and what a cluster makes of it. What is not here is shut.
 
-The router looks up here where a request goes, an instance which ones need a key. The router compares
-the bytes of the request line: a path has one spelling, and nothing is decoded, merged or cut off
-before it is compared, so that nobody behind can read another path in it.
+The router looks up here where a request goes, an instance which ones need a key. The router
+compares the bytes of the request line: a path has one spelling, and nothing is decoded, merged or
+cut off before it is compared, so that nobody behind can read another path in it.
 """
 
 from __future__ import annotations

@@ -222,8 +222,8 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
 
     On `host`, where `control_address` can be reached, it uses that; elsewhere `control_tcp`, with
     `keys`. `data_host` is where members on `host` listen for others. It must ask its clients for
-    `api_key` as all do, and whoever acts on it, the router, for `instance_admin_key`. It has room for
-    groups of `owners`.
+    `api_key` as all do, and whoever acts on it, the router, for `instance_admin_key`. It has room
+    for groups of `owners`.
     """
 
     instance: int
