@@ -1,19 +1,13 @@
 """Every HTTP route of one SGLang server, and what a cluster makes of it. What is not here is shut.
 
-The router looks up here where a request goes, an instance which ones need a key. The router
-compares the bytes of the request line: a path has one spelling, and nothing is decoded, merged or
-cut off before it is compared, so that nobody behind can read another path in it.
+The router looks up here where a request goes, an instance which ones need a key.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, TypeVar
-
-T = TypeVar("T")
 
 
 class Handling(StrEnum):
@@ -203,43 +197,3 @@ def server_routes(environment: Mapping[str, str]) -> dict[str, ServerRoute]:
         if path not in moved or not route.handling.open:
             moved[path] = route
     return moved
-
-
-_SEGMENT = rb"(?!\.{1,2}(?:/|%2[Ff]|\Z))[A-Za-z0-9._~:@+=,-]{1,512}"
-_SLASH = rb"(?:/|%2[Ff])"
-_PARAMETERS: Mapping[str, bytes] = {
-    "": _SEGMENT,
-    # Names of models are paths of hubs or of file systems. Clients write their slashes either way,
-    # and it is the same parameter of the same route to whoever decodes them.
-    ":path": rb"%b?%b(?:%b%b){0,32}" % (_SLASH, _SEGMENT, _SLASH, _SEGMENT),
-}
-
-
-class Lookup(Generic[T]):
-    """What belongs to a path, by the bytes of a request line; parameters are in braces."""
-
-    def __init__(self, entries: Iterable[tuple[str, T]]) -> None:
-        self._exact: dict[bytes, T] = {}
-        self._patterns: list[tuple[re.Pattern[bytes], T]] = []
-        for path, entry in entries:
-            if "{" in path:
-                self._patterns.append((_pattern(path), entry))
-            else:
-                self._exact[path.encode()] = entry
-
-    def find(self, path: bytes) -> T | None:
-        """`path` is what stands before the query; None if it is no path of this table."""
-        found = self._exact.get(path)
-        if found is not None:
-            return found
-        return next((entry for form, entry in self._patterns if form.fullmatch(path)), None)
-
-
-def _pattern(path: str) -> re.Pattern[bytes]:
-    parts = re.split(r"\{\w+((?::path)?)\}", path)
-    return re.compile(
-        b"".join(
-            _PARAMETERS[part] if index % 2 else re.escape(part.encode())
-            for index, part in enumerate(parts)
-        )
-    )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kunserve_sglang.paths import Lookup
 from kunserve_sglang.router.prompts import PromptReader
 from kunserve_sglang.router.proxy import _SAME_EVERYWHERE
-from kunserve_sglang.routes import SERVER_ROUTES, Handling, Lookup, ServerRoute, server_routes
+from kunserve_sglang.routes import SERVER_ROUTES, Handling, ServerRoute, server_routes
 
 FEATURES = Path(__file__).parents[2] / "docs" / "features.md"
 

@@ -10,8 +10,9 @@ from typing import Literal
 from starlette.responses import Response
 from starlette.types import Scope
 
+from kunserve_sglang.paths import Lookup
 from kunserve_sglang.router.answers import error_answer
-from kunserve_sglang.routes import Handling, Lookup, server_routes
+from kunserve_sglang.routes import Handling, server_routes
 
 Way = Literal["forward", "answer"]
 """A request goes on to an instance, or to an endpoint of the router."""

@@ -114,11 +114,7 @@ class Proxy:
 
     async def _relay(self, instance: Instance, exchange: Exchange) -> bool:
         """False if the instance cannot have run it, and another may be tried."""
-        try:
-            request = request_head(exchange.scope, exchange.body, instance.url)
-        except ValueError as error:
-            exchange.answer(error_answer(400, "bad_path", str(error)))
-            return True
+        request = request_head(exchange.scope, exchange.body, instance.url)
         try:
             connection = await self._connections.get(instance.url)
         except OSError as error:
