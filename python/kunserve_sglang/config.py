@@ -10,7 +10,7 @@ from enum import StrEnum
 import msgspec
 
 from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.keys import MemberKeys
+from kunserve_sglang.keys import MemberKeys, new_admin_key
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
@@ -160,7 +160,8 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     not pinned), `gpu` the first that it uses, if any. `memory_budget` 0 means: SGLang's
     `--mem-fraction-static` of what the device has free when the instance starts; `page_bytes` 0:
     choose by budget. `data_address` is where members on other hosts send their packets, with
-    `keys`; `host` stands for this host if it is not the kernel's.
+    `keys`; `host` stands for this host if it is not the kernel's. `admin_key` is what calls that
+    act on the instance have to show; it is made up if it is not given, and then nobody knows it.
     """
 
     instance: int
@@ -180,6 +181,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     data_address: str = ""
     keys: MemberKeys | None = None
     host: str = ""
+    admin_key: str = msgspec.field(default_factory=new_admin_key)
 
     def to_environment(self) -> str:
         return msgspec.json.encode(self).decode()

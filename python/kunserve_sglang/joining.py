@@ -131,6 +131,7 @@ class Joiner:
             data_address=f"tcp://{_bracketed(data)}:*" if data else "",
             keys=membership.keys,
             host=self._options.host_id,
+            admin_key=membership.instance_admin_key,
         )
 
     def _address(self) -> str:

@@ -1,11 +1,14 @@
-"""Who may talk on sockets that other hosts can reach: ZMQ's CURVE, with keys made at start.
+"""Keys made at the start of a cluster: for sockets that other hosts can reach, and for instances.
 
-Every member of a cluster shows the same key pair. The router has one of its own, so that nobody
-but it can be taken for it. Whoever shows another key, or none, is turned away.
+The sockets are ZMQ's, with CURVE. Every member of a cluster shows the same key pair. The router has
+one of its own, so that nobody but it can be taken for it. Whoever shows another key, or none, is
+turned away. So are calls that act on an instance, unless they come with the key that the router and
+the instances have from the launcher.
 """
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -62,6 +65,11 @@ class Admission:
 
     def callback(self, _domain: str, key: bytes) -> bool:
         return self._keys.known(key)
+
+
+def new_admin_key() -> str:
+    """What the router shows instances in place of SGLang's `--admin-api-key`."""
+    return secrets.token_urlsafe(32)
 
 
 def new_keys() -> ClusterKeys:

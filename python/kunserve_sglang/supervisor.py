@@ -20,7 +20,7 @@ from kunserve_sglang.console import Console, Step
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.fleet import Fleet
 from kunserve_sglang.identity import ModelIdentity
-from kunserve_sglang.keys import new_keys
+from kunserve_sglang.keys import new_admin_key, new_keys
 from kunserve_sglang.launching import GRACE_S, StopSignals, wait_until_ready, wanted_device
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.processes import divide_cpus, free_port
@@ -41,6 +41,7 @@ class Supervisor:
         self._console = Console()
         self._fleet = Fleet("", self._console)
         self._keys = new_keys() if config.data_host else None
+        self._instance_admin_key = new_admin_key()
 
     def run(self) -> int:
         """Serve until a signal or until nothing is left to serve; returns the exit status.
@@ -108,6 +109,7 @@ class Supervisor:
             peer_timeout_s=config.peer_timeout_s,
             data_address=f"tcp://{config.data_host}:*" if keys else "",
             keys=keys.members if keys else None,
+            admin_key=self._instance_admin_key,
         )
 
     def _start_router(
@@ -125,6 +127,7 @@ class Supervisor:
             runtime_folder=self._folder,
             model=model,
             keys=self._keys,
+            instance_admin_key=self._instance_admin_key,
         )
         environment = {**os.environ, CLUSTER_ENVIRONMENT: config.to_environment()}
         self._router = subprocess.Popen(

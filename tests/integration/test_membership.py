@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -94,7 +96,8 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli
         overload_policy="none",
         num_instances=1,
         kunserve_flags=("--join-room", "1", "--control-address", "tcp://127.0.0.1:*"),
-        sglang_flags=(*FLAGS, "--api-key", KEY),
+        # At this level SGLang logs its arguments.
+        sglang_flags=(*FLAGS, "--api-key", KEY, "--log-level", "info"),
     )
     with running(options, tmp_path_factory.mktemp("alone"), KEY) as client:
         yield client
@@ -119,6 +122,8 @@ def test_one_that_joins_takes_part(alone: Client, model: Path, tmp_path: Path, w
         assert numbers(alone) == {0, number}
         assert alone.call("GET", "/readiness")[1]["expected"] == 2
         assert texts(alone) == expected
+        status, answer = alone.call("POST", "/flush_cache?timeout=10")
+        assert status == 200, answer
         alone.drop()
         assert texts(alone) == expected
         foreign = [i["counters"]["micro_batches_foreign"] for i in alone.status()["instances"]]
@@ -162,6 +167,45 @@ def test_nothing_is_left_of_one_that_is_killed(alone: Client, model: Path, tmp_p
     wait_for(lambda: any(i.get("lost") for i in alone.status()["instances"]))
     assert alone.call("DELETE", f"/workers/{number}")[0] == 200
     assert numbers(alone) == {0}
+
+
+def membership(cluster: Client, model: Path) -> Any:
+    """What an instance is told that asks to join."""
+    words = ["--model-path", str(model), *FLAGS]
+    code = (
+        "import sys, msgspec; from kunserve_sglang.sglang_seam import server, identity;"
+        "args = server.parse_server_args(sys.argv[1:]);"
+        "print(msgspec.json.encode(identity.identity_of(args)).decode())"
+    )
+    env = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}
+    said = subprocess.check_output([sys.executable, "-c", code, *words], env=env, timeout=WAIT_S)
+    body = {"model": json.loads(said.splitlines()[-1])}
+    status, answer = cluster.call("POST", "/kunserve/join", body)
+    assert status == 200, answer
+    return answer
+
+
+def test_instances_obey_the_router_only(
+    alone: Client, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (instance,) = (Client(i["url"], KEY) for i in alone.status()["instances"])
+    assert instance.generate(PROMPTS[0], 1)["text"]
+    assert Client(instance.url).call("GET", "/model_info")[0] == 401
+    for path in ("/flush_cache", "/weights_checker", "/set_trace_level?level=0", "/open_session"):
+        assert instance.call("POST", path, {})[0] == 401
+        assert instance.call("POST", path.replace("_", "%5F"), {})[0] == 401
+    for path in ("/flush_cache", "/set_trace_level?level=0"):
+        assert alone.call("POST", path)[0] == 200
+    key = membership(alone, model)["instance_admin_key"]
+    assert Client(instance.url, key).call("POST", "/flush_cache")[0] == 200
+    (log,) = tmp_path_factory.getbasetemp().glob("alone[0-9]/log")
+    assert "server_args=" in log.read_text()
+    for told in (log.read_text(), *(str(c.call("GET", "/server_info")) for c in (alone, instance))):
+        assert key not in told
+        assert KEY not in told
+    family = psutil.Process().children(recursive=True)
+    assert len(family) > 3
+    assert not any(key in word for process in family for word in process.cmdline())
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_changes_need_the_admin_key_and_reads_do_not(start_router: Start) -> Non
     assert router.call("POST", "/flush_cache", {}, key).status == 200
     for instance in router.instances:
         (seen,) = instance.worker.requests("/flush_cache")
-        assert seen.headers["authorization"] == "Bearer k"
+        assert seen.headers["authorization"] == f"Bearer {router.config.instance_admin_key}"
 
 
 def test_without_an_admin_key_the_api_key_protects(start_router: Start) -> None:

@@ -6,15 +6,23 @@ from collections.abc import Callable
 
 import pytest
 
-from kunserve_sglang.router.fanout import REFUSED, TO_ALL
+from kunserve_sglang.routes import SERVER_ROUTES, Handling, ServerRoute
 from tests.mock_worker import Canned
 from tests.router_harness import RouterCluster
 from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 
+ACTIONS = [
+    (route.path, method)
+    for route in SERVER_ROUTES
+    if route.handling is Handling.TO_ALL
+    for method in route.methods
+]
+REFUSED = [route for route in SERVER_ROUTES if route.handling is Handling.REFUSE]
 
-@pytest.mark.parametrize(("path", "method"), [(p, m) for p, ms in TO_ALL.items() for m in ms])
+
+@pytest.mark.parametrize(("path", "method"), ACTIONS)
 def test_actions_reach_every_instance(idle_router: RouterCluster, path: str, method: str) -> None:
     for instance in idle_router.instances:
         instance.worker.answers[path] = Canned("done")
@@ -23,7 +31,8 @@ def test_actions_reach_every_instance(idle_router: RouterCluster, path: str, met
     for instance in idle_router.instances:
         seen = instance.worker.requests(path)[-1]
         assert (seen.method, seen.target, seen.body) == (method, f"{path}?a=1", b'{"rid": "r"}')
-        assert seen.headers["authorization"] == "Bearer k"
+        key = idle_router.config.instance_admin_key
+        assert seen.headers["authorization"] == f"Bearer {key}"
 
 
 def test_an_action_fails_if_one_instance_fails(router: RouterCluster) -> None:
@@ -47,12 +56,15 @@ def test_without_instances_there_is_nothing_to_ask(start_router: Start) -> None:
         assert answer.headers["retry-after"]
 
 
-@pytest.mark.parametrize("path", sorted(REFUSED))
-def test_what_kunserve_owns_is_refused(idle_router: RouterCluster, path: str) -> None:
-    answer = idle_router.post(path, {})
-    assert (answer.status, answer.error["code"]) == (501, "not_supported")
-    assert path in answer.error["message"]
-    assert not any(i.worker.requests(path) for i in idle_router.instances)
+@pytest.mark.parametrize("route", REFUSED, ids=lambda route: route.path)
+def test_what_a_cluster_cannot_do_is_refused_with_the_reason(
+    idle_router: RouterCluster, route: ServerRoute
+) -> None:
+    for method in (*route.methods, "PATCH"):
+        answer = idle_router.call(method, route.path, {})
+        assert (answer.status, answer.error["code"]) == (501, "not_supported")
+        assert answer.error["message"] == f"{route.path} is refused: {route.reason}"
+    assert not any(i.worker.requests(route.path) for i in idle_router.instances)
 
 
 @pytest.mark.parametrize("path", ["/get_load", "/get_loads"])

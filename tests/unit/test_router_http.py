@@ -62,10 +62,10 @@ def seen(router: RouterCluster, path: str) -> list[tuple[dict[str, str], bytes]]
 
 
 def test_requests_of_one_connection_are_answered_in_order(wire: Wire) -> None:
-    wire.send(b"".join(b"GET /n%d HTTP/1.1\r\nHost: x\r\n\r\n" % n for n in range(5)))
+    wire.send(b"".join(b"GET /v1/models/n%d HTTP/1.1\r\nHost: x\r\n\r\n" % n for n in range(5)))
     for number in range(5):
         status, _, body = wire.answer()
-        assert (status, b'"/n%d"' % number in body) == (200, True)
+        assert (status, b'/n%d"' % number in body) == (200, True)
     wire.send(b"GET /liveness HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     status, headers, _ = wire.answer()
     assert (status, headers[b"connection"]) == (200, b"close")
@@ -73,10 +73,10 @@ def test_requests_of_one_connection_are_answered_in_order(wire: Wire) -> None:
 
 
 def test_a_body_in_chunks_goes_on_with_its_length(idle_router: RouterCluster, wire: Wire) -> None:
-    wire.send(b"POST /chunked HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    wire.send(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
     wire.send(b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nAuthorization: trailer\r\n\r\n")
     assert wire.answer()[0] == 200
-    ((headers, body),) = seen(idle_router, "/chunked")
+    ((headers, body),) = seen(idle_router, "/v1/score")
     assert (body, headers["content-length"]) == (b"abcde", "5")
     assert {"authorization", "transfer-encoding"}.isdisjoint(headers)
 
@@ -94,12 +94,12 @@ def test_an_upgrade_is_declined_and_the_body_is_read(
 ) -> None:
     """As Java's client offers HTTP/2 with its first request."""
     wire.send(
-        b"POST /h2c HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
         b"Upgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\nContent-Length: 7\r\n\r\nall"
     )
     wire.send(b" of\n")
     assert wire.answer()[0] == 200
-    ((headers, body),) = seen(idle_router, "/h2c")
+    ((headers, body),) = seen(idle_router, "/v1/embeddings")
     assert body == b"all of\n"
     assert {"upgrade", "http2-settings"}.isdisjoint(headers)
     wire.send(b"GET /liveness HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -156,7 +156,7 @@ def test_a_client_of_http_1_0_gets_plain_bytes_and_the_end(
 
 
 def test_head_has_no_body(wire: Wire) -> None:
-    for path in (b"/whatever", b"/liveness"):
+    for path in (b"/", b"/liveness"):
         wire.send(b"HEAD %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
         assert wire._file.readline() == b"HTTP/1.1 200 OK\r\n"
         while wire._file.readline() != b"\r\n":
@@ -243,7 +243,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 def test_connections_to_an_instance_are_kept(script: tuple[RouterCluster, Script]) -> None:
     router, instance = script
     instance.answers = [OK] * 5
-    assert [router.post("/x").body for _ in range(5)] == [b"ok"] * 5
+    assert [router.post("/v1/completions").body for _ in range(5)] == [b"ok"] * 5
     assert instance.connections == 1
 
 
@@ -267,8 +267,8 @@ def test_answers_of_all_forms_arrive(
     """And what an instance sends without having been asked is nobody's answer."""
     router, instance = script
     instance.answers = [answer, OK]
-    assert router.post("/x").body == body
-    assert router.post("/x").body == b"ok"
+    assert router.post("/v1/completions").body == body
+    assert router.post("/v1/completions").body == b"ok"
 
 
 @pytest.mark.parametrize(
@@ -286,5 +286,5 @@ def test_what_is_no_answer_is_a_bad_gateway(
 ) -> None:
     router, instance = script
     instance.answers = [answer, OK]
-    assert router.post("/x").status == 502
-    assert router.post("/x").status == 200
+    assert router.post("/v1/completions").status == 502
+    assert router.post("/v1/completions").status == 200

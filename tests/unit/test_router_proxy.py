@@ -24,7 +24,7 @@ def streaming(router: RouterCluster) -> MockInstance:
 def test_a_request_arrives_and_returns_unchanged(start_router: Start) -> None:
     router = start_router(1)
     worker = router.instances[0].worker
-    worker.answers["/v1/x y"] = Canned(
+    worker.answers["/v1/rerank"] = Canned(
         {"a": 1}, status=418, headers={"X-Answer": "7", "Connection": "X-Hop", "X-Hop": "1"}
     )
     body = b'{"text": "\xc3\xa4", "stream": false}'
@@ -36,12 +36,12 @@ def test_a_request_arrives_and_returns_unchanged(start_router: Start) -> None:
         "X-Private": "1",
         "TE": "trailers",
     }
-    answer = router.call("PATCH", "/v1/x%20y?a=1&b=%2F", body, headers)
+    answer = router.call("PUT", "/v1/rerank?a=1&b=%2F", body, headers)
     assert (answer.status, answer.json) == (418, {"a": 1})
     assert answer.headers["x-answer"] == "7"
     assert "x-hop" not in answer.headers
     seen = worker.seen[-1]
-    assert (seen.method, seen.target, seen.body) == ("PATCH", "/v1/x%20y?a=1&b=%2F", body)
+    assert (seen.method, seen.target, seen.body) == ("PUT", "/v1/rerank?a=1&b=%2F", body)
     assert seen.headers["authorization"] == "Bearer k"
     assert seen.headers["x-request-id"] == "r1"
     assert seen.headers["content-type"] == "application/json"

@@ -172,9 +172,9 @@ def test_a_router_that_stops_sends_those_who_wait_away(start_router: Start) -> N
 
 @pytest.mark.parametrize("given", ["11", "-11", "", "high", "1.0", "0x1", "1, 2", "--1", "\xb2"])
 def test_a_priority_that_is_none_is_refused(idle_router: RouterCluster, given: str) -> None:
-    for method in ("GET", "POST"):
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions")):
         headers = {"X-KunServe-Priority": given.encode("latin-1")}
-        answer = idle_router.call(method, "/v1/completions", None, headers)
+        answer = idle_router.call(method, path, None, headers)
         assert (answer.status, answer.error["code"]) == (400, "bad_priority")
         assert answer.error["field"] == "X-KunServe-Priority"
         assert "X-KunServe-Priority" in answer.error["message"]

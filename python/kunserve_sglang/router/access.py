@@ -39,6 +39,7 @@ class Keys:
         self._admin = config.admin_key
         self._read = config.cluster.read_api_key
         keys = {self._admin, self._read, config.api_key, config.cluster.admin_api_key}
+        keys.add(config.instance_admin_key)
         # The longest first, or the rest of a key that begins with another would stay.
         self._secrets = sorted((k for k in keys if k), key=len, reverse=True)
 

@@ -222,7 +222,8 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
 
     On `host`, where `control_address` can be reached, it uses that; elsewhere `control_tcp`, with
     `keys`. `data_host` is where members on `host` listen for others. It must ask its clients for
-    `api_key` as all do, and has room for groups of `owners`.
+    `api_key` as all do, and whoever acts on it, the router, for `instance_admin_key`. It has room
+    for groups of `owners`.
     """
 
     instance: int
@@ -232,6 +233,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     data_host: str
     keys: MemberKeys | None
     api_key: str | None
+    instance_admin_key: str
     owners: int
     overload_policy: OverloadPolicy
     micro_batches: MicroBatches

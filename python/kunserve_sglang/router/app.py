@@ -1,8 +1,9 @@
-"""All endpoints of the router: our own, and everything else for an instance."""
+"""All endpoints of the router, and which of SGLang's go to an instance."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,10 @@ from kunserve_sglang.router.coordinator import TransitionRunning
 from kunserve_sglang.router.dashboard import dashboard_routes
 from kunserve_sglang.router.dispatch import Dispatcher
 from kunserve_sglang.router.docs import Docs
+from kunserve_sglang.router.door import Door
 from kunserve_sglang.router.draining import DrainTimeout, NotDrained
 from kunserve_sglang.router.exchange import Exchange
-from kunserve_sglang.router.fanout import REFUSED, TO_ALL, Fanout
+from kunserve_sglang.router.fanout import Fanout
 from kunserve_sglang.router.health import Probes
 from kunserve_sglang.router.hub import NoAnswer
 from kunserve_sglang.router.members import Members
@@ -39,21 +41,19 @@ from kunserve_sglang.router.outbound import InstanceConnections
 from kunserve_sglang.router.proxy import Proxy
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.tracing import TraceRunning, Tracing
+from kunserve_sglang.routes import SERVER_ROUTES, Handling
 
 if TYPE_CHECKING:
     from kunserve_sglang.router.prompts import PromptReader
 
-_OURS = ("/kunserve/", "/workers/")
-
-_ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
-
 
 class RouterApp:
-    """Our own paths go to Starlette; every other is SGLang's and takes the shortest way there."""
+    """Our own calls go to Starlette; those for an instance take the shortest way there."""
 
     def __init__(self, routes: list[Route], proxy: Proxy, background: Background) -> None:
         self.routes = routes
-        self._paths = {route.path for route in routes}
+        endpoints = [(route.path, route.methods or ()) for route in routes]
+        self._door = Door(endpoints, os.environ)
         self._proxy = proxy
         self._background = background
         self._starlette = Starlette(
@@ -72,9 +72,12 @@ class RouterApp:
         self._starlette.router.redirect_slashes = False
 
     async def __call__(self, exchange: Exchange) -> None:
-        path = exchange.scope["path"]
-        if path not in self._paths and not path.startswith(_OURS):
+        way = self._door.way(exchange.scope)
+        if way == "forward":
             await self._proxy(exchange)
+            return
+        if way != "answer":
+            exchange.answer(way)
             return
         try:
             await run_asgi(self._starlette, exchange)
@@ -104,7 +107,7 @@ def build_app(
     routes = [
         *_probe_routes(Probes(control.registry, session)),
         *_admin_routes(admin, members, Tracing(control), docs, keys),
-        *_fanout_routes(Fanout(control, session, config.api_key, keys), keys),
+        *_fanout_routes(Fanout(control, session, config, keys), keys),
         Route("/docs", docs.page),
         Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
         *dashboard_routes(),
@@ -155,14 +158,16 @@ def _admin_routes(
 
 
 def _fanout_routes(fanout: Fanout, keys: Keys) -> list[Route]:
+    actions = [route for route in SERVER_ROUTES if route.handling is Handling.TO_ALL]
     return [
-        *(_guarded(p, fanout.to_all, m, Access.CHANGE, keys) for p, m in TO_ALL.items()),
-        *(Route(p, fanout.refused, methods=_ANY_METHOD) for p in REFUSED),
+        *(_guarded(a.path, fanout.to_all, a.methods, Access.CHANGE, keys) for a in actions),
         Route("/get_load", fanout.loads),
         Route("/get_loads", fanout.loads),
         Route("/v1/loads", fanout.loads),
         Route("/get_server_info", fanout.server_info),
         Route("/server_info", fanout.server_info),
+        Route("/v1/responses/{response_id}", fanout.by_whoever_knows),
+        Route("/v1/responses/{response_id}/cancel", fanout.by_whoever_knows, methods=("POST",)),
     ]
 
 
@@ -207,11 +212,11 @@ async def _no_answer(request: Request, error: Exception) -> Response:  # noqa: A
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code: Code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     return error_answer(error.status_code, code, message, headers=error.headers)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     """The bug itself goes to the log."""
-    message = f"{request.method} {request.url.path}: {type(error).__name__} in the router"
+    message = f"{request.method} {request.scope['path']}: {type(error).__name__} in the router"
     return error_answer(500, "internal_error", message)

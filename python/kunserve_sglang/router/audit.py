@@ -88,13 +88,13 @@ class Audited:
     def _write(
         self, connection: HTTPConnection, time: datetime, body: Any, outcome: dict[str, Any]
     ) -> None:
-        url = connection.url
-        query = f"?{unquote_plus(url.query)}" if url.query else ""
+        path, query = connection.scope["path"], connection.scope["query_string"].decode()
+        query = f"?{unquote_plus(query)}" if query else ""
         if "message" in outcome:  # the one part that repeats what the caller has sent
             outcome = {**outcome, "message": self._redacted(outcome["message"])}
         line = {
             "time": time.isoformat(timespec="milliseconds"),
-            "call": connection.scope["method"] + " " + url.path + self._keys.redact(query),
+            "call": f"{connection.scope['method']} {path}{self._keys.redact(query)}",
             "who": {
                 "key": self._keys.holder(connection),
                 "address": connection.client.host if connection.client else None,

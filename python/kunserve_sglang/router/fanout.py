@@ -1,9 +1,8 @@
-"""SGLang's own endpoints that concern every instance, and those that KunServe rules out."""
+"""SGLang's own endpoints that concern more than one instance."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -11,52 +10,25 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kunserve_sglang.router.access import Keys
+from kunserve_sglang.router.access import Holder, Keys
 from kunserve_sglang.router.answers import error_answer, json_answer, retry_later
 from kunserve_sglang.router.calls import Access
 from kunserve_sglang.router.control_plane import ControlPlane
 from kunserve_sglang.router.exposition import merge_expositions
+from kunserve_sglang.router.registry import Instance
+from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.router.upstream import Question, Reply, ask, ask_all, credentials, question_of
-
-# Path and methods of what all instances have to do.
-TO_ALL: dict[str, Sequence[str]] = {
-    "/abort_request": ("POST",),
-    "/configure_logging": ("GET", "POST"),
-    "/continue_generation": ("POST",),
-    "/flush_cache": ("GET", "POST"),
-    "/freeze_gc": ("GET", "POST"),
-    "/pause_generation": ("POST",),
-    "/set_internal_state": ("POST", "PUT"),
-    "/set_trace_level": ("GET", "POST"),
-    "/slow_down": ("GET", "POST"),
-    "/start_profile": ("GET", "POST"),
-    "/stop_profile": ("GET", "POST"),
-}
-
-_OWN_MEMORY = "parameters and memory of the instances belong to KunServe"
-_OWN_SESSION = "a session lives on one instance, and requests go to all of them"
-
-# What would break the cluster, and why.
-REFUSED: dict[str, str] = {
-    "/close_session": _OWN_SESSION,
-    "/destroy_weights_update_group": _OWN_MEMORY,
-    "/init_weights_update_group": _OWN_MEMORY,
-    "/load_lora_adapter": _OWN_MEMORY,
-    "/load_lora_adapter_from_tensors": _OWN_MEMORY,
-    "/open_session": _OWN_SESSION,
-    "/release_memory_occupation": _OWN_MEMORY,
-    "/resume_memory_occupation": _OWN_MEMORY,
-    "/unload_lora_adapter": _OWN_MEMORY,
-    "/update_weights_from_disk": _OWN_MEMORY,
-    "/update_weights_from_distributed": _OWN_MEMORY,
-    "/update_weights_from_ipc": _OWN_MEMORY,
-    "/update_weights_from_tensor": _OWN_MEMORY,
-}
 
 _ACTION_TIMEOUT_S = 300.0
 """Some actions wait for running requests."""
 
 _READ_TIMEOUT_S = 30.0
+
+_ABOUT_THE_CALL = frozenset({400, 401, 403, 404, 422})
+"""Statuses by which an instance says what is wrong with a call."""
+
+_SECRETS = ("admin_api_key", "api_key", "ssl_keyfile_password")
+"""Arguments of a server that `/server_info` would tell everybody."""
 
 
 class Fanout:
@@ -66,10 +38,11 @@ class Fanout:
         self,
         control: ControlPlane,
         session: aiohttp.ClientSession,
-        api_key: str | None,
+        config: RouterConfig,
         keys: Keys,
     ) -> None:
-        self._credentials = credentials(api_key)
+        self._to_own = credentials(config.instance_admin_key)
+        self._to_any = credentials(config.api_key)
         self._keys = keys
         self._control = control
         self._session = session
@@ -80,38 +53,36 @@ class Fanout:
         One that is lost counts too: whoever asked must not believe that it has obeyed.
         """
         everybody = [i for _, i in sorted(self._control.registry.instances.items())]
-        question = self._on_our_account(await question_of(request))
+        question = await question_of(request)
         # Finished once begun, even if the caller leaves: all or none.
         replies = await asyncio.shield(
-            ask_all(self._session, everybody, question, _ACTION_TIMEOUT_S)
+            asyncio.gather(
+                *(
+                    ask(self._session, i, self._on_our_account(question, i), _ACTION_TIMEOUT_S)
+                    for i in everybody
+                )
+            )
         )
         if not replies:
             return _nobody()
-        if request.url.path == "/flush_cache" and self._control.prefixes is not None:
+        if question.path == "/flush_cache" and self._control.prefixes is not None:
             self._control.prefixes.flushed()
         for reply in replies:
             if not reply.ok:
                 return error_answer(502, "instance_failed", reply.failure)
         return _pass_on(replies[0])
 
-    async def refused(self, request: Request) -> Response:
-        path = request.url.path
-        return error_answer(501, "not_supported", f"{path} is refused: {REFUSED[path]}")
-
     async def loads(self, request: Request) -> Response:
         """`/get_load` and `/v1/loads`: SGLang's shape, each entry with its `instance`."""
-        path = "/get_load" if request.url.path == "/get_loads" else request.url.path
-        question = await question_of(request, path)
+        path = request.scope["path"]
+        question = await self._looking(request, "/get_load" if path == "/get_loads" else path)
         available = self._control.registry.available()
         replies = await ask_all(self._session, available, question, _READ_TIMEOUT_S)
         if not replies:
             return _nobody()
         for reply in replies:
-            if reply.ok:
-                continue
-            if reply.status in (400, 401, 403, 404, 422):
+            if not reply.ok:
                 return _pass_on(reply)
-            return error_answer(502, "instance_failed", reply.failure)
         if not replies[0].content_type.startswith("application/json"):
             texts = {r.instance: r.body.decode() for r in replies}
             return Response(merge_expositions(texts, "sglang"), media_type="text/plain")
@@ -119,25 +90,47 @@ class Fanout:
 
     async def server_info(self, request: Request) -> Response:
         """One instance's answer, and for those who may look what KunServe makes of all of them."""
-        question = await question_of(request)
-        reply = await self._first(question)
+        reply = await self._first(await self._looking(request, request.scope["path"]))
         if reply is None:
             return _nobody()
-        if reply.error:
-            return error_answer(502, "instance_failed", reply.failure)
         if not reply.ok:
             return _pass_on(reply)
-        if not self._keys.open(Access.READ, request):
-            return _pass_on(reply)
-        info = msgspec.json.decode(reply.body)
-        return json_answer({**info, "kunserve": self._control.status()})
+        try:
+            info = msgspec.json.decode(reply.body, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            message = f"instance {reply.instance} answered with no server information: {error}"
+            return error_answer(502, "instance_failed", message)
+        info = _without_secrets(info)
+        if self._keys.open(Access.READ, request):
+            info["kunserve"] = self._control.status()
+        return json_answer(info)
 
-    def _on_our_account(self, question: Question) -> Question:
-        """The caller has shown the router its key, which the instances need not know."""
-        if not self._credentials:
-            return question
-        headers = [h for h in question.headers if h[0] != "authorization"]
-        return msgspec.structs.replace(question, headers=[*headers, *self._credentials])
+    async def by_whoever_knows(self, request: Request) -> Response:
+        """`/v1/responses/{id}`: only the instance that has made a response knows it."""
+        available = self._control.registry.available()
+        question = await question_of(request)
+        replies = await ask_all(self._session, available, question, _READ_TIMEOUT_S)
+        if not replies:
+            return _nobody()
+        # Any answer but "there is none" is that of the one who knows.
+        return _pass_on(min(replies, key=lambda r: (not r.ok, r.status in (0, 404))))
+
+    async def _looking(self, request: Request, path: str) -> Question:
+        """The caller's question, but with a key of the router's exchanged for that of servers."""
+        question = await question_of(request, path)
+        if self._keys.holder(request) in (Holder.ADMIN, Holder.READ):
+            return _with(question, self._to_any)
+        return question
+
+    def _on_our_account(self, question: Question, instance: Instance) -> Question:
+        """With the key that `instance` asks for; the caller's, which is the router's, stays here.
+
+        A plain server is somebody else's: it never sees the key of our instances.
+        """
+        ours = self._to_any if instance.plain else self._to_own
+        if not ours and not self._keys.needed(Access.CHANGE):
+            return question  # the caller's credentials are for the server, if they are for anybody
+        return _with(question, ours)
 
     async def _first(self, question: Question) -> Reply | None:
         """The answer of the first available instance that gives one."""
@@ -147,6 +140,23 @@ class Fanout:
             if not reply.error:
                 break
         return reply
+
+
+def _with(question: Question, ours: list[tuple[str, str]]) -> Question:
+    """The question with these credentials, or none, in place of its own."""
+    headers = [h for h in question.headers if h[0] != "authorization"]
+    return msgspec.structs.replace(question, headers=[*headers, *ours])
+
+
+def _without_secrets(value: Any) -> Any:
+    """`value`, made of JSON types, without what servers let nobody know who has to show it."""
+    if isinstance(value, list):
+        return [_without_secrets(v) for v in value]
+    if isinstance(value, dict):
+        return {
+            k: "[key]" if v and k in _SECRETS else _without_secrets(v) for k, v in value.items()
+        }
+    return value
 
 
 def _labelled(answers: dict[int, Any]) -> Any:
@@ -161,7 +171,10 @@ def _labelled(answers: dict[int, Any]) -> Any:
 
 
 def _pass_on(reply: Reply) -> Response:
-    return Response(reply.body, status_code=reply.status, media_type=reply.content_type or None)
+    """A reply that says something to the caller; any other is the instance's failure."""
+    if reply.ok or reply.status in _ABOUT_THE_CALL:
+        return Response(reply.body, reply.status, media_type=reply.content_type or None)
+    return error_answer(502, "instance_failed", reply.failure)
 
 
 def _nobody() -> Response:

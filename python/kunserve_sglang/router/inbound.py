@@ -11,7 +11,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
-from urllib.parse import unquote
 
 import httptools
 from starlette.types import Scope
@@ -116,10 +115,12 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse(431, "headers_too_large", "the headers are too large")
                 return
         try:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._decline_upgrade(data[upgrade.args[0] :])
+            while data:
+                try:
+                    self._parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = self._without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             self._refuse(400, "bad_request", f"this is no HTTP request: {error}")
 
@@ -139,12 +140,20 @@ class ClientConnection(asyncio.Protocol):
         if self._exchange is None:
             self.transport.close()
 
-    def _decline_upgrade(self, rest: bytes) -> None:
-        """Go on as if it had not been offered: the parser takes what follows for no HTTP."""
-        lines = [b"%b %b HTTP/1.1\r\n" % (self._parser.get_method(), self._target)]
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """What is to be parsed in place of a request that offered another protocol, and of `rest`.
+
+        The parser takes what follows such an offer for no HTTP, so a new one goes on as if it had
+        not been made. CONNECT is refused: nothing follows it.
+        """
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(400, "bad_path", "CONNECT: this is no proxy to other hosts")
+            return b""
+        lines = [b"%b %b HTTP/1.1\r\n" % (method, self._target)]
         lines += [b"%b: %b\r\n" % header for header in self._headers if header[0] != b"upgrade"]
         self._parser = httptools.HttpRequestParser(self)
-        self._parser.feed_data(b"".join((*lines, b"\r\n", rest)))
+        return b"".join((*lines, b"\r\n", rest))
 
     def _refuse_more(self) -> None:
         self._closing = True
@@ -204,14 +213,13 @@ class ClientConnection(asyncio.Protocol):
 
     def _scope(self) -> Scope:
         raw_path, _, query = self._target.partition(b"?")
-        path = raw_path.decode("latin-1")
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": self._parser.get_http_version(),
             "method": self._parser.get_method().decode("ascii"),
             "scheme": "http",
-            "path": unquote(path) if "%" in path else path,
+            "path": raw_path.decode("latin-1"),  # as it stands: what is encoded is another path
             "raw_path": raw_path,
             "query_string": query,
             "root_path": "",

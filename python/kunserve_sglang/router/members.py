@@ -75,6 +75,7 @@ class Members:
             data_host=cluster.data_host,
             keys=self._config.keys.members if self._config.keys else None,
             api_key=self._config.api_key,
+            instance_admin_key=self._config.instance_admin_key,
             owners=cluster.largest_group,
             overload_policy=cluster.overload_policy,
             micro_batches=cluster.micro_batches,

@@ -114,11 +114,7 @@ class Proxy:
 
     async def _relay(self, instance: Instance, exchange: Exchange) -> bool:
         """False if the instance cannot have run it, and another may be tried."""
-        try:
-            request = request_head(exchange.scope, exchange.body, instance.url)
-        except ValueError as error:
-            exchange.answer(error_answer(400, "bad_path", str(error)))
-            return True
+        request = request_head(exchange.scope, exchange.body, instance.url)
         try:
             connection = await self._connections.get(instance.url)
         except OSError as error:
@@ -131,6 +127,9 @@ class Proxy:
         try:
             bodiless = exchange.scope["method"] == "HEAD"
             await connection.ask(request, exchange.body, relay, bodiless=bodiless)
+            if relay.redirect:
+                message = f"instance {instance.number} answered with a redirect ({relay.redirect})"
+                exchange.answer(error_answer(502, "instance_failed", message))
             return relay.busy is None or self._refused(relay.busy, exchange)
         except BrokenOff as error:
             self._broken_off(instance, exchange, error)
@@ -163,20 +162,25 @@ class Proxy:
 class _Relay:
     """An instance's answer on its way to the client; runs for every chunk of every stream.
 
-    That it is busy is kept in `busy`: there may be another to try.
+    That it is busy is kept in `busy`: there may be another to try. The status of a redirect is kept
+    in `redirect`, and nothing of it goes on: it names addresses that only instances know.
     """
 
-    __slots__ = ("_exchange", "_latency", "_timer", "busy")
+    __slots__ = ("_exchange", "_latency", "_timer", "busy", "redirect")
 
     def __init__(self, exchange: Exchange, latency: Latency) -> None:
         self._exchange = exchange
         self._latency = latency
         self._timer: StreamTimer | None = None
         self.busy: BusyAnswer | None = None
+        self.redirect = 0
 
     def head(self, status: int, headers: Headers) -> None:
         if status in BACKPRESSURE:
             self.busy = BusyAnswer(status, answer_headers(headers))
+            return
+        if 300 <= status < 400 and status != 304:
+            self.redirect = status
             return
         self._exchange.start(status, answer_headers(headers))
         if status == 200 and _is_stream(headers):
@@ -185,13 +189,13 @@ class _Relay:
     def body(self, data: bytes) -> None:
         if self._timer is not None:
             self._timer.chunk()
-        if self.busy is None:
-            self._exchange.write(data)
-        else:
+        if self.busy is not None:
             self.busy.body += data
+        elif not self.redirect:
+            self._exchange.write(data)
 
     def end(self) -> None:
-        if self.busy is None:
+        if self.busy is None and not self.redirect:
             self._exchange.end()
 
     def close(self) -> None:

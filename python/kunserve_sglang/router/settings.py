@@ -9,7 +9,7 @@ import msgspec
 from kunserve_sglang.config import ClusterConfig, PromptFormat
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.identity import ModelIdentity
-from kunserve_sglang.keys import ClusterKeys
+from kunserve_sglang.keys import ClusterKeys, new_admin_key
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
 """Environment variable that carries `RouterConfig` to the router process."""
@@ -19,7 +19,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster, and where its instances find the control plane; travels as JSON.
 
     `api_key` is what the instances ask of their clients (SGLang's `--api-key`): requests keep the
-    credentials that they came with, and the router's own questions and actions carry this key.
+    credentials that they came with, and the router's own questions carry this key. What acts on
+    instances carries `instance_admin_key`, which nobody but they and the router know.
     `prompts` is there where a dispatch policy looks into them and there is a tokenizer.
     `launcher` is the process that started the router: when it is killed, the router ends too and
     removes `runtime_folder` in its place. `model` is what instances that join have to serve; None
@@ -34,6 +35,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     runtime_folder: str = ""
     model: ModelIdentity | None = None
     keys: ClusterKeys | None = None
+    instance_admin_key: str = msgspec.field(default_factory=new_admin_key)
 
     def __post_init__(self) -> None:
         read = self.cluster.read_api_key

@@ -98,8 +98,8 @@ async def question_of(request: Request, path: str | None = None) -> Question:
     """A client's request as a question, to its own path unless another is given."""
     return Question(
         method=request.method,
-        path=path or request.url.path,
-        query=request.url.query,
+        path=path or request.scope["path"],
+        query=request.scope["query_string"].decode(),
         headers=[
             (name, value)
             for name, value in request_headers(request.headers.raw)
@@ -139,6 +139,7 @@ async def ask(
             instance_url(instance, question.path.encode(), question.query.encode()),
             headers=question.headers,
             data=question.body or None,
+            allow_redirects=False,  # nobody but the instance is asked, least of all with its key
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
         ) as response:
             return Reply(

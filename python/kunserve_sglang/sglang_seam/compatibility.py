@@ -24,6 +24,7 @@ _OFF = {
     "elastic_ep_backend": "elastic expert parallelism",
     "dllm_algorithm": "diffusion language models",
     "smg_grpc_mode": "gRPC mode",
+    "grpc_port": "gRPC beside HTTP",
     "use_ray": "Ray",
     "encoder_only": "encoder-only mode",
     "max_total_tokens": "a fixed number of token slots (--memory-budget decides)",

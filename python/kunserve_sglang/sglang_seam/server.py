@@ -21,6 +21,7 @@ from kunserve_sglang.config import (
 )
 from kunserve_sglang.errors import ConfigurationError
 from kunserve_sglang.processes import die_with_parent, spin_shortly
+from kunserve_sglang.sglang_seam.access import guard_admin_calls
 from kunserve_sglang.sglang_seam.compatibility import (
     check_heads,
     check_server_args,
@@ -146,11 +147,10 @@ def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
     os.setpgid(0, 0)
     _fresh_process(config, folder)
     signal.signal(LEAVE_SIGNAL, _leave)
-    server_args = copy.copy(server_args)
     address = urlsplit(config.url)
-    object.__setattr__(server_args, "host", address.hostname)
-    object.__setattr__(server_args, "port", address.port)
-    object.__setattr__(server_args, "base_gpu_id", config.gpu)
+    server_args = _changed(
+        server_args, host=address.hostname, port=address.port, base_gpu_id=config.gpu
+    )
     from sglang.srt import plugins
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
@@ -159,8 +159,10 @@ def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
     from sglang.srt.utils import kill_process_tree
 
     plugins.load_plugins()
+    guard_admin_calls()
+    # SGLang logs the arguments that it gets here, and tells them to whoever asks for /server_info.
     tokenizer, template, ports, scheduler, watchdog = Engine._launch_subprocesses(
-        server_args=server_args,
+        server_args=_changed(server_args, api_key=None, admin_api_key=None),
         init_tokenizer_manager_func=init_tokenizer_manager,
         run_scheduler_process_func=run_scheduler_process,
         run_detokenizer_process_func=run_detokenizer_process,
@@ -172,9 +174,18 @@ def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
         )
         kill_process_tree(os.getpid(), include_parent=False)
         os._exit(3)
+    keyed = _changed(server_args, admin_api_key=config.admin_key)
     http_server._setup_and_run_http_server(
-        server_args, tokenizer, template, ports, scheduler.scheduler_infos, watchdog
+        keyed, tokenizer, template, ports, scheduler.scheduler_infos, watchdog
     )
+
+
+def _changed(server_args: Any, **changes: Any) -> Any:
+    """A copy of SGLang's arguments, which are frozen by now, with these in place of its own."""
+    server_args = copy.copy(server_args)
+    for name, value in changes.items():
+        object.__setattr__(server_args, name, value)
+    return server_args
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:
