@@ -27,7 +27,8 @@ def guard_admin_calls() -> None:
     clients = Lookup((path, True) for path, route in routes.items() if route.handling.open)
 
     def level(_app: Any, scope: Mapping[str, Any]) -> auth.AuthLevel:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        whole: str = scope["path"]
+        path = whole.removeprefix(scope.get("root_path", ""))
         if clients.find(path.encode()):
             return auth.AuthLevel.NORMAL
         return auth.AuthLevel.ADMIN_OPTIONAL
