@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmark.checks import Section
-from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.control import Control, control
 from benchmark.noise import Noise
 from benchmark.program import SGLANG_FLAGS
 from benchmark.prompts import PromptSource
-from benchmark.upstream import UpstreamCluster
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
+from kunserve_sglang.testing.upstream import UpstreamCluster
 
 NUM_INSTANCES = 2
 

@@ -20,13 +20,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmark.cost_picture import draw
-from benchmark.local_scheduler import local_scheduler
 from benchmark.noise import Noise
 from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.report import describe_machine, dumps
-from kunserve_sglang.config import parse_size
-from kunserve_sglang.policy.cost_model import Chunk, CostModel, Sample, Work, errors, fit
-from kunserve_sglang.policy.profile import UNHURRIED
+from kunserve_sglang.core.cost_model import Chunk, CostModel, Sample, Work, errors, fit
+from kunserve_sglang.core.settings import parse_size
+from kunserve_sglang.execution.profile import UNHURRIED
+from kunserve_sglang.testing.local_scheduler import local_scheduler
 
 MEDIAN_BAR = 0.05
 """Largest median error, relative, of the cost model (paper section 4.4: below 5 %)."""
@@ -181,7 +181,7 @@ def measured(flags: argparse.Namespace, model: Path, console: Console) -> dict[s
     # Importing torch takes seconds; `--help` and the tests of the pure parts do without.
     import torch
 
-    from kunserve_sglang.instance.profiling import measure
+    from kunserve_sglang.instance.pipeline.profiling import measure
     from kunserve_sglang.sglang_seam.assembly import shapes_for
 
     chunk = flags.chunked_prefill_size

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import aiohttp
 from rich.console import Console
 
-from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, RunError, run_workload, warm_up_requests
 from benchmark.metrics import Slo, slo_from
@@ -24,6 +23,7 @@ from benchmark.program import ROOT, SGLANG_FLAGS, flags_of, run_program, small_m
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import Comparison, dumps, raw, table, to_json
 from benchmark.workload import Shape, Workload, steady_and_burst
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 
 _RESTORE_TIMEOUT_S = 60.0
 

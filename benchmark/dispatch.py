@@ -26,13 +26,13 @@ from rich.console import Console
 
 from benchmark.bench import NUM_INSTANCES, together
 from benchmark.checks import Check, at_least, at_most, check_table
-from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.conversations import Mix, Turn, conversations, hold
 from benchmark.noise import Noise
 from benchmark.program import ROOT, SGLANG_FLAGS, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine, dumps
 from kunserve_sglang.policy.dispatch import DispatchPolicy
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 
 _COUNTERS = ("kunserve:prompt_tokens_total", "kunserve:predicted_hit_tokens_total")
 _OTHERS = (DispatchPolicy.ROUND_ROBIN, DispatchPolicy.LEAST_LOAD)

@@ -18,8 +18,8 @@ from benchmark.checks import Section
 from benchmark.control import Control
 from benchmark.rounds import fresh, median, requests, send
 from benchmark.workload import Shape
-from kunserve_sglang.policy.cost_model import Chunk, Work
-from kunserve_sglang.simulation.profile import HostCost, Profile, StepCost
+from kunserve_sglang.core.cost_model import Chunk, Work
+from kunserve_sglang.simulation.cluster_profile import HostCost, Profile, StepCost
 
 _BATCHES = (1, 4, 8, 16)
 _PROMPT, _OUTPUT = 48, 32

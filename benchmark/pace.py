@@ -14,11 +14,11 @@ from benchmark.prompts import PromptSource
 from benchmark.rounds import median, requests, send
 from benchmark.workload import Request, Shape
 from kunserve_sglang import simulation
-from kunserve_sglang.config import ClusterConfig, OverloadPolicy
-from kunserve_sglang.policy.cost_model import CostModel
+from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.simulation import Profile
-from kunserve_sglang.simulation.profile import HostCost, StepCost
-from kunserve_sglang.traces import TraceRow
+from kunserve_sglang.simulation.cluster_profile import HostCost, StepCost
+from kunserve_sglang.simulation.traces import TraceRow
 
 _SHAPE = Shape(prompt_len=48, output_len=40)
 _BATCH = 4

@@ -23,13 +23,12 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from benchmark.checks import check, conclude
-from benchmark.exhaustive import every_outcome, stages_of
 from benchmark.growth import draw_growth
 from benchmark.made_up import carried_out, instance, memory, with_demand
 from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
-from kunserve_sglang.messages import TransitionKind
-from kunserve_sglang.policy.cuts import best_cut
+from kunserve_sglang.core.cuts import best_cut
+from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.monitor import (
     DropNeeded,
     OverloadMonitor,
@@ -38,6 +37,7 @@ from kunserve_sglang.policy.monitor import (
 )
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.testing.exhaustive_planner import every_outcome, stages_of
 
 SIZES = (100, 1_000, 10_000, 100_000)
 LARGEST = 8

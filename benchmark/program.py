@@ -13,8 +13,8 @@ from typing import NoReturn
 import aiohttp
 from rich.console import Console
 
-from benchmark.cluster import ClusterError
 from benchmark.experiment import RunError
+from kunserve_sglang.testing.cluster import ClusterError
 
 ROOT = Path(__file__).resolve().parent.parent
 SGLANG_FLAGS = ("--chunked-prefill-size", "256")

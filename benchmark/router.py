@@ -34,7 +34,7 @@ from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from benchmark.router_load import BurstClient, Client, MockInstance, StreamClient, Tally
 from benchmark.routers import UPSTREAM, Router, UpstreamRouter, install_upstream
-from kunserve_sglang.processes import divide_cpus
+from kunserve_sglang.core.processes import divide_cpus
 
 INSTANCES = 4
 STEP_S = 0.02

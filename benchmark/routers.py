@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import psutil
 
-from benchmark.cluster import Cluster, ClusterError, router_command
 from benchmark.program import ROOT
-from kunserve_sglang.processes import free_port
+from kunserve_sglang.core.processes import free_port
+from kunserve_sglang.testing.cluster import Cluster, ClusterError, router_command
 
 UPSTREAM = "sglang-router==0.3.2"
 _ENVIRONMENTS = ROOT / "build"

@@ -22,7 +22,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmark.client import RequestResult
-from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, run_workload, warm_up_requests
 from benchmark.pace import expected_tpot_ms, measured_tpot_ms, slowed, steady_load
@@ -33,10 +32,11 @@ from benchmark.simulator_picture import draw
 from benchmark.traces import to_requests
 from benchmark.workload import Request, Workload
 from kunserve_sglang import simulation
-from kunserve_sglang.config import ClusterConfig, OverloadPolicy
-from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.simulation import Outcome, Profile, load_profile
-from kunserve_sglang.traces import TraceRow, load_trace, multiply, scale, window
+from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 
 ERROR_BAR = 0.2
 """Largest relative error of P50 and P99 TTFT against a real run."""

@@ -17,15 +17,15 @@ from rich.console import Console
 from benchmark.bench import Bench
 from benchmark.cost_model import best_of
 from benchmark.host_cost import surroundings, with_surroundings
-from benchmark.local_scheduler import local_scheduler
 from benchmark.noise import Noise
 from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine
-from kunserve_sglang.config import parse_size
-from kunserve_sglang.policy.cost_model import fit
-from kunserve_sglang.policy.profile import UNHURRIED
-from kunserve_sglang.simulation.profile import Links, Profile, StepCost, load_profile
+from kunserve_sglang.core.cost_model import fit
+from kunserve_sglang.core.settings import parse_size
+from kunserve_sglang.execution.profile import UNHURRIED
+from kunserve_sglang.simulation.cluster_profile import Links, Profile, StepCost, load_profile
+from kunserve_sglang.testing.local_scheduler import local_scheduler
 
 LINKS = Links(
     # Shared memory of one host: what demo.json's drop and restore moved in the time they stood
@@ -42,7 +42,7 @@ def measure_profile(flags: argparse.Namespace, model: Path) -> tuple[Profile, fl
     """What one scheduler shows, and the share of the cores that other programs took meanwhile."""
     import torch
 
-    from kunserve_sglang.instance.profiling import measure
+    from kunserve_sglang.instance.pipeline.profiling import measure
     from kunserve_sglang.sglang_seam.assembly import shapes_for
 
     with local_scheduler(

@@ -1,4 +1,4 @@
-"""Traces as requests with made-up prompts; `kunserve_sglang.traces` reads the files."""
+"""Traces as requests with made-up prompts; `kunserve_sglang.simulation.traces` reads the files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from benchmark.prompts import PromptSource
 from benchmark.workload import Request
-from kunserve_sglang.traces import TraceRow, load_trace, scale, window
+from kunserve_sglang.simulation.traces import TraceRow, load_trace, scale, window
 
 __all__ = ["MOONCAKE_BLOCK_TOKENS", "TraceRow", "load_trace", "scale", "to_requests", "window"]
 

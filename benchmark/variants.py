@@ -14,15 +14,15 @@ import numpy as np
 
 from benchmark.bench import NUM_INSTANCES, Bench
 from benchmark.checks import Check, Section, at_least, at_most
-from benchmark.cluster import Cluster
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, run_workload, warm_up_requests
 from benchmark.gaps import stall
 from benchmark.metrics import Slo, summarise
 from benchmark.timeline import bubble_fraction
 from benchmark.traces import load_trace, scale, to_requests, window
-from benchmark.upstream import UpstreamCluster
 from benchmark.workload import Workload
+from kunserve_sglang.testing.cluster import Cluster
+from kunserve_sglang.testing.upstream import UpstreamCluster
 
 UPSTREAM, ALL, ORACLE = "upstream", "+ restore", "oracle"
 _RESTORE_TIMEOUT_S = 20.0

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kunserve_sglang.processes import spin_shortly
+from kunserve_sglang.core.processes import spin_shortly
 from tests.support import hardware
 
 if TYPE_CHECKING:
-    from tests.router_harness import RouterCluster
+    from tests.support.router_harness import RouterCluster
 
 
 spin_shortly()  # before any test imports torch
@@ -40,8 +40,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start_router(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RouterCluster]]:
     """Starts routers with mock instances, and ends them after the test."""
     # Most of the time of a test would pass until its instances are found to be there.
-    monkeypatch.setattr("kunserve_sglang.router.health._TICK_S", 0.02)
-    from tests.router_harness import RouterCluster
+    monkeypatch.setattr("kunserve_sglang.control.health._TICK_S", 0.02)
+    from tests.support.router_harness import RouterCluster
 
     started: list[RouterCluster] = []
 

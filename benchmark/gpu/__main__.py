@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmark.gpu.check import Outcome, Status
 from benchmark.gpu.checks import CHECKS, TOTAL_S
 from benchmark.gpu.runner import as_table, run_all
-from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.memory.cuda_driver import CudaDevice
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark import upstream
-from benchmark.cluster import Cluster, ClusterOptions
 from benchmark.gpu.check import Bench, NotPossible
 from benchmark.gpu.models import (
     EXACT,
@@ -23,7 +21,9 @@ from benchmark.gpu.models import (
     geometry_of,
 )
 from benchmark.program import cached_model
-from benchmark.upstream import UpstreamCluster
+from kunserve_sglang.testing import upstream
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
+from kunserve_sglang.testing.upstream import UpstreamCluster
 
 _READY_S = 180.0
 """Kernels that nobody has used on this machine are compiled first. The limit of the check that

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmark.gpu.check import Bench, Figures, Findings
-from kunserve_sglang.instance.parameters import ParameterStore, layer_bytes
+from kunserve_sglang.instance.store.parameters import ParameterStore, layer_bytes
 from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer
 from kunserve_sglang.memory.cuda import CudaPages, ForeignPages
 from kunserve_sglang.memory.devices import page_bytes_on_cuda

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmark.cluster import ClusterError
 from benchmark.control import Control, control
 from benchmark.gpu.burst import UPSTREAM, Burst, Latencies, judge, of_kunserve
 from benchmark.gpu.check import Bench, Findings
@@ -18,6 +17,7 @@ from benchmark.gpu.clusters import check_installed, dummy_rig
 from benchmark.gpu.load import calm, keep, load, requests
 from benchmark.rounds import Round, fresh, median, ratio
 from benchmark.workload import Shape
+from kunserve_sglang.testing.cluster import ClusterError
 
 SIZES = (4, 2)
 _WARM_UP = 4

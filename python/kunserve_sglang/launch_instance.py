@@ -10,11 +10,11 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kunserve_sglang.cli.client import RouterClient
-from kunserve_sglang.cli.errors import CommandError
-from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.joining import Joiner, JoinOptions
-from kunserve_sglang.launching import add_budget_flag, end_with, memory_budget
+from kunserve_sglang.api.client import RouterClient
+from kunserve_sglang.api.errors import CommandError
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.launch.instance import Joiner, JoinOptions
+from kunserve_sglang.launch.lifecycle import add_budget_flag, end_with, memory_budget
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import msgspec
 
-from kunserve_sglang.config import (
+from kunserve_sglang.core.settings import (
     STAGE_GRAPH_MAX_BS,
     ClusterConfig,
     ExchangeMode,
@@ -21,9 +21,9 @@ from kunserve_sglang.config import (
     OverloadPolicy,
     Transport,
 )
-from kunserve_sglang.launching import add_budget_flag, end_with, memory_budget
+from kunserve_sglang.launch.lifecycle import add_budget_flag, end_with, memory_budget
+from kunserve_sglang.launch.server import Supervisor
 from kunserve_sglang.policy.dispatch import DispatchPolicy
-from kunserve_sglang.supervisor import Supervisor
 
 
 def kunserve_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from tests.router_harness import RouterCluster
+from tests.support.router_harness import RouterCluster
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from kunserve_sglang.messages import Load, Slots
+from kunserve_sglang.core.messages import Load, Slots
 from tests.browser.conftest import PATIENCE_MS, Visit
-from tests.mock_worker import CAPACITY, LAYERS, PROFILE, vote_no
-from tests.router_harness import RouterCluster
+from tests.support.mock_worker import CAPACITY, LAYERS, PROFILE, vote_no
+from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kunserve_sglang.instance.kv_store import KvShape, KvStore, aligned_stride
-from kunserve_sglang.layout import LayerRange
+from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.memory import PhysicalPagePool
 from tests.support.pages import Pools
-from tests.unit.test_memory import (  # noqa: F401
+from tests.unit.memory.test_pool import (  # noqa: F401
     pool,
     test_a_failed_map_takes_nothing,
     test_contents_stay_with_their_page,

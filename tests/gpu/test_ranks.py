@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.cluster import Cluster, ClusterOptions
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 from tests.integration.conftest import Client
 from tests.support import tiny_model
 from tests.support.streams import REQUESTS, Streams

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from benchmark.cluster import Cluster, ClusterOptions, log_tail
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions, log_tail
 from tests.support.leftovers import files_in_shared_memory, left_in_shared_memory
+from tests.support.places import ROOT
 from tests.support.waiting import until
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # fp32, so that greedy tokens can be compared between modes; 2,900 token slots an instance.
 BUDGET = "640MiB"

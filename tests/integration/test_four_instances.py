@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmark.cluster import ClusterOptions
+from kunserve_sglang.testing.cluster import ClusterOptions
 from tests.integration.conftest import FLAGS, Client, running
 from tests.support.waiting import until
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from benchmark.cluster import Cluster, ClusterOptions, log_tail
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions, log_tail
 from tests.integration.conftest import BUDGET, FLAGS, Client
 from tests.support.waiting import until
 

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmark.cluster import ClusterOptions, log_tail
-from kunserve_sglang.processes import die_with_parent
+from kunserve_sglang.core.processes import die_with_parent
+from kunserve_sglang.testing.cluster import ClusterOptions, log_tail
 from tests.integration.conftest import BUDGET, FLAGS, Client, running
 from tests.support.leftovers import left_in
 from tests.support.waiting import until

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmark.cluster import Cluster, ClusterOptions, log_tail
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions, log_tail
 from tests.integration.conftest import Client
 from tests.integration.test_losses import family_of
 from tests.support.leftovers import (

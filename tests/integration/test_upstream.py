@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmark.upstream import UpstreamCluster
+from kunserve_sglang.testing.upstream import UpstreamCluster
 from tests.integration.conftest import FLAGS, Client
 
 SLOTS = 777

@@ -15,16 +15,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from kunserve_sglang.config import ClusterConfig, ExchangeMode, InstanceConfig, Transport
-from kunserve_sglang.messages import TransitionKind, to_json_types
+from kunserve_sglang.control.control_plane import ControlPlane
+from kunserve_sglang.control.coordinator import TransitionRunning
+from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.control.upstream import REFUSED
+from kunserve_sglang.core.messages import TransitionKind, to_json_types
+from kunserve_sglang.core.processes import free_port
+from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, InstanceConfig, Transport
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
-from kunserve_sglang.processes import free_port
-from kunserve_sglang.router.control_plane import ControlPlane
-from kunserve_sglang.router.coordinator import TransitionRunning
-from kunserve_sglang.router.events import Event, Outcome
-from kunserve_sglang.router.upstream import REFUSED
 from tests.support.member import Action, Gate, Output, serve
 from tests.support.waiting import until
 

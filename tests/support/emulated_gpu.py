@@ -13,9 +13,9 @@ from unittest.mock import patch
 
 import torch
 
+from kunserve_sglang.execution.profile import Timing
 from kunserve_sglang.memory import cuda, devices, dlpack
 from kunserve_sglang.memory.cuda_driver import CudaDevice
-from kunserve_sglang.policy.profile import Timing
 from kunserve_sglang.transport import lane, plane
 from tests.support.emulated_tensors import DEVICE, EmulatedDevice, device_view
 from tests.support.fake_cuda import FakeCuda

@@ -11,6 +11,7 @@ GPUS_NEEDED = {"cpu": 0, "gpu": 1, "multi_gpu": 2}
 
 _FOLDERS = {
     "unit": {"cpu"},
+    "benchmark": {"cpu"},
     "integration": {"cpu"},
     "browser": {"cpu"},
     "gpu": {"gpu", "multi_gpu"},

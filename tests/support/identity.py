@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from kunserve_sglang.messages import Mode, TransitionKind
+from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
-from kunserve_sglang.router.events import Event, Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
 from tests.support.member import Gate, Output
 from tests.support.schedules import Script

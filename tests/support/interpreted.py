@@ -19,10 +19,10 @@ import torch
 from sglang.srt.distributed.parallel_state import graph_capture
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
-from kunserve_sglang.config import InstanceConfig
-from kunserve_sglang.instance.engine import Hidden, StageBatch
-from kunserve_sglang.layout import LayerRange
-from kunserve_sglang.policy.cost_model import CostModel
+from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.core.settings import InstanceConfig
+from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
 from kunserve_sglang.sglang_seam import assembly
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import Recorder, StageGraphs

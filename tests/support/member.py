@@ -31,13 +31,13 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from benchmark.local_scheduler import tokenized
-from kunserve_sglang.config import INSTANCE_ENVIRONMENT, InstanceConfig
-from kunserve_sglang.instance.agent import Agent
-from kunserve_sglang.instance.ranks import Fact, Ranks
-from kunserve_sglang.policy.blocks import block_hashes
+from kunserve_sglang.core.blocks import block_hashes
+from kunserve_sglang.core.settings import INSTANCE_ENVIRONMENT, InstanceConfig
+from kunserve_sglang.instance.agent.agent import Agent
+from kunserve_sglang.instance.ranks.ranks import Fact, Ranks
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
+from kunserve_sglang.testing.local_scheduler import tokenized
 from tests.support.census import whereabouts
 from tests.support.emulated_gpu import emulated_gpu_for_sglang
 from tests.support.emulated_tensors import EmulatedDevice

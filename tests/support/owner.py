@@ -6,9 +6,9 @@ import random
 
 import torch
 
-from kunserve_sglang.instance.engine import StageBatch
-from kunserve_sglang.instance.request_table import MirroredRows
-from kunserve_sglang.instance.sent_rows import SentRows
+from kunserve_sglang.instance.agent.engine import StageBatch
+from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.pipeline.sent_rows import SentRows
 
 ROWS, CONTEXT, BASE = 6, 40, 1000
 

@@ -16,8 +16,8 @@ from typing import Any
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
-from benchmark.local_scheduler import add, local_scheduler
 from kunserve_sglang.sglang_seam.lookahead import batch_work
+from kunserve_sglang.testing.local_scheduler import add, local_scheduler
 from tests.support.tiny_model import VOCABULARY
 
 CHUNK = 64

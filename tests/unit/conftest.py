@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.mock_worker import MockWorker
-    from tests.router_harness import RouterCluster
+    from tests.support.mock_worker import MockWorker
+    from tests.support.router_harness import RouterCluster
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def impatient(start_router: Callable[..., RouterCluster]) -> RouterCluster:
 @pytest.fixture(scope="module")
 def idle_router() -> Iterator[RouterCluster]:
     """The same for all tests of a module; for calls that must not change anything."""
-    from tests.router_harness import RouterCluster
+    from tests.support.router_harness import RouterCluster
 
     router = RouterCluster(2)
     yield router
@@ -37,7 +37,7 @@ def idle_router() -> Iterator[RouterCluster]:
 @pytest.fixture
 def worker() -> Iterator[MockWorker]:
     """Some HTTP server, and no router."""
-    from tests.mock_worker import Background, MockWorker
+    from tests.support.mock_worker import Background, MockWorker
 
     background = Background()
     worker = MockWorker(background)

@@ -12,7 +12,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
-from kunserve_sglang.router.api import InstanceStatus
+from kunserve_sglang.api.types import InstanceStatus
 
 _WIDTH = 24
 

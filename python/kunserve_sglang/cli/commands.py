@@ -11,22 +11,9 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from kunserve_sglang.cli import live
-from kunserve_sglang.cli.client import Answer
-from kunserve_sglang.cli.errors import Refused, Usage
-from kunserve_sglang.cli.session import Session
-from kunserve_sglang.cli.views import (
-    cluster_view,
-    event_line,
-    events_view,
-    leaving_line,
-    left_line,
-    plan_view,
-    policy_view,
-)
-from kunserve_sglang.config import format_size
-from kunserve_sglang.messages import TransitionKind
-from kunserve_sglang.router.api import (
+from kunserve_sglang.api.client import Answer
+from kunserve_sglang.api.errors import Refused, Usage
+from kunserve_sglang.api.types import (
     DRAIN_TIMEOUT_S,
     AcceptedPlan,
     Body,
@@ -41,7 +28,20 @@ from kunserve_sglang.router.api import (
     TraceBody,
     Worker,
 )
-from kunserve_sglang.router.events import Event, Outcome
+from kunserve_sglang.cli import live
+from kunserve_sglang.cli.session import Session
+from kunserve_sglang.cli.views import (
+    cluster_view,
+    event_line,
+    events_view,
+    leaving_line,
+    left_line,
+    plan_view,
+    policy_view,
+)
+from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.core.settings import format_size
 
 _TRANSITION_TIMEOUT_S = 600.0
 """The router ends every transition in bounded time; this is for a router that does not."""

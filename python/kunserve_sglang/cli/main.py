@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from kunserve_sglang import __version__
-from kunserve_sglang.cli.client import RouterClient
+from kunserve_sglang.api.client import RouterClient
+from kunserve_sglang.api.errors import CommandError, Exit
 from kunserve_sglang.cli.commands import COMMANDS
-from kunserve_sglang.cli.errors import CommandError, Exit
 from kunserve_sglang.cli.session import Session
 
 DEFAULT_URL = "http://127.0.0.1:30000"

@@ -10,8 +10,8 @@ from typing import NoReturn, TypeVar
 
 from rich.console import Console, RenderableType
 
-from kunserve_sglang.cli.client import Answer, RouterClient
-from kunserve_sglang.cli.errors import Unreachable
+from kunserve_sglang.api.client import Answer, RouterClient
+from kunserve_sglang.api.errors import Unreachable
 
 _WIDTH_OF_A_FILE = 160
 """Columns of a table that is not for a terminal; rich would take 80 and cut."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.memory.pool import PhysicalPagePool
 
 _UNMAPPED = -1

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kunserve_sglang.errors import ConfigurationError, DriverError, InternalError
+from kunserve_sglang.core.errors import ConfigurationError, DriverError, InternalError
 from kunserve_sglang.memory.cuda_driver import CudaDevice, Handle
 from kunserve_sglang.memory.dlpack import tensor_at
 from kunserve_sglang.memory.pool import contiguous_runs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol, cast
 
-from kunserve_sglang.errors import ConfigurationError, DriverError
+from kunserve_sglang.core.errors import ConfigurationError, DriverError
 
 Handle = Any
 """`CUmemGenericAllocationHandle`: physical memory, mapped or not."""

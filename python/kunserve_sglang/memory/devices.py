@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.memory.cuda import CudaPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.memory.memfd import MemfdDriver

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kunserve_sglang.errors import ConfigurationError, InternalError
+from kunserve_sglang.core.errors import ConfigurationError, InternalError
 from kunserve_sglang.memory.pool import contiguous_runs
 
 _PROT_NONE = 0

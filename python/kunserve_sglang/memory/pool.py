@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from kunserve_sglang.errors import InternalError, OutOfPages
+from kunserve_sglang.core.errors import InternalError, OutOfPages
 
 
 class PageDriver(Protocol):

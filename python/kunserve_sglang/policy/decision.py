@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kunserve_sglang.errors import TransientError
+from kunserve_sglang.core.errors import TransientError
 
 MOST_CHOICES = 8
 """A record of a decision is for people."""

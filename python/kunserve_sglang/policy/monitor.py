@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.restoring import Split, cheapest_first, splits
 from kunserve_sglang.policy.shares import SkewedGroup, skewed
 from kunserve_sglang.policy.state import ClusterState, InstanceState

@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from kunserve_sglang.layout import Layout
-from kunserve_sglang.messages import Transition, TransitionKind
+from kunserve_sglang.core.layout import Layout
+from kunserve_sglang.core.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
 from kunserve_sglang.policy.restoring import RestoreCost, Split, cheapest_first, split, splits
 from kunserve_sglang.policy.search import Change, DropSearch, merged, slots

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from kunserve_sglang.messages import Load
+from kunserve_sglang.core.messages import Load
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -10, 10

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from kunserve_sglang.layout import LayerRange, Layout, Member
-from kunserve_sglang.policy.cuts import best_cut
+from kunserve_sglang.core.cuts import best_cut
+from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.policy.search import slots
 from kunserve_sglang.policy.state import ClusterState
 

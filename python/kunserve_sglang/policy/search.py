@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kunserve_sglang.layout import Layout, Member
+from kunserve_sglang.core.layout import Layout, Member
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
 from kunserve_sglang.policy.grouping import Grouping, group_up
 from kunserve_sglang.policy.shapes import Shapes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kunserve_sglang.layout import LayerRange, Layout, MemoryProfile
-from kunserve_sglang.policy.cuts import best_cut
+from kunserve_sglang.core.cuts import best_cut
+from kunserve_sglang.core.layout import LayerRange, Layout, MemoryProfile
 from kunserve_sglang.policy.state import ClusterState
 
 _Kind = tuple[tuple[int, int, int], ...]

@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from kunserve_sglang.layout import Layout, largest
-from kunserve_sglang.messages import Transition, TransitionKind
+from kunserve_sglang.core.layout import Layout, largest
+from kunserve_sglang.core.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.search import slots

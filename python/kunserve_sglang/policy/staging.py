@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from kunserve_sglang.layout import Layout, arriving_pages, largest, leaving_pages
-from kunserve_sglang.messages import Transition, TransitionKind
+from kunserve_sglang.core.layout import Layout, arriving_pages, largest, leaving_pages
+from kunserve_sglang.core.messages import Transition, TransitionKind
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.state import ClusterState
 

@@ -6,9 +6,9 @@ from functools import cached_property
 
 import msgspec
 
-from kunserve_sglang.layout import LayerRange, Layout, MemoryProfile
-from kunserve_sglang.messages import Load
-from kunserve_sglang.policy.cost_model import CostModel
+from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.layout import LayerRange, Layout, MemoryProfile
+from kunserve_sglang.core.messages import Load
 
 
 class InstanceState(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kunserve_sglang.layout import Layout
-from kunserve_sglang.policy.cost_model import Work
+from kunserve_sglang.core.cost_model import Work
+from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.policy.state import InstanceState
 
 HOP_MS = 1.0

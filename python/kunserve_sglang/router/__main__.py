@@ -14,9 +14,9 @@ import sys
 
 import setproctitle
 
-from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.processes import die_with_parent
-from kunserve_sglang.router.audit import logger as audit
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.processes import die_with_parent
+from kunserve_sglang.router.admin.audit import logger as audit
 from kunserve_sglang.router.server import listen, serve
 from kunserve_sglang.router.settings import RouterConfig, router_from_environment
 

@@ -15,36 +15,36 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from kunserve_sglang.api.calls import CALLS, Access
+from kunserve_sglang.control.control_plane import ControlPlane
+from kunserve_sglang.control.coordinator import TransitionRunning
+from kunserve_sglang.control.draining import DrainTimeout, NotDrained
+from kunserve_sglang.control.health import Probes
+from kunserve_sglang.control.hub import NoAnswer
+from kunserve_sglang.core.routes import SERVER_ROUTES, Handling
 from kunserve_sglang.policy.dispatch import POLICIES
 from kunserve_sglang.policy.planner import NoPlan
-from kunserve_sglang.router.access import Endpoint, Keys
-from kunserve_sglang.router.admin import Admin
-from kunserve_sglang.router.answers import Code, RequestError, error_answer, retry_later
-from kunserve_sglang.router.asgi import run_asgi
-from kunserve_sglang.router.audit import Audited
-from kunserve_sglang.router.background import Background
-from kunserve_sglang.router.calls import CALLS, Access
-from kunserve_sglang.router.control_plane import ControlPlane
-from kunserve_sglang.router.coordinator import TransitionRunning
-from kunserve_sglang.router.dashboard import dashboard_routes
-from kunserve_sglang.router.dispatch import Dispatcher
-from kunserve_sglang.router.docs import Docs
-from kunserve_sglang.router.door import Door
-from kunserve_sglang.router.draining import DrainTimeout, NotDrained
-from kunserve_sglang.router.exchange import Exchange
-from kunserve_sglang.router.fanout import Fanout
-from kunserve_sglang.router.health import Probes
-from kunserve_sglang.router.hub import NoAnswer
-from kunserve_sglang.router.members import Members
-from kunserve_sglang.router.metrics import Metrics
-from kunserve_sglang.router.outbound import InstanceConnections
-from kunserve_sglang.router.proxy import Proxy
+from kunserve_sglang.router.admin.access import Endpoint, Keys
+from kunserve_sglang.router.admin.audit import Audited
+from kunserve_sglang.router.admin.background import Background
+from kunserve_sglang.router.admin.cluster import Admin
+from kunserve_sglang.router.admin.dashboard import dashboard_routes
+from kunserve_sglang.router.admin.docs import Docs
+from kunserve_sglang.router.admin.fanout import Fanout
+from kunserve_sglang.router.admin.members import Members
+from kunserve_sglang.router.admin.metrics import Metrics
+from kunserve_sglang.router.admin.tracing import TraceRunning, Tracing
+from kunserve_sglang.router.http.answers import Code, RequestError, error_answer, retry_later
+from kunserve_sglang.router.http.asgi import run_asgi
+from kunserve_sglang.router.http.client_request import Exchange
+from kunserve_sglang.router.http.door import Door
+from kunserve_sglang.router.http.outbound import InstanceConnections
+from kunserve_sglang.router.proxy.dispatcher import Dispatcher
+from kunserve_sglang.router.proxy.proxy import Proxy
 from kunserve_sglang.router.settings import RouterConfig
-from kunserve_sglang.router.tracing import TraceRunning, Tracing
-from kunserve_sglang.routes import SERVER_ROUTES, Handling
 
 if TYPE_CHECKING:
-    from kunserve_sglang.router.prompts import PromptReader
+    from kunserve_sglang.router.proxy.prompts import PromptReader
 
 
 class RouterApp:
@@ -119,7 +119,7 @@ def _prompt_reader(config: RouterConfig, control: ControlPlane) -> PromptReader 
     """For a router that keeps an index of prefixes; no other loads a tokenizer."""
     if control.prefixes is None:
         return None
-    from kunserve_sglang.router.prompts import PromptReader
+    from kunserve_sglang.router.proxy.prompts import PromptReader
 
     return PromptReader(config.prompts)
 

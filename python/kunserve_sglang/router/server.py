@@ -8,15 +8,15 @@ import socket
 
 import zmq
 
-from kunserve_sglang.config import ClusterConfig
-from kunserve_sglang.errors import ConfigurationError
+from kunserve_sglang.control.control_plane import ControlPlane
+from kunserve_sglang.control.health import HealthWatch
+from kunserve_sglang.control.upstream import open_session
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.router.app import build_app
-from kunserve_sglang.router.control_plane import ControlPlane
-from kunserve_sglang.router.health import HealthWatch
-from kunserve_sglang.router.inbound import HttpServer
-from kunserve_sglang.router.outbound import InstanceConnections
+from kunserve_sglang.router.http.inbound import HttpServer
+from kunserve_sglang.router.http.outbound import InstanceConnections
 from kunserve_sglang.router.settings import RouterConfig
-from kunserve_sglang.router.upstream import open_session
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import os
 
 import msgspec
 
-from kunserve_sglang.config import ClusterConfig, PromptFormat
-from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.identity import ModelIdentity
-from kunserve_sglang.keys import ClusterKeys, new_admin_key
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.identity import ModelIdentity
+from kunserve_sglang.core.keys import ClusterKeys, new_admin_key
+from kunserve_sglang.core.settings import ClusterConfig, PromptFormat
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
 """Environment variable that carries `RouterConfig` to the router process."""

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kunserve_sglang.errors import InternalError
-from kunserve_sglang.paths import Lookup
-from kunserve_sglang.routes import server_routes
+from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.paths import Lookup
+from kunserve_sglang.core.routes import server_routes
 
 _LEVEL = "_get_auth_level_from_app_and_scope"
 """By this name SGLang's middleware looks up what a request needs."""

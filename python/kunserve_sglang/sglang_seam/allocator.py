@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.core.errors import InternalError
 
 
 class ElasticSlotAllocator(TokenToKVPoolAllocator):

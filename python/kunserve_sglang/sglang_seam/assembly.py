@@ -8,17 +8,17 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sglang.errors import InternalError
-from kunserve_sglang.instance.agent import Agent
-from kunserve_sglang.instance.body import Body
-from kunserve_sglang.instance.control import ControlLink
-from kunserve_sglang.instance.profiling import load_or_measure
-from kunserve_sglang.instance.ranked import ranked_control, ranked_plane
-from kunserve_sglang.instance.ranks import Ranks
-from kunserve_sglang.layout import MemoryProfile
-from kunserve_sglang.messages import PROTOCOL_VERSION, Hello
-from kunserve_sglang.policy.cost_model import CostModel, Work
-from kunserve_sglang.policy.profile import shapes, timing
+from kunserve_sglang.core.cost_model import CostModel, Work
+from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.layout import MemoryProfile
+from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello
+from kunserve_sglang.execution.profile import shapes, timing
+from kunserve_sglang.instance.agent.agent import Agent
+from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.control import ControlLink
+from kunserve_sglang.instance.pipeline.profiling import load_or_measure
+from kunserve_sglang.instance.ranks.ranked import ranked_control, ranked_plane
+from kunserve_sglang.instance.ranks.ranks import Ranks
 from kunserve_sglang.transport import HostAwareDataPlane
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from kunserve_sglang.config import Transport
-from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.launching import wanted_device
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.settings import Transport
+from kunserve_sglang.launch.lifecycle import wanted_device
 
 _OFF = {
     "speculative_algorithm": "speculative decoding",

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kunserve_sglang.config import MicroBatches
-from kunserve_sglang.errors import InternalError, PeerLost
-from kunserve_sglang.instance.request_table import rows_on_host
-from kunserve_sglang.policy.formation import Outlook, look_ahead
+from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.settings import MicroBatches
+from kunserve_sglang.execution.formation import Outlook, look_ahead
+from kunserve_sglang.instance.pipeline.request_table import rows_on_host
 from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
 from kunserve_sglang.sglang_seam.launched import Launched, launching
 from kunserve_sglang.sglang_seam.lookahead import batch_work, chunks_of, crowd_work, prompts_ahead

@@ -15,14 +15,14 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-from kunserve_sglang.config import LEAVE_SIGNAL
-from kunserve_sglang.errors import InternalError
-from kunserve_sglang.instance.cache_log import CacheLog
-from kunserve_sglang.instance.engine import Hidden, Segment, StageBatch
-from kunserve_sglang.layout import LayerRange
-from kunserve_sglang.messages import Load, Slots
-from kunserve_sglang.policy.output_length import OutputLengths
-from kunserve_sglang.policy.stage_graphs import batch_sizes, first_drop_ranges
+from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.core.messages import Load, Slots
+from kunserve_sglang.core.settings import LEAVE_SIGNAL
+from kunserve_sglang.execution.output_length import OutputLengths
+from kunserve_sglang.execution.stage_graphs import batch_sizes, first_drop_ranges
+from kunserve_sglang.instance.agent.cache_log import CacheLog
+from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.sglang_seam.batches import described
 from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder

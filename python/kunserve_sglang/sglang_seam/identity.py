@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kunserve_sglang.identity import ModelIdentity
-from kunserve_sglang.messages import PROTOCOL_VERSION
+from kunserve_sglang.core.identity import ModelIdentity
+from kunserve_sglang.core.messages import PROTOCOL_VERSION
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _SAMPLES = 16

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.core.errors import InternalError
 
 
 class Launched:

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kunserve_sglang.policy.cost_model import Chunk, Work
-from kunserve_sglang.policy.formation import Outlook, chunks_ahead
+from kunserve_sglang.core.cost_model import Chunk, Work
+from kunserve_sglang.execution.formation import Outlook, chunks_ahead
 
 if TYPE_CHECKING:
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler

@@ -9,9 +9,9 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 from torch import nn
 
-from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.instance.engine import Hidden
-from kunserve_sglang.layout import LayerRange
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.instance.agent.engine import Hidden
 
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from kunserve_sglang.config import instance_from_environment
+from kunserve_sglang.core.settings import instance_from_environment
 
 
 def register() -> None:

@@ -19,13 +19,13 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils import DynamicGradMode
 
-from kunserve_sglang.config import InstanceConfig, instance_from_environment
-from kunserve_sglang.errors import InternalError, PeerLost
-from kunserve_sglang.instance.agent import Agent
-from kunserve_sglang.instance.ranked import clock_of
-from kunserve_sglang.instance.ranks import Fact, open_ranks
-from kunserve_sglang.policy.cost_model import CostEstimate
-from kunserve_sglang.processes import divide_cpus
+from kunserve_sglang.core.cost_model import CostEstimate
+from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.processes import divide_cpus
+from kunserve_sglang.core.settings import InstanceConfig, instance_from_environment
+from kunserve_sglang.instance.agent.agent import Agent
+from kunserve_sglang.instance.ranks.ranked import clock_of
+from kunserve_sglang.instance.ranks.ranks import Fact, open_ranks
 from kunserve_sglang.sglang_seam.assembly import build_agent, cost_model
 from kunserve_sglang.sglang_seam.batches import no_requests, settled
 from kunserve_sglang.sglang_seam.cooperation import Cooperation

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from kunserve_sglang.config import (
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.processes import die_with_parent, spin_shortly
+from kunserve_sglang.core.settings import (
     INSTANCE_ENVIRONMENT,
     LEAVE_SIGNAL,
     InstanceConfig,
     PromptFormat,
 )
-from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.processes import die_with_parent, spin_shortly
 from kunserve_sglang.sglang_seam.access import guard_admin_calls
 from kunserve_sglang.sglang_seam.compatibility import (
     check_heads,

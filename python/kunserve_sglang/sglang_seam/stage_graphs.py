@@ -19,9 +19,9 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 from sglang.srt.model_executor.runner_utils.pool import get_or_create_global_graph_memory_pool
 
-from kunserve_sglang.instance.engine import Hidden
-from kunserve_sglang.layout import LayerRange
-from kunserve_sglang.policy.stage_graphs import Captured
+from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.execution.stage_graphs import Captured
+from kunserve_sglang.instance.agent.engine import Hidden
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 
 Recorder = Callable[[Callable[[], Hidden]], tuple[Callable[[], None], Hidden]]

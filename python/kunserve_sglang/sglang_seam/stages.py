@@ -19,9 +19,9 @@ from sglang.srt.model_executor.model_runner_components.attention_backend_setup i
     get_attention_backend,
 )
 
-from kunserve_sglang.errors import InternalError
-from kunserve_sglang.instance.engine import Hidden, StageBatch
-from kunserve_sglang.layout import LayerRange
+from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
 

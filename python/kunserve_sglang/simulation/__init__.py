@@ -5,7 +5,7 @@ SGLang.
 """
 
 from kunserve_sglang.simulation.cluster import Cluster
+from kunserve_sglang.simulation.cluster_profile import Profile, load_profile
 from kunserve_sglang.simulation.outcome import Outcome
-from kunserve_sglang.simulation.profile import Profile, load_profile
 
 __all__ = ["Cluster", "Outcome", "Profile", "load_profile"]

@@ -6,17 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from kunserve_sglang.config import ClusterConfig
-from kunserve_sglang.errors import ConfigurationError
-from kunserve_sglang.messages import Load, TransitionKind
+from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.messages import Load, TransitionKind
+from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.control import Control
 from kunserve_sglang.simulation.instances import Instances
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.outcome import Event, Outcome, Sample
-from kunserve_sglang.simulation.profile import Profile
+from kunserve_sglang.simulation.traces import TraceRow
 from kunserve_sglang.simulation.transitions import Phase, Running
-from kunserve_sglang.traces import TraceRow
 
 WATCH_INTERVAL_S = 0.05
 """As `router.control_plane`."""

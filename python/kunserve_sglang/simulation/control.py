@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kunserve_sglang.config import ClusterConfig, ExchangeMode, OverloadPolicy
-from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
 from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance

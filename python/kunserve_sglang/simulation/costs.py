@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kunserve_sglang.policy.cost_model import Chunk, CostEstimate, Work
+from kunserve_sglang.core.cost_model import Chunk, CostEstimate, Work
 from kunserve_sglang.simulation.admission import Piece
-from kunserve_sglang.simulation.profile import Profile
+from kunserve_sglang.simulation.cluster_profile import Profile
 
 
 class Costs:

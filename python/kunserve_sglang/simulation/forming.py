@@ -6,8 +6,8 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from kunserve_sglang.policy.cost_model import Chunk, Work
-from kunserve_sglang.policy.formation import Outlook, PeerWork, chunks_ahead, look_ahead
+from kunserve_sglang.core.cost_model import Chunk, Work
+from kunserve_sglang.execution.formation import Outlook, PeerWork, chunks_ahead, look_ahead
 from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs, work_of
 from kunserve_sglang.simulation.job import Job

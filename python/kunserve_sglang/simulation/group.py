@@ -11,12 +11,12 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from kunserve_sglang.layout import Layout
+from kunserve_sglang.core.layout import Layout
+from kunserve_sglang.simulation.cluster_profile import Links
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.forming import Formation, Member, MicroBatch
 from kunserve_sglang.simulation.host import Host
 from kunserve_sglang.simulation.owner import Owner
-from kunserve_sglang.simulation.profile import Links
 
 
 class Group:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from kunserve_sglang.simulation.profile import HostCost
+from kunserve_sglang.simulation.cluster_profile import HostCost
 
 _MEMORY_S = 0.5
 """Over so long the work of frontends is averaged: several steps, and less than a burst."""

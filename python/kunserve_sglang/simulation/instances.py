@@ -6,17 +6,17 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from kunserve_sglang.config import ClusterConfig, MicroBatches
-from kunserve_sglang.layout import LayerRange, Layout, Member
-from kunserve_sglang.messages import Load
+from kunserve_sglang.core.layout import LayerRange, Layout, Member
+from kunserve_sglang.core.messages import Load
+from kunserve_sglang.core.settings import ClusterConfig, MicroBatches
 from kunserve_sglang.policy.state import ClusterState, InstanceState
+from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.dispatch import Dispatch
 from kunserve_sglang.simulation.group import Group
 from kunserve_sglang.simulation.host import Host
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
-from kunserve_sglang.simulation.profile import Profile
+from kunserve_sglang.simulation.routing import Dispatch
 from kunserve_sglang.simulation.solo import Solo
 
 Runner = Solo | Group

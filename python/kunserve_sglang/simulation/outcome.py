@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.simulation.job import Job
 
 

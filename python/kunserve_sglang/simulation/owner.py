@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 
-from kunserve_sglang.messages import Load, Slots
-from kunserve_sglang.policy.output_length import OutputLengths
+from kunserve_sglang.core.messages import Load, Slots
+from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.simulation.admission import Piece, PrefillAdder
+from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.job import Job
-from kunserve_sglang.simulation.profile import Profile
 
 INITIAL_RATIO = 0.7
 _LEAST_RATIO = 0.14 * INITIAL_RATIO

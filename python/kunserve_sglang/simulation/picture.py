@@ -13,7 +13,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.simulation.outcome import Outcome
 from kunserve_sglang.simulation.report import Slo, counted
 

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kunserve_sglang.messages import TransitionKind
+from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.simulation.outcome import Outcome
 
 _PERCENTILES = {"median": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}

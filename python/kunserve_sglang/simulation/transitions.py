@@ -9,10 +9,10 @@ from enum import StrEnum
 
 import msgspec
 
-from kunserve_sglang.layout import Layout, MemoryProfile, kv_moves, parameter_loads
-from kunserve_sglang.messages import Transition
+from kunserve_sglang.core.layout import Layout, MemoryProfile, kv_moves, parameter_loads
+from kunserve_sglang.core.messages import Transition
 from kunserve_sglang.policy.planner import Plan
-from kunserve_sglang.simulation.profile import Profile
+from kunserve_sglang.simulation.cluster_profile import Profile
 
 BACKGROUND_SHARE = 0.1
 """As `instance.agent`: the part of the time that goes into what nobody waits for."""

@@ -6,8 +6,8 @@ from enum import Enum, auto
 
 import msgspec
 
-from kunserve_sglang.config import Transport
-from kunserve_sglang.processes import within_reach
+from kunserve_sglang.core.processes import within_reach
+from kunserve_sglang.core.settings import Transport
 
 
 class Way(Enum):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from kunserve_sglang.errors import ConfigurationError, PeerLost
+from kunserve_sglang.core.errors import ConfigurationError, PeerLost
 from kunserve_sglang.memory.cuda import CudaPages, ForeignPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.transport.data import TensorSpec

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from kunserve_sglang.errors import PeerLost
+from kunserve_sglang.core.errors import PeerLost
 
 c10d: Any = torch.distributed
 """Not all that it has is in its types, nor in its builds for CPUs."""

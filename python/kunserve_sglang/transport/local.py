@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import torch
 
-from kunserve_sglang.errors import InternalError, PeerLost
+from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.transport import ring
 from kunserve_sglang.transport.data import Packet, TensorSpec
 from kunserve_sglang.transport.outboxes import Outboxes

@@ -29,8 +29,8 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sglang.errors import PeerLost
-from kunserve_sglang.keys import MemberKeys
+from kunserve_sglang.core.errors import PeerLost
+from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.transport.data import Packet, TensorSpec
 from kunserve_sglang.transport.lane import Lane, Rendezvous, has_happened, visit
 from kunserve_sglang.transport.outboxes import Outboxes

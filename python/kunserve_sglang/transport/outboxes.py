@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
-from kunserve_sglang.errors import InternalError
+from kunserve_sglang.core.errors import InternalError
 
 
 class Closable(Protocol):

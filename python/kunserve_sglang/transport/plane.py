@@ -15,11 +15,11 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sglang.config import Transport
-from kunserve_sglang.errors import InternalError, PeerLost
-from kunserve_sglang.keys import MemberKeys
+from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.keys import MemberKeys
+from kunserve_sglang.core.processes import this_host
+from kunserve_sglang.core.settings import Transport
 from kunserve_sglang.memory.cuda_driver import CudaDevice
-from kunserve_sglang.processes import this_host
 from kunserve_sglang.transport.choice import PeerAddress, Way, way_between
 from kunserve_sglang.transport.cuda_ring import CudaRings
 from kunserve_sglang.transport.data import DataPlane, Packet

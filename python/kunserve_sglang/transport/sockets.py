@@ -7,7 +7,7 @@ from typing import Any
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from kunserve_sglang.keys import Admission, MemberKeys
+from kunserve_sglang.core.keys import Admission, MemberKeys
 
 
 class PacketSockets:

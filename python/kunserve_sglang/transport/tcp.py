@@ -12,7 +12,7 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sglang.keys import MemberKeys
+from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.transport.data import Packet, TensorSpec
 from kunserve_sglang.transport.outboxes import Outboxes
 from kunserve_sglang.transport.sockets import PacketSockets

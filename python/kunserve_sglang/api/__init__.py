@@ -1,0 +1,1 @@
+"""The admin API: its types, its table of calls, and a client."""

@@ -1,0 +1,69 @@
+"""Taking an instance out of a running cluster: no new requests, its group apart, then its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from kunserve_sglang.control.control_plane import ControlPlane
+from kunserve_sglang.control.events import Outcome
+from kunserve_sglang.control.registry import Instance
+from kunserve_sglang.core.errors import TransientError
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.05
+
+
+class NotDrained(TransientError):
+    """The instance cannot leave now, and takes requests as before."""
+
+
+class DrainTimeout(NotDrained):
+    """Requests were still under way when the time was over."""
+
+
+class Draining:
+    """Drains instances and plain workers; each ends in bounded time, gone or back in service."""
+
+    def __init__(self, control: ControlPlane) -> None:
+        self._control = control
+
+    async def drain(self, instance: Instance, timeout_s: float) -> None:
+        """Let `instance` go; its requests may take `timeout_s` seconds to end.
+
+        Raises `NotDrained`, and `NoPlan` or `TransitionRunning` if its group cannot be taken apart;
+        then it takes requests as before. One that is lost is forgotten at once.
+        """
+        if instance.draining:
+            raise NotDrained(f"instance {instance.number} is draining already")
+        instance.draining = True
+        try:
+            await self._split_group(instance)
+            await self._wait_until_idle(instance, timeout_s)
+        except BaseException:
+            instance.draining = False
+            raise
+        await self._control.let_go(instance)
+        logger.info("instance %d at %s has left", instance.number, instance.url)
+
+    async def _split_group(self, instance: Instance) -> None:
+        """Others run with its layers, and it with theirs: everybody becomes independent first."""
+        if instance.lost or instance.status is None or not instance.status.layout.cooperative:
+            return
+        event = await self._control.split(instance.number)
+        if event.status is not Outcome.COMMITTED:
+            raise NotDrained(
+                f"the group of instance {instance.number} could not be taken apart: {event.error}"
+            )
+
+    async def _wait_until_idle(self, instance: Instance, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not (instance.idle or instance.lost):
+            if time.monotonic() >= deadline:
+                raise DrainTimeout(
+                    f"{instance.in_flight} requests are still under way on instance "
+                    f"{instance.number} after {timeout_s:g} s; it takes new ones again"
+                )
+            await asyncio.sleep(_LOOK_S)

@@ -1,0 +1,1 @@
+"""What both planes share: messages, geometry, settings, errors. Imports no other room."""

@@ -1,0 +1,1 @@
+"""An instance's mode, its parts, and its line to the router."""

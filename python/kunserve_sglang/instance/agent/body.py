@@ -1,0 +1,36 @@
+"""The parts of an instance that carry layers and KV, as one argument."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kunserve_sglang.core.cost_model import CostEstimate
+from kunserve_sglang.core.layout import MemoryProfile
+from kunserve_sglang.instance.agent.control import Control
+from kunserve_sglang.instance.agent.engine import Engine
+from kunserve_sglang.instance.store.kv_store import KvStore
+from kunserve_sglang.instance.store.parameters import ParameterStore
+from kunserve_sglang.memory import PhysicalPagePool
+from kunserve_sglang.transport import DataPlane
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What an agent is the head of; of an instance with several ranks, one rank's part.
+
+    All ranks decide by `clock`, in monotonic seconds; rank 0 speaks for the instance.
+    """
+
+    instance: int
+    profile: MemoryProfile
+    pool: PhysicalPagePool
+    parameters: ParameterStore
+    kv: KvStore
+    engine: Engine
+    plane: DataPlane
+    control: Control
+    costs: CostEstimate
+    clock: Callable[[], float] = time.monotonic
+    rank: int = 0

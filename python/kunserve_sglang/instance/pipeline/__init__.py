@@ -1,0 +1,1 @@
+"""Cooperative execution: micro-batches through all stages."""

@@ -1,0 +1,291 @@
+"""Cooperative execution: micro-batches travel owner -> stage 0 -> ... -> owner (section 4.2).
+
+Single-threaded and without waiting: an owner puts micro-batches on their way and later collects
+what came back; in between it runs its layers for whoever's micro-batch arrives. The loop that
+decides what comes first lives with the runtime (`sglang_seam.cooperation`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from kunserve_sglang.core.cost_model import CostEstimate
+from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.layout import Layout
+from kunserve_sglang.execution.formation import PeerWork
+from kunserve_sglang.instance.agent.engine import Engine, Hidden, Segment, StageBatch
+from kunserve_sglang.instance.agent.trace import Tracer
+from kunserve_sglang.instance.pipeline import packing, wire
+from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.pipeline.sent_rows import sent_rows
+from kunserve_sglang.instance.store.kv_store import KvStore
+from kunserve_sglang.instance.transfer.transfer import Transfer
+from kunserve_sglang.transport import DataPlane, Packet
+
+_NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
+_MOST_ROWS = 4352
+"""Of SGLang's request table, by itself, for any budget: owners may have more rows than this one."""
+
+_SILENT_ROUNDS = 3
+"""An owner that has sent nothing for so many rounds has no work."""
+
+
+@dataclass(slots=True)
+class PipelineCounters:
+    """Since start: micro-batches of this owner and of others, and time lost in bubbles.
+
+    A bubble is time in which this stage waited although the group had a micro-batch on its way.
+    """
+
+    own: int = 0
+    foreign: int = 0
+    bubble_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _OwnBatch:
+    """`described`: what of its description does not fit the header (`packing.pack`).
+
+    `reads`: slots that its requests hold, noted while KV is on its way.
+    """
+
+    header: wire.MicroBatch
+    batch: StageBatch
+    described: list[torch.Tensor]
+    segment: Segment
+    reads: torch.Tensor | None
+    result: Hidden | None = None
+
+
+@dataclass(slots=True)
+class _Peer:
+    mirror: MirroredRows
+    sequence: int = -1
+    arrived: float = 0.0
+    work: PeerWork = _NO_WORK
+
+
+class Pipeline:
+    """One member's part of a group, for one epoch."""
+
+    def __init__(
+        self,
+        me: int,
+        layout: Layout,
+        *,
+        engine: Engine,
+        kv: KvStore,
+        plane: DataPlane,
+        counters: PipelineCounters,
+        tracer: Tracer,
+        costs: CostEstimate,
+        next_piece: Callable[[], Packet | None],
+        clock: Callable[[], float],
+        peer_timeout_s: float,
+    ) -> None:
+        """`next_piece` gives the next packet of a transfer, or None after a moment."""
+        self.transfer: Transfer | None = None
+        self._me = me
+        self._layout = layout
+        self._position = layout.position(me)
+        self._layers = layout.member(me).layers
+        self._engine = engine
+        self._plane = plane
+        self._counters = counters
+        self._tracer = tracer
+        self._costs = costs
+        self._idle_since: float | None = None
+        self._next_piece = next_piece
+        self._clock = clock
+        self._timeout = peer_timeout_s
+        table = engine.request_table()
+        rows, context = table.shape
+        rows = max(rows, _MOST_ROWS)
+        self._sent = sent_rows(table)
+        self._peers = {
+            m.instance: _Peer(MirroredRows(rows, context, kv.base(m.instance), table.device))
+            for m in layout.members
+            if m.instance != me
+        }
+        self._sequence = 0
+        self._round_ms = 0.0
+        self._own: deque[_OwnBatch] = deque()
+        self._progress = self._clock()
+
+    @property
+    def epoch(self) -> int:
+        """Of the layout that placed the layers; capacities may have grown since."""
+        return self._layout.epoch
+
+    @property
+    def stages(self) -> int:
+        return len(self._layout.members)
+
+    @property
+    def in_flight(self) -> int:
+        """Own micro-batches that were submitted and not collected."""
+        return len(self._own)
+
+    def peers_work(self) -> list[PeerWork]:
+        """What the other owners have going round; those that fell silent have nothing."""
+        now = self._clock()
+        rounds = sum(p.work.round_ms for p in self._peers.values())
+        silent_s = _SILENT_ROUNDS * (rounds + self._round_ms) / 1e3
+        return [p.work for p in self._peers.values() if now - p.arrived < silent_s]
+
+    def submit(self, batch: StageBatch, hidden: Hidden, segment: Segment, work: PeerWork) -> int:
+        """Owner: put one micro-batch on its way; returns its number.
+
+        Runs the own layers at once if they come first. `work` is for the other owners to know.
+        """
+        self._round_ms = work.round_ms
+        reads = None
+        if self.transfer is not None:
+            reads = self._sent.slots(batch.rows, batch.seq_lens)
+            self.transfer.take_along(reads)
+        batch, delta = self._sent.difference(batch)
+        packed, described = packing.pack(batch, delta)
+        self._progress = self._clock()
+        self._end_idle(self._progress)
+        header = wire.MicroBatch(
+            sender=self._me,
+            epoch=self._layout.epoch,
+            owner=self._me,
+            sequence=self._sequence,
+            position=0,
+            packed=packed,
+            has_residual=hidden[1] is not None,
+            launched=self._progress,
+            cost_ms=work.batch_ms,
+            round_ms=work.round_ms,
+        )
+        own = _OwnBatch(header, batch, described, segment, reads)
+        self._sequence += 1
+        self._counters.own += 1
+        self._own.append(own)
+        self._pass_on(own, 0, hidden)
+        return header.sequence
+
+    def collect(self) -> tuple[int, Hidden] | None:
+        """Owner: the oldest own micro-batch, if it is through all stages.
+
+        Raises `PeerLost` if nothing at all has come from the group for the peer timeout.
+        """
+        if not self._own:
+            return None
+        own = self._own[0]
+        if own.result is None:
+            if self._clock() - self._progress > self._timeout:
+                raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
+            return None
+        self._own.popleft()
+        return own.header.sequence, own.result
+
+    def serve(self, packet: Packet, header: wire.MicroBatch) -> None:
+        """Run this stage's layers on a micro-batch that arrived, and pass it on."""
+        self._progress = self._clock()
+        self._end_idle(header.launched)
+        if header.owner == self._me:
+            self._returned(packet, header)
+            return
+        peer = self._peers[header.owner]
+        if header.sequence != peer.sequence + 1:
+            raise InternalError(
+                f"micro-batch {header.sequence} of instance {header.owner} came after "
+                f"{peer.sequence} (invariant 5)"
+            )
+        peer.sequence = header.sequence
+        peer.arrived = self._progress
+        peer.work = PeerWork(batch_ms=header.cost_ms, round_ms=header.round_ms)
+        if header.packed is None:
+            raise InternalError(f"micro-batch {header.sequence} came without its description")
+        described = wire.described_by(header, packet.tensors)
+        batch, delta = packing.unpack(header.owner, header.packed, described)
+        hidden = wire.hidden_of(header, packet.tensors)
+        peer.mirror.apply(delta)
+        self._counters.foreign += 1
+        if self.transfer is not None:
+            reads = peer.mirror.slots(batch.rows, batch.seq_lens)
+            self.transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
+        with self._measured("peer's layers", header, batch):
+            hidden = self._engine.run_stage(
+                batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
+            )
+        self._send(header, self._position + 1, described, hidden)
+
+    def begin_idle(self) -> None:
+        """Nothing to do here until a packet arrives or something is submitted."""
+        if self._idle_since is None:
+            self._idle_since = time.monotonic()
+
+    def _end_idle(self, work_since: float) -> None:
+        """There is work, and it was on its way since `work_since`: the wait was a bubble."""
+        if self._idle_since is not None:
+            now = time.monotonic()
+            begin = self._idle_since if self._own else max(self._idle_since, work_since)
+            if begin < now:
+                self._counters.bubble_s += now - begin
+                self._tracer.add("wait", begin, now, {})
+            self._idle_since = None
+
+    def _returned(self, packet: Packet, header: wire.MicroBatch) -> None:
+        own = next((o for o in self._own if o.header.sequence == header.sequence), None)
+        if own is None or own.result is not None:
+            raise InternalError(f"micro-batch {header.sequence} came back unasked")
+        self._pass_on(own, header.position, wire.hidden_of(header, packet.tensors))
+
+    def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
+        """Run the own micro-batch here while the pipeline's next stage is this one."""
+        if position == self._position:
+            if self.transfer is not None and own.reads is not None:
+                writes = own.batch.out_slots
+                self.transfer.before_run(self._me, own.reads, writes, self._next_piece)
+            with self._measured("own layers", own.header, own.batch):
+                hidden = own.segment(self._layers, hidden)
+            position += 1
+        if position == self.stages:
+            own.result = hidden
+        else:
+            self._send(own.header, position, own.described, hidden)
+
+    @contextlib.contextmanager
+    def _measured(self, name: str, header: wire.MicroBatch, batch: StageBatch) -> Iterator[None]:
+        """A span of stage work, from which the cost model learns as well."""
+        started = self._clock()
+        yield
+        self._engine.settle()
+        ended = self._clock()
+        details = {
+            "owner": header.owner,
+            "sequence": header.sequence,
+            "decode": int(batch.decode),
+        }
+        self._tracer.add(name, started, ended, details)
+        self._costs.observe(batch.work(), 1e3 * (ended - started) / len(self._layers))
+
+    def _send(
+        self,
+        header: wire.MicroBatch,
+        position: int,
+        described: list[torch.Tensor],
+        hidden: Hidden,
+    ) -> None:
+        last = position == self.stages
+        target = header.owner if last else self._layout.members[position].instance
+        home = target == header.owner
+        header = msgspec.structs.replace(
+            header,
+            sender=self._me,
+            position=position,
+            packed=None if home else header.packed,
+            has_residual=hidden[1] is not None,
+        )
+        tensors = wire.tensors_of([] if home else described, hidden)
+        self._plane.send(target, wire.encode(header), tensors)

@@ -1,0 +1,1 @@
+"""Droppable layers, elastic KV, and what each gets."""

@@ -1,0 +1,1 @@
+"""KV and parameters that change hands."""

@@ -1,0 +1,285 @@
+"""The part of a transition for which all members stand still (paper section 4.3).
+
+All members run `Exchange.run` at the same time, each at a step boundary. The same steps serve
+every transition; which layers go and come follows from the layouts before and after:
+
+1. barrier: every owner tells all participants its taken slots, before and after compaction;
+2. slots above the new capacity are compacted, where their rows are now;
+3. rows that leave this member are sent, unless they may follow while it serves;
+4. dropped layers and what has left give their pages back; what stays shrinks to what is needed,
+   so that step 5 always finds its pages;
+5. parameters and rows that arrive get pages and are received;
+6. every owner's sub-range grows to its new capacity.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kunserve_sglang.core.errors import InternalError, PeerLost, TransitionTimeout
+from kunserve_sglang.core.layout import Layout, kv_moves, parameter_loads
+from kunserve_sglang.core.messages import Transition, TransitionStats
+from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.transfer.transfer import Transfer
+from kunserve_sglang.transport import Packet
+
+_LOOK_S = 0.1
+"""How often to ask whether whom we wait for is still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotChange:
+    """The taken slots of an owner: `source[i]` becomes `target[i]` (equal unless compacted)."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+    @property
+    def highest(self) -> int:
+        return int(self.target.max()) if len(self.target) else 0
+
+    @property
+    def moved(self) -> int:
+        return int((self.source != self.target).sum())
+
+
+def compact(taken: torch.Tensor, capacity: int) -> SlotChange:
+    """Move slots above `capacity` to the lowest free ones; raises `InternalError` if too many."""
+    high = taken > capacity
+    low = taken[~high]
+    used = torch.zeros(capacity + 1, dtype=torch.bool)
+    used[low] = True
+    used[0] = True
+    room = torch.nonzero(~used).flatten()[: int(high.sum())]
+    if len(room) < int(high.sum()):
+        raise InternalError(f"{len(taken)} slots cannot be compacted into {capacity}")
+    target = taken.clone()
+    target[high] = room
+    return SlotChange(taken, target)
+
+
+class Exchange:
+    """One member's side of one transition."""
+
+    def __init__(
+        self,
+        body: Body,
+        transition: Transition,
+        *,
+        fetched: Transfer | None,
+        defer: Callable[[Packet], None],
+        timeout_s: float,
+    ) -> None:
+        """`fetched` is what has been brought ahead for this transition, if it has.
+
+        `defer` keeps packets of the new epoch's pipeline until this member is there too.
+        """
+        self._body = body
+        self._me = body.instance
+        self._transition = transition
+        self._before = layout_of(transition.before, self._me)
+        self.after = layout_of(transition.after, self._me)
+        self._fetched = fetched
+        self._defer = defer
+        self._timeout = timeout_s
+        self._clock = body.clock
+        self._participants = [m.instance for layout in transition.before for m in layout.members]
+        self._old_layers = self._before.member(self._me).layers
+        self._new_layers = self.after.member(self._me).layers
+        self._changes: dict[int, SlotChange] = {}
+        self._early: list[Packet] = []
+        self.left: Transfer | None = None
+        """What goes on while serving, once `run` has ended."""
+
+    def run(self, first_packets: list[Packet], deadline: float) -> TransitionStats:
+        """Do it all; `deadline` is in monotonic seconds. Takes `first_packets` over.
+
+        Raises `TransitionTimeout` from the barrier, while nothing has changed yet, and `PeerLost`
+        after it, when layers or KV may be gone and the member has to recover.
+        """
+        started = time.perf_counter()
+        try:
+            self._barrier(first_packets, deadline)
+        except PeerLost as error:
+            raise TransitionTimeout(str(error)) from error
+        self._compact()
+        transition = self._transition
+        transfer = self._fetched or self._transfer(transition.before, transition.after)
+        live = transition.live
+        sent_before = transfer.sent_kv_bytes
+        if not live:
+            taken = {owner: change.target for owner, change in self._changes.items()}
+            transfer.send_rest(transition.epoch, taken)
+        remap_started = time.perf_counter()
+        freed = self._release(transfer, keep_leaving=live)
+        self._make_room(transfer)
+        remap_s = time.perf_counter() - remap_started
+        if not live:
+            transfer.receive_rest(self._next_packet, deadline)
+        remap_started = time.perf_counter()
+        map_capacities(self._body, self.after)
+        remap_s += time.perf_counter() - remap_started
+        for packet in self._early:
+            self._defer(packet)
+        self.left = transfer if live else self._fetch_ahead()
+        own = self._changes[self._me]
+        if own.moved:
+            self._body.engine.relocate(own.source, own.target)
+        return TransitionStats(
+            freed_bytes=freed,
+            loaded_bytes=self._body.parameters.nbytes(transfer.layers),
+            sent_kv_bytes=transfer.sent_kv_bytes - sent_before,
+            moved_slots=own.moved,
+            remap_ms=1e3 * remap_s,
+            stall_ms=1e3 * (time.perf_counter() - started),
+        )
+
+    # -- step 1 ----------------------------------------------------------------------------------
+
+    def _barrier(self, packets: list[Packet], deadline: float) -> None:
+        taken = self._body.engine.taken_slots()
+        mine = compact(taken, self.after.member(self._me).capacity)
+        self._changes[self._me] = mine
+        header = wire.encode(wire.TakenSlots(sender=self._me, epoch=self._transition.epoch))
+        for peer in self._participants:
+            if peer != self._me:
+                self._body.plane.send(peer, header, [mine.source, mine.target])
+        while len(self._changes) < len(self._participants):
+            packet = packets.pop(0) if packets else self._receive(deadline)
+            if packet is None:
+                missing = set(self._participants) - set(self._changes)
+                raise TransitionTimeout(f"members {sorted(missing)} did not reach the barrier")
+            received = wire.decode(packet.header)
+            if received.epoch != self._transition.epoch:
+                if self._fetched is not None:
+                    self._fetched.store(packet, received)
+            elif isinstance(received, wire.TakenSlots):
+                # Copies: what arrived lies in memory that the sender wants back.
+                self._changes[received.sender] = SlotChange(
+                    *(t.clone().cpu() for t in packet.tensors)
+                )
+            else:
+                # A faster member is past its barrier already; its data waits its turn.
+                self._early.append(packet)
+        self._early += packets
+        packets.clear()
+
+    # -- step 2 ----------------------------------------------------------------------------------
+
+    def _compact(self) -> None:
+        kv = self._body.kv
+        for owner in self._before.ids:
+            change = self._changes[owner]
+            if not change.moved:
+                continue
+            changed = change.source != change.target
+            source, target = change.source[changed], change.target[changed]
+            for layer in self._old_layers:
+                kv.move(layer, owner, source, target)
+            if self._fetched is not None:
+                self._fetched.rewritten(owner, target)
+
+    # -- steps 3 to 6 ----------------------------------------------------------------------------
+
+    def _transfer(self, start: tuple[Layout, ...], goal: tuple[Layout, ...]) -> Transfer:
+        """All that is placed as in `start` and that `goal` needs elsewhere."""
+        body = self._body
+        return Transfer(
+            self._me,
+            self._transition.epoch,
+            moves=kv_moves(start, goal),
+            loads=parameter_loads(start, goal),
+            taken={owner: change.target for owner, change in self._changes.items()},
+            serving=self._new_layers,
+            kv=body.kv,
+            parameters=body.parameters,
+            plane=body.plane,
+            clock=body.clock,
+            timeout_s=self._timeout,
+        )
+
+    def _release(self, transfer: Transfer, *, keep_leaving: bool) -> int:
+        """Give back what is not needed here any more; returns the bytes of parameters freed."""
+        kv, parameters = self._body.kv, self._body.parameters
+        staying = set(self.after.ids)
+        leaving = {(m.owner, layer) for m in transfer.leaving for layer in m.layers}
+        arriving = {(m.owner, layer) for m in transfer.arriving for layer in m.layers}
+        for owner in kv.owners():
+            for layer in range(self._body.engine.layer_count):
+                if not kv.slots(layer, owner) or (owner, layer) in arriving:
+                    continue
+                if owner in staying and layer in self._new_layers:
+                    kv.resize(layer, owner, self._changes[owner].highest)
+                elif not (keep_leaving and (owner, layer) in leaving):
+                    kv.release(layer, owner)
+            if owner not in staying:
+                kv.dismiss(owner)
+        dropped = self._old_layers.minus(self._new_layers)
+        for layer in dropped:
+            parameters.drop(layer)
+        return parameters.nbytes(dropped)
+
+    def _make_room(self, transfer: Transfer) -> None:
+        if transfer is self._fetched:
+            return
+        for owner in self.after.ids:
+            self._body.kv.admit(owner)
+        transfer.reserve(lambda owner: self._changes[owner].highest)
+
+    def _fetch_ahead(self) -> Transfer | None:
+        """Begin to fetch what the layouts to come will need here."""
+        transition = self._transition
+        if not transition.ahead:
+            return None
+        transfer = self._transfer(transition.after, transition.ahead)
+        transfer.reserve(lambda owner: self.after.member(owner).capacity)
+        return transfer
+
+    # -- receiving -------------------------------------------------------------------------------
+
+    def _next_packet(self, until: float) -> Packet | None:
+        """The next packet of the transfer; keeps what the pipeline will need."""
+        packet = self._early.pop(0) if self._early else self._receive(until)
+        if packet is None:
+            return None
+        header = wire.decode(packet.header)
+        if header.epoch != self._transition.epoch:
+            return None
+        if isinstance(header, wire.MicroBatch):
+            self._defer(packet)
+            return None
+        if isinstance(header, wire.TakenSlots):
+            raise InternalError("a second barrier in one transition")
+        return packet
+
+    def _receive(self, deadline: float) -> Packet | None:
+        """The next packet, or None at the deadline.
+
+        Raises `PeerLost` as soon as the router says that a member has gone.
+        """
+        while True:
+            left = deadline - self._clock()
+            packet = self._body.plane.receive(max(0.0, min(left, _LOOK_S)))
+            if packet is not None or left <= 0:
+                return packet
+            self._body.control.heed_losses(self._before.epoch)
+
+
+def map_capacities(body: Body, layout: Layout) -> None:
+    """Give every owner of `layout` memory for its capacity in the layers that are held here."""
+    for member in layout.members:
+        for layer in layout.member(body.instance).layers:
+            body.kv.resize(layer, member.instance, member.capacity)
+
+
+def layout_of(layouts: tuple[Layout, ...], instance: int) -> Layout:
+    """The layout that `instance` is in; raises `InternalError` if it is in none."""
+    for layout in layouts:
+        if instance in layout.ids:
+            return layout
+    raise InternalError(f"instance {instance} takes no part in the transition")

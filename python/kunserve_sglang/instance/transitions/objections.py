@@ -1,0 +1,57 @@
+"""Whether a member can take part in a transition: what it looks at before it votes."""
+
+from __future__ import annotations
+
+from kunserve_sglang.core.layout import Layout, arriving_pages, leaving_pages
+from kunserve_sglang.core.messages import Transition
+from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.transitions.exchange import layout_of
+
+
+def objection(body: Body, layout: Layout, transition: Transition) -> str:
+    """Why the member that runs by `layout` cannot take part; empty if it can.
+
+    Cached prefixes that would not fit are evicted.
+    """
+    me = body.instance
+    before = next((x for x in transition.before if me in x.ids), None)
+    after = next((x for x in transition.after if me in x.ids), None)
+    if before is None or after is None:
+        return "the plan has no part for this instance"
+    if transition.epoch <= layout.epoch:
+        return f"epoch {transition.epoch} is not after {layout.epoch}"
+    if before != layout:
+        return f"the plan starts from another layout than epoch {layout.epoch}"
+    if not after.covers(body.engine.layer_count):
+        return "the plan does not hold every layer exactly once"
+    return _does_not_fit(body, before, after, transition) or _too_narrow(body, after)
+
+
+def _does_not_fit(body: Body, before: Layout, after: Layout, transition: Transition) -> str:
+    """The memory budget, checked with the functions that made the plan."""
+    me, profile = body.instance, body.profile
+    owners = len(after.members)
+    if owners > profile.owners:
+        return f"a group of {owners} is larger than {profile.owners}"
+    beside = 0
+    if transition.live:
+        beside = leaving_pages(profile, me, before, after)
+    if transition.ahead:
+        beside = arriving_pages(profile, me, after, layout_of(transition.ahead, me))
+    shares = [m.capacity for m in after.members]
+    if not profile.fits(after.member(me).layers, shares, beside=beside):
+        return f"{shares} slots for {owners} owners do not fit the memory budget"
+    return ""
+
+
+def _too_narrow(body: Body, after: Layout) -> str:
+    """Requests that run here need more slots than would be left."""
+    capacity = after.member(body.instance).capacity
+    body.engine.evict_cached(capacity)
+    taken = len(body.engine.taken_slots())
+    if taken > capacity:
+        return f"requests hold {taken} slots, {capacity} would be left"
+    largest = body.engine.largest_request()
+    if largest > capacity:
+        return f"a request may need {largest} slots, {capacity} would be left"
+    return ""

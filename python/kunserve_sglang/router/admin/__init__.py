@@ -1,0 +1,1 @@
+"""Endpoints of our own: the admin API, metrics, the dashboard."""

@@ -1,0 +1,1 @@
+"""HTTP/1.1 with clients and with instances."""

@@ -1,0 +1,131 @@
+"""A request and its answer, as it is written to the client."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Scope
+
+from kunserve_sglang.router.http.heads import BODILESS, Headers
+
+_STATUS_LINES = {int(s): b"HTTP/1.1 %d %b\r\n" % (s, s.phrase.encode()) for s in http.HTTPStatus}
+
+
+class Source(Protocol):
+    """Where an answer comes from: can be told to wait for a client that reads slowly."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+class Connection(Protocol):
+    """The client's connection, as an answer sees it; `congested` while the client reads slowly."""
+
+    transport: asyncio.Transport
+    congested: bool
+
+    def answered(self, exchange: Exchange) -> None:
+        """All of the answer is written."""
+
+
+class Exchange:
+    """One request, read whole, and the state of its answer.
+
+    `scope` is that of ASGI. `refusal` is what the last instance without room has said. `gone` says
+    that the client has left; `on_gone` is called then, and what is written afterwards goes nowhere.
+    """
+
+    __slots__ = (
+        "_bodiless",
+        "_chunked",
+        "_connection",
+        "_source",
+        "arrived",
+        "body",
+        "ended",
+        "gone",
+        "keep_alive",
+        "on_gone",
+        "refusal",
+        "scope",
+        "started",
+        "status",
+    )
+
+    def __init__(
+        self, connection: Connection, scope: Scope, body: bytes, *, keep_alive: bool
+    ) -> None:
+        self.scope = scope
+        self.body = body
+        self.keep_alive = keep_alive
+        self.arrived = 0.0
+        self.started = False
+        self.ended = False
+        self.gone = False
+        self.status = 0
+        self.refusal: Response | None = None
+        self.on_gone: Callable[[], object] | None = None
+        self._connection = connection
+        self._source: Source | None = None
+        self._chunked = False
+        self._bodiless = False
+
+    def start(self, status: int, headers: Headers) -> None:
+        """Names of headers are in lower case; how the body is framed is decided here."""
+        self.started = True
+        self.status = status
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        if self.scope["method"] == "HEAD" or status in BODILESS:
+            self._bodiless = True
+        elif all(name != b"content-length" for name, _ in headers):
+            if self.scope["http_version"] == "1.0":
+                self.keep_alive = False  # the end of the connection is the end of the answer
+            else:
+                self._chunked = True
+                lines.append(b"transfer-encoding: chunked\r\n")
+        lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        self._write(b"".join(lines))
+
+    def write(self, chunk: bytes) -> None:
+        """Nothing is split or held back; what one turn of the loop writes may leave together."""
+        if not chunk or self._bodiless:
+            return
+        self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
+
+    def end(self) -> None:
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+        self.ended = True
+        if not self.gone:
+            self._connection.answered(self)
+
+    def answer(self, response: Response) -> None:
+        """An answer of our own."""
+        self.start(response.status_code, response.raw_headers)
+        self.write(bytes(response.body))
+        self.end()
+
+    def comes_from(self, source: Source) -> None:
+        """The source of the answer waits whenever the client reads more slowly."""
+        self._source = source
+        if self._connection.congested:
+            source.pause()
+
+    def congested(self, congested: bool) -> None:
+        if self._source is not None:
+            (self._source.pause if congested else self._source.resume)()
+
+    def leave(self) -> None:
+        self.gone = True
+        if self.on_gone is not None:
+            self.on_gone()
+
+    def _write(self, data: bytes) -> None:
+        if not self.gone:
+            self._connection.transport.write(data)

@@ -1,0 +1,150 @@
+"""What is under way to each instance, and so which one the policy chooses for the next request."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kunserve_sglang.control.registry import Instance, Registry
+from kunserve_sglang.policy.dispatch import Candidate, Policy
+from kunserve_sglang.router.proxy.prefix_index import PrefixIndex, Prompt
+
+if TYPE_CHECKING:
+    # Its libraries are loaded only by a router that reads prompts.
+    from kunserve_sglang.router.proxy.prompts import PromptReader
+
+_BYTES_PER_TOKEN = 4
+_DEFAULT_OUTPUT_TOKENS = 128
+"""SGLang's own default for `max_new_tokens`."""
+
+_EXPECTED_SHARE = 0.7
+"""Share of its limit that SGLang expects a request to produce, before it has seen any."""
+
+
+class _Limit(msgspec.Struct):
+    max_new_tokens: int | None = None
+
+
+class _Limits(msgspec.Struct):
+    """The fields that bound the output, in the APIs of SGLang and OpenAI."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    sampling_params: _Limit | list[_Limit] | None = None
+
+
+_limits_decoder = msgspec.json.Decoder(_Limits)
+
+
+def request_tokens(body: bytes) -> int:
+    """About how much a request adds to the demand of an instance, in token slots."""
+    if not body:
+        return 0
+    try:
+        output = _output_limit(_limits_decoder.decode(body))
+    except (msgspec.DecodeError, RecursionError):
+        # No JSON, or none that an instance will accept: it is for the instance to say so.
+        output = _DEFAULT_OUTPUT_TOKENS
+    return len(body) // _BYTES_PER_TOKEN + int(_EXPECTED_SHARE * max(0, output))
+
+
+def _output_limit(limits: _Limits) -> int:
+    sampling = limits.sampling_params
+    if isinstance(sampling, list):
+        return sum(s.max_new_tokens or _DEFAULT_OUTPUT_TOKENS for s in sampling)
+    return (
+        limits.max_completion_tokens
+        or limits.max_tokens
+        or limits.max_output_tokens
+        or (sampling.max_new_tokens if sampling else None)
+        or _DEFAULT_OUTPUT_TOKENS
+    )
+
+
+class Weight(msgspec.Struct, frozen=True):
+    """What a request means to an instance: token slots in the end, and a prompt to prefill."""
+
+    tokens: int
+    prompt: Prompt
+
+
+class Dispatcher:
+    """Chooses instances, and remembers what is under way to each of them.
+
+    With an index of prefixes, `prompts` reads requests to look them up there.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        prefixes: PrefixIndex | None = None,
+        prompts: PromptReader | None = None,
+    ) -> None:
+        self._registry = registry
+        self._prefixes = prefixes
+        self._prompts = prompts
+        self._turn = 0
+        self._tickets = itertools.count()
+        self._sent: dict[int, dict[int, int]] = {}
+
+    async def weigh(self, path: str, body: bytes) -> Weight:
+        """What a request with this body will ask of an instance, about."""
+        prompt = Prompt(0) if self._prompts is None else await self._prompts.read(path, body)
+        return Weight(request_tokens(body), prompt)
+
+    def pick(self, policy: Policy, weight: Weight, tried: Collection[int] = ()) -> Instance | None:
+        """An available instance that is not among the `tried`, if there is one."""
+        available = [i for i in self._registry.available() if i.number not in tried]
+        if not available:
+            return None
+        turn, self._turn = self._turn, self._turn + 1
+        return available[policy([self._candidate(i, weight.prompt) for i in available], turn)]
+
+    @contextmanager
+    def under_way(self, instance: Instance, weight: Weight) -> Iterator[None]:
+        """Counts a request as sent to `instance` inside the block."""
+        ticket = next(self._tickets)
+        sent = self._sent.setdefault(instance.number, {})
+        sent[ticket] = weight.tokens
+        instance.in_flight += 1
+        prefixes = self._prefixes
+        try:
+            with prefixes.on_its_way(instance, weight.prompt) if prefixes else nullcontext():
+                yield
+        finally:
+            instance.in_flight -= 1
+            del sent[ticket]
+
+    def _candidate(self, instance: Instance, prompt: Prompt) -> Candidate:
+        """Of a plain server we know what we have sent there ourselves, and nothing else."""
+        group = None
+        if instance.status is None:
+            reported, known, capacity = 0, 0, instance.capacity
+        else:
+            load, layout = instance.status.load, instance.status.layout
+            reported, known = load.demand, load.running + load.waiting
+            capacity = load.slots.capacity
+            group = layout.ids[0] if layout.cooperative else None
+        recent = self._unreported(instance, known)
+        cached = self._prefixes.cached_tokens(instance, prompt) if self._prefixes else 0
+        return Candidate(
+            in_flight=instance.in_flight,
+            demand=reported + sum(recent),
+            capacity=capacity,
+            batch=known + len(recent),
+            new_tokens=prompt.tokens - cached,
+            group=group,
+        )
+
+    def _unreported(self, instance: Instance, known: int) -> list[int]:
+        """Tokens of each request that is too recent for the instance's last status record.
+
+        The record knows of `known` requests, so it misses the latest of those under way.
+        """
+        sent = list(self._sent.get(instance.number, {}).values())
+        return sent[known:]

@@ -1,0 +1,218 @@
+"""Requests as tokens, as an instance will see them; only to find out who has their prefix cached.
+
+Neither SGLang nor transformers is needed for that: `tokenizers` reads `tokenizer.json`, and jinja2
+renders the model's chat template. What cannot be read this way (several prompts at once, pictures,
+tools, templates given by name) has no known prefix, and is routed by load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from array import array
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jinja2
+import jinja2.sandbox
+import msgspec
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+from kunserve_sglang.core.blocks import block_hashes
+from kunserve_sglang.core.settings import PromptFormat
+from kunserve_sglang.router.proxy.prefix_index import Prompt
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_BYTES_PER_TOKEN = 4
+_MOST_WAITING = 64
+"""More requests than these do not wait to be tokenized; those that come then go by load."""
+
+_LARGEST_BODY = 8 << 20
+
+
+class _Unreadable(Exception):
+    """The instance may well understand this request; we do not."""
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str
+    tool_calls: Any = None
+    tool_call_id: Any = None
+
+
+class _Body(msgspec.Struct):
+    """What decides about the prompt, in the APIs of SGLang and OpenAI."""
+
+    text: str | None = None
+    input_ids: list[int] | None = None
+    prompt: str | list[int] | None = None
+    messages: list[_Message] | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    tools: Any = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+    suffix: Any = None
+    lora_path: Any = None
+    continue_final_message: bool = False
+
+    @property
+    def odd(self) -> bool:
+        unread = (self.tools, self.image_data, self.video_data, self.audio_data)
+        return any((*unread, self.suffix, self.lora_path, self.continue_final_message))
+
+    @property
+    def namespace(self) -> str | None:
+        """SGLang's `extra_key`, under which nothing is shared with other requests."""
+        return f"{self.cache_salt or ''}{self.extra_key or ''}" or None
+
+
+_decoder = msgspec.json.Decoder(_Body)
+
+
+class PromptReader:
+    """Tokenizes requests on a thread of its own, so that no stream has to wait for that."""
+
+    def __init__(self, form: PromptFormat | None = None) -> None:
+        """Without a format, only token ids can be read."""
+        self._tokenizer = _load(form, _tokenizer, "prompts")
+        self._template = _load(form, _chat_template, "chats")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._waiting = 0
+
+    async def read(self, path: str, body: bytes) -> Prompt:
+        """The prompt of a request; never raises for what is in `body`."""
+        unknown = Prompt(len(body) // _BYTES_PER_TOKEN)
+        reads = self._READS.get(path)
+        if reads is None or self._waiting >= _MOST_WAITING or len(body) > _LARGEST_BODY:
+            return unknown
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self._read, reads, body)
+        except (_Unreadable, msgspec.DecodeError, RecursionError, OverflowError):
+            return unknown
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, reads: Callable[[PromptReader, _Body], list[int]], body: bytes) -> Prompt:
+        decoded = _decoder.decode(body)
+        if decoded.odd:
+            raise _Unreadable
+        tokens = array("q", reads(self, decoded))
+        return Prompt(len(tokens), block_hashes(tokens, decoded.namespace))
+
+    def _generate(self, body: _Body) -> list[int]:
+        return body.input_ids if body.input_ids is not None else self._encode(body.text)
+
+    def _completion(self, body: _Body) -> list[int]:
+        prompt = body.prompt
+        return prompt if isinstance(prompt, list) else self._encode(prompt)
+
+    def _chat(self, body: _Body) -> list[int]:
+        if body.input_ids is not None:
+            return body.input_ids
+        if self._template is None or not body.messages:
+            raise _Unreadable
+        more = body.chat_template_kwargs or {}
+        if body.reasoning_effort is not None:
+            more = {"reasoning_effort": body.reasoning_effort, **more}
+        messages = [
+            {k: v for k, v in msgspec.structs.asdict(m).items() if v is not None}
+            for m in body.messages
+        ]
+        try:
+            text = self._template(messages, more)
+        except Exception as error:
+            raise _Unreadable from error
+        return self._encode(text, special_tokens=False)
+
+    def _encode(self, text: str | None, *, special_tokens: bool = True) -> list[int]:
+        if text is None or self._tokenizer is None:
+            raise _Unreadable
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        except Exception as error:
+            raise _Unreadable from error
+        return ids
+
+    _READS: Mapping[str, Callable[[PromptReader, _Body], list[int]]] = {
+        "/generate": _generate,
+        "/v1/completions": _completion,
+        "/v1/chat/completions": _chat,
+    }
+
+
+Template = Callable[[list[dict[str, Any]], dict[str, Any]], str]
+"""Renders messages, with further variables of the request."""
+
+
+def _load(form: PromptFormat | None, load: Callable[[PromptFormat], T], what: str) -> T | None:
+    """None, with a line in the log, if the model's files cannot be used."""
+    if form is None:
+        return None
+    try:
+        return load(form)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises nothing more special)
+        logger.warning("%s are routed by load, since their prefix is unknown: %s", what, error)
+        return None
+
+
+def _tokenizer(form: PromptFormat) -> Tokenizer:
+    return Tokenizer.from_file(str(Path(form.folder) / "tokenizer.json"))
+
+
+def _chat_template(form: PromptFormat) -> Template:
+    """The template in the environment that transformers gives to it."""
+    folder, given = Path(form.folder), form.chat_template
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    file = Path(given) if given else folder / "chat_template.jinja"
+    if given and file.suffix != ".jinja":
+        raise ValueError(f"{given} is no file of jinja2")
+    source = file.read_text() if given or file.is_file() else config.get("chat_template")
+    if isinstance(source, list):
+        source = next((t["template"] for t in source if t["name"] == "default"), None)
+    if not isinstance(source, str):
+        raise ValueError(f"no chat template in {folder}")
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    template = environment.from_string(source)
+    special = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in config.items()
+        if name.endswith("_token") and isinstance(token, str | dict)
+    }
+
+    def render(messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
+        return template.render(
+            **{**special, "messages": messages, "add_generation_prompt": True, **more}
+        )
+
+    return render
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """Not jinja2's, which escapes HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,227 @@
+"""Holds requests back while every instance has enough of them, and turns away what is too much."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from enum import StrEnum
+
+from prometheus_client import Histogram
+from starlette.responses import Response
+from starlette.types import Scope
+
+from kunserve_sglang.api.types import QueueStatus
+from kunserve_sglang.control.registry import Instance, Registry
+from kunserve_sglang.core.errors import KunServeError
+from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.policy.queueing import (
+    HIGHEST_PRIORITY,
+    LOWEST_PRIORITY,
+    EndRate,
+    WaitingLine,
+    in_flight_limit,
+    retry_after_s,
+)
+from kunserve_sglang.router.http.answers import Code, error_answer, retry_later
+
+PRIORITY_HEADER = "X-KunServe-Priority"
+
+_PRIORITY_HEADER = PRIORITY_HEADER.lower().encode()
+_PRIORITIES = {str(p).encode(): p for p in range(LOWEST_PRIORITY, HIGHEST_PRIORITY + 1)}
+_PRIORITIES |= {b"+" + text: p for text, p in _PRIORITIES.items() if p >= 0}
+
+_QUESTIONS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""They take no slots, and those who want to know what a busy cluster does must not wait for it."""
+
+_WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+
+
+class Shed(StrEnum):
+    """Why a request leaves the queue without having been sent to an instance."""
+
+    FULL = "full"
+    DISPLACED = "displaced"
+    TIMEOUT = "timeout"
+    STOPPING = "stopping"
+
+
+_ANSWERS: dict[Shed, tuple[int, Code, str]] = {
+    Shed.FULL: (429, "queue_full", "the queue is full"),
+    Shed.DISPLACED: (429, "queue_displaced", "the queue is full, and others have priority"),
+    Shed.TIMEOUT: (503, "queue_timeout", "no instance had room for the request in time"),
+    Shed.STOPPING: (503, "router_stopping", "the router is stopping"),
+}
+
+
+class TurnedAway(KunServeError):
+    """The request goes to no instance and gets this answer."""
+
+    def __init__(self, answer: Response) -> None:
+        super().__init__(f"turned away with {answer.status_code}")
+        self.answer = answer
+
+
+class _Waiter:
+    """A request in the queue; its verdict is None once it may go, or why it may not."""
+
+    __slots__ = ("verdict",)
+
+    def __init__(self) -> None:
+        self.verdict: asyncio.Future[Shed | None] = asyncio.get_running_loop().create_future()
+
+    def decide(self, verdict: Shed | None) -> bool:
+        """False if it was decided already, or the client has gone."""
+        if self.verdict.done():
+            return False
+        self.verdict.set_result(verdict)
+        return True
+
+    @property
+    def may_go(self) -> bool:
+        decided = self.verdict.done() and not self.verdict.cancelled()
+        return decided and self.verdict.result() is None
+
+
+class RequestQueue:
+    """One queue for all instances, so that whoever has room first serves whose turn it is.
+
+    A request is woken only when there is room for it, and that room is kept until it has gone.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        config: ClusterConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.shed: Counter[Shed] = Counter(dict.fromkeys(Shed, 0))
+        self.wait_seconds = Histogram(
+            "kunserve:queue_wait_seconds",
+            "How long requests waited in the router that had to wait there.",
+            buckets=_WAIT_BUCKETS,
+            registry=None,
+        )
+        self._registry = registry
+        self._given_limit = config.max_in_flight
+        self._timeout_s = config.queue_timeout_s
+        self._clock = clock
+        self._line: WaitingLine[_Waiter] = WaitingLine(config.max_queued)
+        self._ends = EndRate(clock())
+        self._leaving = 0
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    @asynccontextmanager
+    async def admitted(self, scope: Scope) -> AsyncIterator[None]:
+        """Waits for room; the block sends the request, at first without waiting for anything.
+
+        Raises `TurnedAway`, for a priority that is none as well.
+        """
+        priority = read_priority(scope["headers"])
+        if scope["method"] in _QUESTIONS:
+            yield
+            return
+        await self._turn(priority)
+        try:
+            yield
+        finally:
+            self._ends.ended(self._clock())
+            self.let_in()
+
+    def full(self) -> set[int]:
+        """The instances that should get no more requests now."""
+        return {i.number for i in self._available() if self._room(i) <= 0}
+
+    def let_in(self) -> None:
+        """Wake as many as there is room for. To be called whenever there may be more of it."""
+        if not self._line:
+            return
+        room = self._free()
+        while room > 0 and (waiter := self._line.take()) is not None:
+            if waiter.decide(None):
+                self._leaving += 1
+                room -= 1
+
+    def retry_after_s(self) -> int:
+        """When those who wait now, or are under way, will probably have been served."""
+        under_way = sum(i.in_flight for i in self._available())
+        rate = self._ends.per_second(self._clock())
+        return retry_after_s(len(self._line) or under_way, rate)
+
+    def status(self) -> QueueStatus:
+        oldest = self._line.oldest()
+        waited = 0.0 if oldest is None else self._clock() - oldest
+        return QueueStatus(requests=len(self._line), oldest_s=round(waited, 3))
+
+    def close(self) -> None:
+        """The router stops: everybody in the queue is told to come again, and whoever comes now."""
+        self._stopping = True
+        while (waiter := self._line.take()) is not None:
+            waiter.decide(Shed.STOPPING)
+
+    async def _turn(self, priority: int) -> None:
+        if not self._line and self._free() > 0:
+            return
+        if not self._available():
+            return  # there is nobody to wait for, and the proxy says so
+        if self._stopping:
+            raise self._turned_away(Shed.STOPPING)
+        waiter, joined = _Waiter(), self._clock()
+        displaced = self._line.join(waiter, priority, joined)
+        if displaced is not None:
+            displaced.decide(Shed.FULL if displaced is waiter else Shed.DISPLACED)
+        timer = asyncio.get_running_loop().call_later(self._timeout_s, waiter.decide, Shed.TIMEOUT)
+        try:
+            verdict = await waiter.verdict
+        except asyncio.CancelledError:
+            self._line.leave(waiter)
+            if waiter.may_go:
+                # The client left in the very moment: its room is the next one's.
+                self._leaving -= 1
+                self.let_in()
+            raise
+        finally:
+            timer.cancel()
+        if verdict is not None:
+            self._line.leave(waiter)
+            raise self._turned_away(verdict)
+        self._leaving -= 1
+        self.wait_seconds.observe(self._clock() - joined)
+
+    def _turned_away(self, reason: Shed) -> TurnedAway:
+        self.shed[reason] += 1
+        status, code, message = _ANSWERS[reason]
+        if reason is Shed.STOPPING:
+            return TurnedAway(retry_later(code, message, status))
+        return TurnedAway(retry_later(code, message, status, self.retry_after_s()))
+
+    def _free(self) -> float:
+        """For how many more requests there is room, besides those that are just leaving."""
+        return sum([max(0, self._room(i)) for i in self._available()]) - self._leaving
+
+    def _room(self, instance: Instance) -> float:
+        load = instance.status.load if instance.status else None
+        return in_flight_limit(self._given_limit, load, instance.capacity) - instance.in_flight
+
+    def _available(self) -> list[Instance]:
+        return [i for i in self._registry.instances.values() if i.available]
+
+
+def read_priority(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """From `X-KunServe-Priority`; 0 without it. Raises `TurnedAway` with a 400."""
+    given = [value for name, value in headers if name == _PRIORITY_HEADER]
+    if not given:
+        return 0
+    priority = _PRIORITIES.get(given[0].strip()) if len(given) == 1 else None
+    if priority is None:
+        message = (
+            f"{PRIORITY_HEADER}: one whole number from {LOWEST_PRIORITY} to {HIGHEST_PRIORITY} "
+            "is expected"
+        )
+        raise TurnedAway(error_answer(400, "bad_priority", message, field=PRIORITY_HEADER))
+    return priority

@@ -1,0 +1,387 @@
+"""Instances without a model: an HTTP server that obeys the test, and a scripted control link."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import zmq
+from aiohttp import web
+
+from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.identity import ModelIdentity
+from kunserve_sglang.core.keys import MemberKeys
+from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
+from kunserve_sglang.core.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Commit,
+    Done,
+    Hello,
+    Leave,
+    Load,
+    Lost,
+    Mode,
+    Pages,
+    Prepare,
+    Slots,
+    Span,
+    Status,
+    ToRouter,
+    Trace,
+    Traced,
+    TransitionStats,
+    Vote,
+    Welcome,
+)
+from kunserve_sglang.instance.agent.cache_log import CacheLog
+from kunserve_sglang.instance.agent.control import ControlLink
+
+LAYERS = 4
+PROFILE = MemoryProfile(
+    page_bytes=4096,
+    pages=200,
+    layer_pages=(25,) * LAYERS,
+    key_row_bytes=256,
+    value_row_bytes=256,
+    stride=4096,
+    owners=8,
+)
+COSTS = CostModel(prefill=(0.0,) * 6, decode=(1.0, 1.0, 0.0))
+CAPACITY = PROFILE.capacity(LayerRange(0, LAYERS), 1)
+MODEL = ModelIdentity(
+    name="tiny",
+    architecture="LlamaForCausalLM",
+    layers=LAYERS,
+    dtype="float32",
+    context=2048,
+    requests=0,
+    config="c",
+    weights="w",
+    versions={"sglang": "1", "kunserve-sglang": "2"},
+)
+
+_PATIENCE_S = 20.0
+"""What a test holds back it lets go again within this time."""
+
+T = TypeVar("T")
+
+
+class Background:
+    """An event loop on a thread, so that tests can be plain functions."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 10) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        self.loop.close()
+
+
+@dataclass
+class Canned:
+    """An answer given at once."""
+
+    body: Any = ""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> web.Response:
+        if isinstance(self.body, str):
+            return web.Response(text=self.body, status=self.status, headers=self.headers)
+        return web.json_response(self.body, status=self.status, headers=self.headers)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request as it arrived; names of headers in lower case."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class MockWorker:
+    """The HTTP server of an instance; `/generate` streams what `emit` is given, until `finish`."""
+
+    def __init__(self, background: Background) -> None:
+        self.answers: dict[str, Canned] = {"/health": Canned()}
+        self.hanging: set[str] = set()
+        self.seen: list[Seen] = []
+        self.streams = 0
+        self.left = 0
+        self.die_before_headers = False
+        self.die_in_stream = False
+        self._background = background
+        self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def requests(self, path: str) -> list[Seen]:
+        return [s for s in self.seen if s.target.split("?")[0] == path]
+
+    def emit(self, chunk: bytes) -> None:
+        self._background.loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
+
+    def finish(self) -> None:
+        self.emit(b"")
+
+    def start(self) -> None:
+        """Listen; after a `stop`, at the same port."""
+        self._background.run(self._start())
+
+    def stop(self) -> None:
+        """Close the port: connections are refused from now on."""
+        self._background.run(self._runner.cleanup())
+
+    async def _start(self) -> None:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
+        self._port = self._runner.addresses[0][1]
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.seen.append(Seen(request.method, request.raw_path, headers, body))
+        if request.path in self.hanging:
+            await asyncio.Event().wait()
+        if self.die_before_headers:
+            _abort(request)
+        if (canned := self.answers.get(request.path)) is not None:
+            return canned.response()
+        if request.path != "/generate":
+            return web.json_response({"path": request.path, "worker": self._port})
+        try:
+            self.streams += 1
+            return await self._stream(request)
+        except (asyncio.CancelledError, ConnectionError):
+            self.left += 1
+            raise
+        finally:
+            self.streams -= 1
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while chunk := await self._chunks.get():
+            await response.write(chunk)
+            if self.die_in_stream:
+                _abort(request)
+        await response.write_eof()
+        return response
+
+
+def _abort(request: web.Request) -> None:
+    """What the peer sees of a process that is killed."""
+    assert request.transport is not None
+    request.transport.abort()
+
+
+def vote_yes(message: Prepare) -> Vote:
+    return Vote(call=message.call, epoch=message.transition.epoch, ok=True)
+
+
+def vote_no(message: Prepare, reason: str = "not now") -> Vote:
+    return Vote(call=message.call, epoch=message.transition.epoch, ok=False, reason=reason)
+
+
+class MockInstance:
+    """A worker with a control link: says hello, reports, and takes part in transitions.
+
+    `on_prepare` is asked for the vote; None means that it never comes.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        control_address: str,
+        background: Background,
+        *,
+        reporting: bool = True,
+        keys: MemberKeys | None = None,
+    ) -> None:
+        self.number = number
+        self.worker = MockWorker(background)
+        self.on_prepare: Callable[[Prepare], Vote | None] = vote_yes
+        self.load = Load(
+            slots=Slots(used=0, cached=0, capacity=CAPACITY), running=0, waiting=0, demand=0
+        )
+        self.reporting = reporting
+        self.obeyed: Counter[str] = Counter()
+        self.cached: set[int] = set()
+        self._cache_log = CacheLog(number)
+        whole = Member(
+            instance=number, layers=LayerRange(0, LAYERS), capacity=CAPACITY, address=f"d{number}"
+        )
+        self._whole = whole
+        self.layout = Layout(epoch=0, members=(whole,))
+        self.lost: list[Lost] = []
+        self.heeds_losses = True
+        self._address = control_address
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._follows = False
+        self._keys = keys
+        self._offered: Layout | None = None
+        self._preparing = False
+        self._stopping = threading.Event()
+        self._greet = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def greet(self) -> None:
+        """Say hello now."""
+        self._greet.set()
+
+    def set_load(self, demand: int, *, used: int = 0, running: int = 0, waiting: int = 0) -> None:
+        slots = Slots(used=used, cached=0, capacity=self._capacity())
+        self.load = Load(slots=slots, running=running, waiting=waiting, demand=demand)
+
+    @contextmanager
+    def holding_votes(self) -> Iterator[None]:
+        """Votes yes only once the block is left: a transition begun inside it is still running."""
+        go_on = threading.Event()
+
+        def hold(message: Prepare) -> Vote:
+            assert go_on.wait(_PATIENCE_S)
+            return vote_yes(message)
+
+        self.on_prepare = hold
+        try:
+            yield
+        finally:
+            go_on.set()
+            self.on_prepare = vote_yes
+
+    def cache(self, blocks: Sequence[int]) -> None:
+        """From now on these blocks are cached, and no others."""
+        self._calls.put(lambda: self._cache(set(blocks)))
+
+    def stop(self) -> None:
+        self.hang_up()
+        self.worker.stop()
+
+    def hang_up(self) -> None:
+        """End the control connection, and nothing else."""
+        self._stopping.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def _capacity(self) -> int:
+        return self.layout.member(self.number).capacity
+
+    def _hello(self) -> Hello:
+        return Hello(
+            version=PROTOCOL_VERSION,
+            instance=self.number,
+            url=self.worker.url,
+            data_address=f"d{self.number}",
+            scheduler="mock",
+            layer_count=LAYERS,
+            memory=PROFILE,
+            capacity=CAPACITY,
+            costs=COSTS,
+        )
+
+    def _status(self) -> Status:
+        layers = self.layout.member(self.number).layers
+        parameters = PROFILE.parameter_pages(layers)
+        return Status(
+            instance=self.number,
+            epoch=self.layout.epoch,
+            mode=Mode.COOPERATIVE if self.layout.cooperative else Mode.INDEPENDENT,
+            layout=self.layout,
+            pages=Pages(
+                parameters=parameters,
+                kv=PROFILE.pages - parameters,
+                free=0,
+                total=PROFILE.pages,
+            ),
+            load=self.load,
+            counters={"micro_batches_own": 3},
+        )
+
+    def _serve(self) -> None:
+        context = zmq.Context()
+        link = ControlLink(context, self._address, self._hello(), self._keys)
+        next_status = 0.0
+        while not self._stopping.is_set():
+            if self._greet.is_set():
+                self._greet.clear()
+                link.send(self._hello())
+            message = link.receive(0.01)
+            if message is not None:
+                self.obeyed[type(message).__name__] += 1
+                answer = self._obey(message)
+                if answer is not None:
+                    link.send(answer)
+                next_status = 0.0
+            while not self._calls.empty():
+                self._calls.get()()
+            if self._follows and (report := self._cache_log.report()) is not None:
+                link.send(report)
+            if self.reporting and time.monotonic() >= next_status:
+                next_status = time.monotonic() + 0.05
+                link.send(self._status())
+        link.close()
+        context.term()
+
+    def _cache(self, blocks: set[int]) -> None:
+        self._cache_log.store(blocks - self.cached)
+        self._cache_log.remove(self.cached - blocks)
+        self.cached = blocks
+
+    def _obey(self, message: Any) -> ToRouter | None:
+        if isinstance(message, Welcome):
+            self._follows = True
+            self._cache_log.begin(self.cached)
+            return None
+        if isinstance(message, Prepare):
+            after = message.transition.after
+            self._offered = next(g for g in after if self.number in g.ids)
+            self._preparing = bool(message.transition.ahead) or message.transition.grows
+            return self.on_prepare(message)
+        if isinstance(message, Lost):
+            self.lost.append(message)
+            if self.heeds_losses:
+                self.layout = Layout(epoch=message.epoch, members=(self._whole,))
+                self.set_load(0)
+            return None
+        if isinstance(message, Leave):
+            self.reporting = False
+            return None
+        if isinstance(message, Trace):
+            spans = () if message.record else (Span("step", 10.0 + self.number, 0.5, {"n": 1}),)
+            return Traced(call=message.call, spans=spans)
+        if isinstance(message, Abort):
+            self._offered = None
+            return Done(call=message.call, epoch=message.epoch, ok=True)
+        assert isinstance(message, Commit)
+        assert self._offered is not None
+        self.layout, self._offered = self._offered, None
+        self.set_load(self.load.demand, running=self.load.running, waiting=self.load.waiting)
+        stats = TransitionStats(freed_bytes=1000, sent_kv_bytes=10, remap_ms=2.0, stall_ms=5.0)
+        if self._preparing:
+            stats = TransitionStats()
+        return Done(call=message.call, epoch=message.epoch, ok=True, stats=stats)

@@ -1,0 +1,105 @@
+"""Busy is not dead, and gone is noticed at once: instances and plain servers alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kunserve_sglang.control import health, registry
+from tests.support.mock_worker import Background, Canned, MockWorker
+from tests.support.router_harness import RouterCluster
+from tests.support.waiting import until
+
+Start = Callable[..., RouterCluster]
+
+
+@pytest.fixture
+def plain() -> Iterator[MockWorker]:
+    background = Background()
+    worker = MockWorker(background)
+    yield worker
+    worker.stop()
+    background.stop()
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that serve are asked all the time, and have little time to answer."""
+    monkeypatch.setattr(health, "_INTERVAL_S", 0.02)
+    monkeypatch.setattr(health, "_TIMEOUT_S", 0.05)
+
+
+@pytest.fixture
+def seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that serve are not asked again: what is noticed, is noticed without."""
+    monkeypatch.setattr(health, "_INTERVAL_S", 1000.0)
+
+
+def keeps_busy(worker: MockWorker) -> None:
+    """`/health` waits for the model from now on; the test's stream never ends."""
+    worker.hanging.add("/health")
+
+
+@pytest.mark.usefixtures("often")
+def test_an_instance_in_a_long_step_is_not_lost(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither reports nor answers /health; its HTTP process does answer."""
+    router = start_router(1)
+    busy = router.instances[0]
+    busy.reporting = False
+    monkeypatch.setattr(registry, "_SILENT_AFTER_S", 0.5)
+    keeps_busy(busy.worker)
+    asked = len(busy.worker.requests("/model_info"))
+    until(lambda: len(busy.worker.requests("/model_info")) > asked + 20)
+    assert "lost" not in router.described(0)
+    assert router.post("/v1/completions", {}).status == 200
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("status", [503, 500])
+def test_a_busy_plain_server_is_not_lost(
+    start_router: Start, plain: MockWorker, status: int
+) -> None:
+    router = start_router(0)
+    number = router.post("/workers", {"url": plain.url}).json["id"]
+    until(lambda: router.described(number)["serving"])
+    plain.answers["/health"] = Canned("", status)
+    asked = len(plain.requests("/health"))
+    until(lambda: len(plain.requests("/health")) > asked + 10)
+    keeps_busy(plain)
+    asked = len(plain.requests("/health"))
+    until(lambda: len(plain.requests("/health")) > asked + 5)
+    assert "lost" not in router.described(number)
+    assert router.post("/v1/completions", {}).status == 200
+
+
+@pytest.mark.usefixtures("seldom")
+def test_an_instance_that_ends_is_noticed_without_asking(start_router: Start) -> None:
+    router = start_router(2)
+    router.instances.pop(0).stop()
+    until(lambda: router.described(0).get("lost") == "connection refused")
+    assert router.get("/readiness").status == 503
+    assert "lost" not in router.described(1)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_plain_server_that_ends_is_noticed(start_router: Start, plain: MockWorker) -> None:
+    router = start_router(0)
+    number = router.post("/workers", {"url": plain.url}).json["id"]
+    until(lambda: router.described(number)["serving"])
+    plain.stop()
+    until(lambda: router.described(number).get("lost") == "connection refused")
+    plain.start()
+    until(lambda: "lost" not in router.described(number))
+
+
+@pytest.mark.usefixtures("seldom")
+def test_an_instance_is_taken_back_when_it_returns(start_router: Start) -> None:
+    router = start_router(2)
+    router.instances[0].stop()
+    until(lambda: router.described(0).get("lost"))
+    router.instances[0] = router.add(0)
+    router.ready(2)
+    until(lambda: "lost" not in router.described(0))

@@ -1,0 +1,127 @@
+"""Who is gone for certain, and what the others of its group are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kunserve_sglang.control import health
+from kunserve_sglang.core.messages import Lost
+from tests.support.mock_worker import MockInstance
+from tests.support.router_harness import RouterCluster
+from tests.support.waiting import until
+
+Start = Callable[..., RouterCluster]
+
+
+@pytest.fixture
+def group(start_router: Start, monkeypatch: pytest.MonkeyPatch) -> RouterCluster:
+    """Two instances that cooperate, and are asked for their health all the time."""
+    monkeypatch.setattr(health, "_INTERVAL_S", 0.02)
+    router = start_router(2)
+    assert router.post("/kunserve/drop", {}).json["status"] == "committed"
+    assert modes(router) == ["cooperative", "cooperative"]
+    return router
+
+
+def modes(router: RouterCluster) -> list[str]:
+    return [d["mode"] for d in router.status()["instances"]]
+
+
+def looked_at(instance: MockInstance) -> Callable[[], bool]:
+    """Whether the router has asked it many times from now on."""
+    asked = len(instance.worker.requests("/health"))
+    return lambda: len(instance.worker.requests("/health")) > asked + 20
+
+
+def test_survivors_are_told_and_can_drop_again(group: RouterCluster) -> None:
+    survivor, dead = group.instances
+    broken = survivor.layout.epoch
+    dead.stop()
+    until(lambda: survivor.lost)
+    (lost,) = survivor.lost
+    assert lost.instances == (1,)
+    assert lost.broken == broken
+    assert lost.epoch > broken
+    until(lambda: modes(group) == ["independent", "dead"])
+
+    group.instances[1] = group.add(1)
+    until(lambda: modes(group) == ["independent", "independent"])
+    assert group.post("/kunserve/drop", {}).json["status"] == "committed"
+    assert survivor.layout.epoch > lost.epoch
+    assert len(survivor.lost) == 1
+
+
+def test_nothing_is_planned_with_what_is_left_of_a_group(start_router: Start) -> None:
+    """Neither the dead nor a survivor that has not come back yet takes part."""
+    router = start_router(3)
+    asked = {"instances": [0, 1]}
+    assert router.post("/kunserve/drop", asked).json["status"] == "committed"
+    survivor, dead = router.instances[:2]
+    survivor.heeds_losses = False
+    dead.stop()
+    until(lambda: survivor.lost)
+    for kind in ("drop", "restore"):
+        assert router.post(f"/kunserve/{kind}", {}).error["code"] == "no_plan"
+    survivor.heeds_losses = True  # it is told again, since its status says that it has not heard
+    until(lambda: modes(router) == ["independent", "dead", "independent"])
+    event = router.post("/kunserve/drop", {}).json
+    assert event["status"] == "committed"
+    assert event["instances"] == [0, 2]
+    router.instances.remove(dead)
+
+
+def test_one_that_refuses_http_but_keeps_its_line_is_not_gone(group: RouterCluster) -> None:
+    """As a scheduler that goes on for a moment after its server."""
+    survivor, half = group.instances
+    half.worker.stop()
+    until(lambda: group.described(1).get("lost") == "connection refused")
+    until(looked_at(survivor))
+    assert not survivor.lost
+    half.hang_up()
+    until(lambda: survivor.lost)
+    group.instances.pop()
+
+
+def test_one_that_is_busy_or_stopped_is_not_gone(group: RouterCluster) -> None:
+    """It neither reports nor answers /health; all its connections are there."""
+    survivor, silent = group.instances
+    silent.reporting = False
+    silent.worker.hanging |= {"/health", "/model_info"}
+    until(looked_at(survivor))
+    assert not survivor.lost
+
+
+def test_a_transition_ends_when_a_member_dies(start_router: Start) -> None:
+    """Long before its vote is overdue."""
+    router = start_router(2, vote_timeout_s=60.0)
+    survivor, dead = router.instances
+    dead.on_prepare = lambda _: None
+    assert router.post("/kunserve/drop?wait=false", {}).status == 202
+    until(lambda: dead.obeyed["Prepare"])
+    dead.stop()
+    until(lambda: router.event() and router.event()["status"] == "aborted")
+    assert "instance 1 is gone" in router.event()["error"]
+    assert not survivor.layout.cooperative
+    router.instances.pop()
+
+
+def test_a_new_process_under_the_number_of_a_dead_one_is_no_member(group: RouterCluster) -> None:
+    """It came before anybody had looked for the old one."""
+    survivor, dead = group.instances
+    dead.hang_up()
+    group.instances[1] = group.add(1)
+    dead.worker.stop()
+    until(lambda: survivor.lost)
+    assert survivor.lost[0].instances == (1,)
+    until(lambda: modes(group) == ["independent", "independent"])
+
+
+def test_what_a_loss_is_called() -> None:
+    losses = (Lost(epoch=2, broken=1, instances=gone) for gone in ((1,), (1, 3), ()))
+    assert [lost.reason for lost in losses] == [
+        "instance 1 is gone",
+        "instances 1, 3 are gone",
+        "the group has come apart",
+    ]
