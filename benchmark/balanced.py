@@ -17,8 +17,8 @@ from benchmark.steady import SHAPE
 
 _BUSY, _LIGHT = 32, 12
 _BUDGET = "352MiB"
-_LEAST_THROUGHPUT = 0.92
-_MOST_TPOT = 1.12
+_MIN_THROUGHPUT = 0.92
+_MAX_TPOT = 1.12
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ async def _measure(bench: Bench, cluster: Control) -> Section:
     return Section(
         {f"{count} requests": pairs.figures() for count, pairs in loads},
         (
-            at_least(2, "throughput cooperating / independent", busy.throughput, _LEAST_THROUGHPUT),
-            at_most(2, "median TPOT cooperating / independent", busy.tpot, _MOST_TPOT),
+            at_least(2, "throughput cooperating / independent", busy.throughput, _MIN_THROUGHPUT),
+            at_most(2, "median TPOT cooperating / independent", busy.tpot, _MAX_TPOT),
         ),
     )

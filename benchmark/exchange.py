@@ -29,8 +29,8 @@ _USED_SLOTS = 4700
 _PROBE = Shape(prompt_len=48, output_len=4)
 _PROBES, _PROBE_EVERY_S = 4, 0.05
 _FILL_TIMEOUT_S = 60.0
-_LEAST_BYTES = 50e6
-_MOST_STALL = 10.0
+_MIN_BYTES = 50e6
+_MAX_STALL = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ async def _measure(bench: Bench, cluster: Control) -> Section:
             "probe_ttft_ratio": median(ttft["with"]) / median(ttft["without"]),
         },
         (
-            at_least(6, "KV moved by one drop under load (MB)", moved / 1e6, _LEAST_BYTES / 1e6),
+            at_least(6, "KV moved by one drop under load (MB)", moved / 1e6, _MIN_BYTES / 1e6),
             at_most(
-                6, "longest gap of a running request in it / its median gap", worst, _MOST_STALL
+                6, "longest gap of a running request in it / its median gap", worst, _MAX_STALL
             ),
         ),
     )

@@ -27,8 +27,8 @@ _BUSY_S, _LIGHTER_S = 0.15, 0.3
 
 _LONE = Shape(prompt_len=128, output_len=48)
 _LONE_COUNT = 48
-_MOST_BUBBLES = 0.08
-_LEAST_SPEEDUP = 1.6
+_MAX_BUBBLES = 0.08
+_MIN_SPEEDUP = 1.6
 
 
 def measure(bench: Bench) -> Section:
@@ -63,9 +63,9 @@ async def _measure(bench: Bench, look_url: str, one_url: str) -> Section:
                 f"(without lookahead: {median(bubbles[1]):.3f}; at half the rate "
                 f"{median(lighter[0]):.3f} and {median(lighter[1]):.3f})",
                 median(bubbles[0]),
-                _MOST_BUBBLES,
+                _MAX_BUBBLES,
             ),
-            at_least(4, "one busy owner: throughput / one micro-batch", speedup, _LEAST_SPEEDUP),
+            at_least(4, "one busy owner: throughput / one micro-batch", speedup, _MIN_SPEEDUP),
         ),
     )
 

@@ -30,7 +30,7 @@ _ALONE = Shape(prompt_len=96, output_len=4)
 _ALONE_EVERY_S = 0.4
 _ALONE_TURNS = 4
 _UPSTREAM, _OFF, _ON = "upstream", "none", "drop"
-_LEAST_MARGIN = 0.05
+_MIN_MARGIN = 0.05
 _LEAST, _MOST = 0.98, 1.02
 
 
@@ -105,7 +105,7 @@ def _load(bench: Bench) -> list[Request]:
 def _checks(rounds: dict[str, list[Round]], alone: dict[str, list[float]]) -> list[Check]:
     upstream, off = rounds[_UPSTREAM], rounds[_OFF]
     theirs = [r.p99_ttft_ms for r in upstream]
-    margin = max(_LEAST_MARGIN, spread(theirs))
+    margin = max(_MIN_MARGIN, spread(theirs))
     middle = [r.median_ttft_ms for r in upstream]
     among_others = ratio([r.median_ttft_ms for r in off], middle)
     return [
@@ -126,7 +126,7 @@ def _checks(rounds: dict[str, list[Round]], alone: dict[str, list[float]]) -> li
         at_most(
             8,
             "a load that fits: P99 TTFT of all features / upstream "
-            f"(margin: how far upstream's rounds differ, at least {_LEAST_MARGIN:.0%})",
+            f"(margin: how far upstream's rounds differ, at least {_MIN_MARGIN:.0%})",
             ratio([r.p99_ttft_ms for r in rounds[_ON]], theirs),
             1 + margin,
         ),

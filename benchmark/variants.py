@@ -26,8 +26,8 @@ from kunserve_sglang.testing.upstream import UpstreamCluster
 
 UPSTREAM, ALL, ORACLE = "upstream", "+ restore", "oracle"
 _RESTORE_TIMEOUT_S = 20.0
-_LEAST_GAIN = 10.0
-_MOST_BEHIND_ORACLE = 1.5
+_MIN_GAIN = 10.0
+_MAX_BEHIND_ORACLE = 1.5
 _NO_SLO = Slo(math.inf, math.inf)
 
 
@@ -176,13 +176,13 @@ def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
     p99 = {name: by_name[name]["ttft_p99_ms"] for name in (UPSTREAM, ALL, ORACLE)}
     return [
         at_least(
-            8, "burst: P99 TTFT of upstream / all features", p99[UPSTREAM] / p99[ALL], _LEAST_GAIN
+            8, "burst: P99 TTFT of upstream / all features", p99[UPSTREAM] / p99[ALL], _MIN_GAIN
         ),
         at_most(
             8,
             "burst: P99 TTFT of all features / oracle",
             p99[ALL] / p99[ORACLE],
-            _MOST_BEHIND_ORACLE,
+            _MAX_BEHIND_ORACLE,
         ),
         at_most(8, "burst: failed requests, all variants", sum(r["failed"] for r in rows), 0),
     ]

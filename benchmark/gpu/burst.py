@@ -15,7 +15,7 @@ from benchmark.gpu.load import calm, load
 from benchmark.workload import Shape
 
 DROPPING, QUEUEING, UPSTREAM = "dropping", "queueing", "upstream"
-_LEAST_GAIN, _MOST_ADDED = 10.0, 1.15
+_MIN_GAIN, _MAX_ADDED = 10.0, 1.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +90,12 @@ def judge(size: int, ours: Latencies, name: str, theirs: Latencies, found: Findi
     found.at_least(
         f"TTFT P99 of {size} {name} / {DROPPING}",
         _ratio(theirs.ttft_p99, ours.ttft_p99),
-        _LEAST_GAIN,
+        _MIN_GAIN,
     )
     found.at_most(
         f"TPOT P50 of {size} {DROPPING} / {name}",
         _ratio(ours.tpot_p50, theirs.tpot_p50),
-        _MOST_ADDED,
+        _MAX_ADDED,
     )
 
 

@@ -14,7 +14,7 @@ from benchmark.workload import Shape
 
 GRAPHS = 16
 """Requests in the largest captured decode step of a stage: one more, and it runs eagerly."""
-_MOST_ADDED = 1.15
+_MAX_ADDED = 1.15
 _STEPS = 64
 _HELD = 256
 """Tokens that requests with KV to move still produce: the drop must find them running."""
@@ -73,7 +73,7 @@ async def steps_and_exchange(url: str, held: Shape, found: Findings) -> None:
     found.at_most(
         f"decode step of {GRAPHS}, cooperative with graphs / independent",
         round(together[GRAPHS] / alone[GRAPHS], 3),
-        _MOST_ADDED,
+        _MAX_ADDED,
     )
 
 

@@ -15,7 +15,7 @@ from benchmark.client import LoadGenerator, RequestResult
 from benchmark.control import Control
 from benchmark.workload import Request, Shape
 
-_LOOK_S = 0.01
+_POLL_INTERVAL_S = 0.01
 _STEPS = 64
 _WAIT_S = 30.0
 _ANSWER_S = 120.0
@@ -70,7 +70,7 @@ async def until(
     deadline = time.monotonic() + limit_s
     while not true(last := await cluster.status()):
         assert time.monotonic() < deadline, f"not within {limit_s:.0f} s: {last['instances']}"
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_INTERVAL_S)
     return last
 
 

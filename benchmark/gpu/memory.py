@@ -23,7 +23,7 @@ _LAYERS = 16
 _INSTANCE_GIB, _KV_GIB, _KV_BUFFERS = 120, 105, 56
 """What a model of 7B has that has a GPU for itself."""
 
-_JUDGED_GIB, _MOST_MS = 4, 10.0
+_JUDGED_GIB, _MAX_MS = 4, 10.0
 _REPEATS = 5
 _CYCLES = 50
 _KEPT_PAGES = 8
@@ -50,7 +50,7 @@ def remap(bench: Bench, found: Findings) -> None:
                 found.note({name: round(1000 * seconds, 3)})
             if (page, gib) == (usual, _JUDGED_GIB):
                 took = round(1000 * sum(times), 3)
-                found.at_most(f"remapping {gib} GiB as an instance does, ms", took, _MOST_MS)
+                found.at_most(f"remapping {gib} GiB as an instance does, ms", took, _MAX_MS)
 
 
 def _remap_times(bench: Bench, nbytes: int, page: int) -> tuple[float, float]:

@@ -16,7 +16,9 @@ from pathlib import Path
 from mypy import build, modulefinder, nodes, options, types
 from mypy.traverser import NameAndMemberCollector
 
-PACKAGE = Path(__file__).resolve().parents[2] / "python" / "kunserve_sglang"
+from tests.support.places import ROOT
+
+PACKAGE = ROOT / "python" / "kunserve_sglang"
 SEAM = PACKAGE / "sglang_seam"
 _PREFIX = "kunserve_sglang.sglang_seam"
 
@@ -89,10 +91,11 @@ def named_in_strings() -> dict[str, list[str]]:
 
 
 def constants(folder: Path, pattern: str) -> set[str]:
-    """What matches `pattern` in any string in the code below `folder`."""
+    """What matches `pattern` in any string in the product's code below `folder`."""
     return {
         match.group()
         for file in folder.rglob("*.py")
+        if "testing" not in file.parts
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         for match in re.finditer(pattern, node.value)

@@ -56,7 +56,7 @@ def main(model: str, backend: str) -> None:
         graphs = StageGraphs(runner, decoder, ranges=(FIRST, LAST), sizes=SIZES, recording=again)
         stages = DeviceStages(runner, decoder, graphs)
         assert len(graphs) == 4
-        table = _table().to(runner.place)
+        table = _table().to(runner.torch_device)
         for requests in (1, 3, 4, 2):  # each graph is used by batches of several sizes
             for layers in (FIRST, LAST, OTHER):
                 assert stages.captured(decode(requests), layers) == (layers != OTHER)
@@ -133,7 +133,11 @@ def _compare(
     That one is given all that it reads where the KV is.
     """
     torch.manual_seed(len(batch.rows))
-    tokens, width, place = len(batch.positions), runner.model_config.hidden_size, runner.place
+    tokens, width, place = (
+        len(batch.positions),
+        runner.model_config.hidden_size,
+        runner.torch_device,
+    )
     states, residual = (torch.randn(tokens, width, device=place) for _ in range(2))
     hidden = states, residual if layers.lo else None
     host = HostStages(runner, LayeredDecoder(runner.model))

@@ -17,7 +17,7 @@ from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.search import slots
 from kunserve_sglang.policy.staging import STEPS
 
-_LOOK_S = 0.05
+_POLL_INTERVAL_S = 0.05
 """How often to ask whether what is being fetched ahead is still wanted."""
 
 
@@ -169,7 +169,7 @@ class Coordinator:
 
         answers = asyncio.gather(*(tell(i) for i in step.instances))
         while step.ahead and not answers.done():
-            await asyncio.wait([answers], timeout=_LOOK_S)
+            await asyncio.wait([answers], timeout=_POLL_INTERVAL_S)
             if not answers.done() and (reason := unwanted()):
                 await self._abort(step, reason)
                 break

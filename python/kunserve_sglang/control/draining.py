@@ -13,7 +13,7 @@ from kunserve_sglang.core.errors import TransientError
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.05
+_POLL_INTERVAL_S = 0.05
 
 
 class NotDrained(TransientError):
@@ -66,4 +66,4 @@ class Draining:
                     f"{instance.in_flight} requests are still under way on instance "
                     f"{instance.number} after {timeout_s:g} s; it takes new ones again"
                 )
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_INTERVAL_S)

@@ -18,7 +18,7 @@ from kunserve_sglang.core.messages import PROTOCOL_VERSION, Lost, Mode, Welcome
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.05
+_POLL_INTERVAL_S = 0.05
 _AGAIN_S = 1.0
 """An instance that waits in the middle of a transition may skip over what it is told."""
 
@@ -36,7 +36,7 @@ class Losses:
     async def run(self) -> None:
         """Watch until cancelled."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_INTERVAL_S)
             gone = await self.gone()
             for number in gone:
                 self._hub.give_up(number)

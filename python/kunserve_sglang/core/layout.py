@@ -162,7 +162,7 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         """Slots that an owner keeps which needs none, so that a new request can start at once."""
         return self.capacity(layers, owners) // _IDLE_PART
 
-    def most_slots(self) -> int:
+    def max_slots(self) -> int:
         """The most that one owner can ever get: nearly all of the largest group it can join."""
         count = len(self.layer_pages)
         full = LayerRange(0, count)

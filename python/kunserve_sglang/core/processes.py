@@ -16,7 +16,7 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 
-_LEAST_PORT = 2048
+_MIN_PORT = 2048
 _PORTS = 16_384
 _given_ports: set[int] = set()
 
@@ -106,7 +106,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     processes beside them open many sockets on whatever port they are given.
     """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = [*range(max(_LEAST_PORT, lowest - _PORTS), lowest)]
+    candidates = [*range(max(_MIN_PORT, lowest - _PORTS), lowest)]
     random.shuffle(candidates)
     for port in (*candidates, 0):
         if port in _given_ports:

@@ -18,10 +18,10 @@ from kunserve_sglang.core.cost_model import Chunk, Work
 _STEP = 4
 """From one size to the next on a GPU: what lies between, the fit knows."""
 
-_LEAST_CHUNK = 32
-_LEAST_CONTEXT = 64
-_LEAST_PREFIX = 1024
-_MOST_RUNNING = 256
+_MIN_CHUNK = 32
+_MIN_CONTEXT = 64
+_MIN_PREFIX = 1024
+_MAX_RUNNING = 256
 _LONGEST = 32_768
 """More cost seconds to measure; all that grows with them has been seen by then."""
 
@@ -89,16 +89,16 @@ def _on_host(slots: int, context: int, chunk: int) -> Iterator[Work]:
 
 def _on_device(slots: int, context: int, chunk: int, running: int) -> Iterator[Work]:
     """The corners of what can come, and some sizes between."""
-    for decodes in _sizes(1, min(running, slots, _MOST_RUNNING)):
-        for length in _sizes(_LEAST_CONTEXT, min(slots // decodes, context, _LONGEST)):
+    for decodes in _sizes(1, min(running, slots, _MAX_RUNNING)):
+        for length in _sizes(_MIN_CONTEXT, min(slots // decodes, context, _LONGEST)):
             yield Work(decodes=decodes, context=decodes * length)
     chunk = min(chunk, slots, context)
-    for tokens in _sizes(_LEAST_CHUNK, chunk):
+    for tokens in _sizes(_MIN_CHUNK, chunk):
         longest = min(slots, context, max(_LONGEST, chunk)) - tokens
-        for prefix in (0, *_sizes(_LEAST_PREFIX, longest)):
+        for prefix in (0, *_sizes(_MIN_PREFIX, longest)):
             yield Work(chunks=(Chunk(prefix, tokens),))
     for prompts in _PROMPTS:
-        for tokens in _sizes(_LEAST_CHUNK, chunk // prompts if prompts <= running else 0):
+        for tokens in _sizes(_MIN_CHUNK, chunk // prompts if prompts <= running else 0):
             yield Work(chunks=(Chunk(0, tokens),) * prompts)
 
 

@@ -27,7 +27,7 @@ from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.fleet import Fleet
 from kunserve_sglang.launch.lifecycle import GRACE_S, StopSignals, wait_until_ready, wanted_device
 
-_LOOK_S = 0.5
+_POLL_INTERVAL_S = 0.5
 _POLL_S = 0.1
 
 
@@ -150,7 +150,7 @@ class Joiner:
             self._fleet.failure,
             console=self._console,
             signals=self._signals,
-            poll_s=_LOOK_S,
+            poll_s=_POLL_INTERVAL_S,
         )
 
     def _ready(self, step: Step) -> bool:
@@ -203,7 +203,7 @@ class Joiner:
                 except CommandError as error:
                     self._console.error(f"not drained: {error}")
                     return
-                self._fleet.wait(_LOOK_S)
+                self._fleet.wait(_POLL_INTERVAL_S)
                 self._fleet.report()
 
     def _not_yet_leaving(self) -> list[int]:

@@ -11,7 +11,7 @@ from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.memory.memfd import MemfdDriver
 from kunserve_sglang.memory.pool import PageDriver, PhysicalPagePool
 
-_MOST_PAGES = 16_384
+_MAX_PAGES = 16_384
 _SMALLEST_ON_CPU = 64 << 10
 _LARGEST_ON_CPU = 2 << 20
 _LARGEST_ON_CUDA = 32 << 20
@@ -71,6 +71,6 @@ def page_bytes_for(budget: int, smallest: int, largest: int) -> int:
     process may have 65,530 by default.
     """
     page = smallest
-    while budget // page > _MOST_PAGES and page < largest:
+    while budget // page > _MAX_PAGES and page < largest:
         page *= 2
     return page

@@ -22,7 +22,7 @@ _AT_ONCE = 4
 """Of the groups that are ready to be split, every so many-th is, and at least one."""
 
 _FLAP_FACTOR = 6
-_MOST_PATIENCE = 8
+_MAX_PATIENCE = 8
 """A drop within so many cool-downs of a restore shows that the restore was too early: the next one
 waits twice as long as the last, up to so many cool-downs."""
 
@@ -100,7 +100,7 @@ class OverloadMonitor:
         if kind is TransitionKind.DROP:
             tried = self.thresholds.cooldown_s * _FLAP_FACTOR * self._patience
             early = now - self._last_restore < tried
-            self._patience = min(2 * self._patience, _MOST_PATIENCE) if early else 1
+            self._patience = min(2 * self._patience, _MAX_PATIENCE) if early else 1
             self._last_drop = now
         elif kind is TransitionKind.RESTORE:
             self._last_restore = now

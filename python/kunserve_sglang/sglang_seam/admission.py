@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kunserve_sglang.sglang_seam.lengths import most_output
+from kunserve_sglang.sglang_seam.lengths import max_output
 
 
 def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -> Any:
@@ -28,7 +28,7 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     steps = -(-rest // max(1, adder.rem_chunk_tokens))
     if rest + steps * len(running) <= room:
         return original(adder, req)
-    room -= max(map(most_output, running), default=0)
+    room -= max(map(max_output, running), default=0)
     if room <= 0:
         adder.rem_chunk_tokens = 0
         return req

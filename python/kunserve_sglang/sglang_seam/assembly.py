@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 def cost_model(scheduler: KunServeScheduler) -> CostModel:
     """Measured on this machine, or remembered from an earlier start."""
     config, ranks = scheduler.model_config, scheduler.ranks
-    place = scheduler.tp_worker.model_runner.place
+    device = scheduler.tp_worker.model_runner.torch_device
     key: tuple[Any, ...] = (
         config.model_path,
         str(config.hf_config),
         str(config.dtype),
-        _device_name(place),
+        _device_name(device),
         torch.get_num_threads(),
         _largest_chunk(scheduler),
     )
     if ranks.size > 1:
         key = (*key, ranks.size)
-    if place.type != "cpu":
+    if device.type != "cpu":
         backends = scheduler.server_args.get_attention_backends()
         graphs = scheduler.instance.stage_graph_max_bs
         key = (*key, *backends, graphs, scheduler.max_running_requests)
-    work, how = shapes_for(scheduler), timing(place.type)
+    work, how = shapes_for(scheduler), timing(device.type)
     with torch.inference_mode():
         return load_or_measure(scheduler.engine, repr(key), work, how, ranks)
 
@@ -52,7 +52,7 @@ def cost_model(scheduler: KunServeScheduler) -> CostModel:
 def shapes_for(scheduler: KunServeScheduler) -> list[Work]:
     """What a profile of this instance measures."""
     return shapes(
-        scheduler.tp_worker.model_runner.place.type,
+        scheduler.tp_worker.model_runner.torch_device.type,
         slots=scheduler.max_total_num_tokens,
         context=scheduler.model_config.context_len,
         chunk=_largest_chunk(scheduler),
@@ -64,9 +64,9 @@ def _largest_chunk(scheduler: KunServeScheduler) -> int:
     return int(scheduler.chunked_prefill_size or scheduler.max_prefill_tokens)
 
 
-def _device_name(place: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     """Tells apart what is not equally fast."""
-    return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def build_agent(scheduler: KunServeScheduler) -> Agent:
@@ -82,7 +82,7 @@ def build_agent(scheduler: KunServeScheduler) -> Agent:
             tcp=instance.data_address,
             keys=instance.keys,
             host=instance.host,
-            device=runner.place,
+            device=runner.torch_device,
             transport=instance.transport,
         ),
         ranks,

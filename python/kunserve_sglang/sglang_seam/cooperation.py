@@ -93,7 +93,7 @@ class Cooperation:
             return
         while self._flights:
             if not self._collect() and not self._scheduler.agent.serve_one(_WAIT_MS / 1e3):
-                self._scheduler.agent.heed_losses()
+                self._scheduler.agent.check_for_losses()
         self._scheduler.running_batch = self._ready
         self._ready = no_requests()
         self._scheduler.overlap(self._overlaps)

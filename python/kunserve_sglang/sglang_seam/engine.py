@@ -51,7 +51,7 @@ class SglangEngine:
         self._pool = self._runner.token_to_kv_pool
         self._allocator = scheduler.token_to_kv_pool_allocator
         self._decoder = LayeredDecoder(self._runner.model)
-        self._place: torch.device = self._runner.place
+        self._torch_device: torch.device = self._runner.torch_device
         self._stages = stages_for(self._runner, self._decoder)
         self._arrived: Hidden | None = None
         self._lengths = OutputLengths()
@@ -245,18 +245,18 @@ class SglangEngine:
     def blank_hidden(self, tokens: int) -> Hidden:
         shape = tokens, self._runner.model_config.hidden_size
         # A GPU multiplies zeros with less power, and so at a higher clock.
-        make = torch.zeros if self._place.type == "cpu" else torch.randn
-        return make(shape, dtype=self._runner.dtype, device=self._place), None
+        make = torch.zeros if self._torch_device.type == "cpu" else torch.randn
+        return make(shape, dtype=self._runner.dtype, device=self._torch_device), None
 
     def forget_owners(self) -> None:
         self._stages.forget_owners()
 
     def settle(self) -> None:
-        if self._place.type == "cuda":
-            torch.cuda.current_stream(self._place).synchronize()
+        if self._torch_device.type == "cuda":
+            torch.cuda.current_stream(self._torch_device).synchronize()
 
     def clock(self) -> float:
-        if self._place.type == "cpu" and self._scheduler.ranks.size == 1:
+        if self._torch_device.type == "cpu" and self._scheduler.ranks.size == 1:
             # Of this thread: what other programs take of the core says nothing about the work.
             # Several ranks wait for one another, which is a part of it.
             return time.thread_time()
@@ -266,7 +266,7 @@ class SglangEngine:
 
 def stages_for(runner: Any, decoder: LayeredDecoder) -> Stages:
     """Stage work on the runner's device; on a GPU with the graphs that a first drop needs."""
-    if runner.place.type == "cpu":
+    if runner.torch_device.type == "cpu":
         return HostStages(runner, decoder)
     sizes = batch_sizes(runner.instance.stage_graph_max_bs)
     ranges = first_drop_ranges(runner.kv_cache_configurator.profile)

@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 
-def most_output(request: Any) -> int:
+def max_output(request: Any) -> int:
     """Tokens it may still produce."""
     left: int = request.sampling_params.max_new_tokens - len(request.output_ids)
     return max(0, left)
@@ -16,7 +16,7 @@ def most_output(request: Any) -> int:
 def in_the_end(request: Any) -> int:
     """Slots it may need at most, with the one that SGLang wants free beside them."""
     length: int = request.seqlen
-    return length + most_output(request) + 1
+    return length + max_output(request) + 1
 
 
 def needed_to_admit(request: Any, *, cached: bool) -> int:
@@ -25,7 +25,7 @@ def needed_to_admit(request: Any, *, cached: bool) -> int:
     It expects no answer to be longer than a certain length, unless the request says that it will be
     and no prefix is `cached`.
     """
-    output = most_output(request)
+    output = max_output(request)
     if cached or not request.sampling_params.ignore_eos:
         output = min(output, CLIP_MAX_NEW_TOKENS)
     length: int = request.seqlen

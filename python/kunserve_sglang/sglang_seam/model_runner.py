@@ -39,7 +39,7 @@ class KunServeModelRunner(ModelRunner):
         super().__init__(*args, **kwargs)
 
     @property
-    def place(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """Where its tensors are."""
         return (
             torch.device("cpu") if self.device == "cpu" else torch.device(self.device, self.gpu_id)
@@ -47,10 +47,10 @@ class KunServeModelRunner(ModelRunner):
 
     def load_model(self) -> None:
         fraction, ranks = self.mem_fraction_static, self.ps.tp_size
-        budget = self._least(memory_budget(self.instance, self.place, fraction, ranks))
+        budget = self._least(memory_budget(self.instance, self.torch_device, fraction, ranks))
         super().load_model()
         layers = decoder_layers(self.model)
-        self.memory = adopt_model(self.instance, self.model, layers, self.place, budget)
+        self.memory = adopt_model(self.instance, self.model, layers, self.torch_device, budget)
 
     def init_threads_binding(self) -> None:
         """SGLang would give each rank a NUMA node; the launcher has chosen cores already."""
@@ -110,17 +110,17 @@ class KunServeWorker(TpModelWorker):
         super().__init__(*args, **kwargs)
 
     @property
-    def most_slots(self) -> int:
+    def max_slots(self) -> int:
         """What a single request may count on: all that a drop could bring, if drops are wanted."""
         runner = self._model_runner
         if self.instance.overload_policy is OverloadPolicy.NONE:
             return int(runner.max_total_num_tokens)
-        return runner.kv_cache_configurator.profile.most_slots()
+        return runner.kv_cache_configurator.profile.max_slots()
 
     def get_worker_info(self) -> tuple[Any, ...]:
         """SGLang's, with longer requests than the pool holds as long as nothing is dropped."""
         info = super().get_worker_info()
-        longest = min(self.model_config.context_len, self.most_slots) - 1
+        longest = min(self.model_config.context_len, self.max_slots) - 1
         return (*info[:4], longest, longest - _INPUT_MARGIN, *info[6:])
 
     def _init_model_runner(self) -> None:

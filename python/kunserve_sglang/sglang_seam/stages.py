@@ -25,7 +25,7 @@ from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
 
-_LEAST_ROWS = 64
+_MIN_ROWS = 64
 """As many requests as are measured together at the start."""
 
 
@@ -101,7 +101,7 @@ class DeviceStages:
         self._decoder = decoder
         self._device = torch.device(runner.device)
         own = runner.req_to_token_pool.req_to_token
-        rows = max(len(own), _LEAST_ROWS)
+        rows = max(len(own), _MIN_ROWS)
         self._table = torch.zeros((rows, own.shape[1]), dtype=own.dtype, device=self._device)
         self._rows = torch.arange(len(self._table), device=self._device)
         view = RunnerView(runner, self._table)

@@ -15,7 +15,7 @@ from kunserve_sglang.simulation.cluster_profile import HostCost
 _MEMORY_S = 0.5
 """Over so long the work of frontends is averaged: several steps, and less than a burst."""
 
-_LEAST_SPEED = 0.1
+_MIN_SPEED = 0.1
 """Frontends never take all of a core: an operating system shares it."""
 
 
@@ -59,7 +59,7 @@ class Host:
         busy = len(self._computing)
         # Frontends take idle cores first, and then of all others the same.
         of_each = max(0.0, self._load(now) - (self._cores - busy)) / busy
-        speed = max(_LEAST_SPEED, 1.0 - of_each) / self._computing[core]
+        speed = max(_MIN_SPEED, 1.0 - of_each) / self._computing[core]
         neighbours = (busy - 1) / max(1, self._cores - 1)
         return seconds * (1.0 + self._contention * neighbours) / speed
 

@@ -18,8 +18,8 @@ from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.job import Job
 
 INITIAL_RATIO = 0.7
-_LEAST_RATIO = 0.14 * INITIAL_RATIO
-_RATIO_DECAY = (INITIAL_RATIO - _LEAST_RATIO) / 600
+_MIN_RATIO = 0.14 * INITIAL_RATIO
+_RATIO_DECAY = (INITIAL_RATIO - _MIN_RATIO) / 600
 """SGLang's estimate of how much of its limit a request will produce, and how it is lowered."""
 
 _RETRACT_STEPS = 20
@@ -242,7 +242,7 @@ class Owner:
         self.context += grown
         self.expected -= grown
         self.remaining -= grown
-        self.ratio = max(self.ratio - steps * _RATIO_DECAY, _LEAST_RATIO)
+        self.ratio = max(self.ratio - steps * _RATIO_DECAY, _MIN_RATIO)
         finished = False
         while self.decoding and self.decoding[0][0] <= self.steps:
             job = heapq.heappop(self.decoding)[2]
@@ -284,7 +284,7 @@ class Owner:
             return []
         self.ready = rest
         self.used += len(batch)
-        self.ratio = max(self.ratio - _RATIO_DECAY, _LEAST_RATIO)
+        self.ratio = max(self.ratio - _RATIO_DECAY, _MIN_RATIO)
         return batch
 
     def decoded(self, batch: Iterable[Job], now: float) -> None:

@@ -22,7 +22,7 @@ from kunserve_sglang.transport.data import TensorSpec
 from kunserve_sglang.transport.ring import HEADER, TAIL, Reader, RingWriter, Writer, unpack
 
 _PAGE = struct.Struct("<Q")  # behind the tail
-_MOST_PAGES = 250
+_MAX_PAGES = 250
 """Linux takes 253 descriptors in one message."""
 
 
@@ -52,7 +52,7 @@ class CudaRings:
 class _CudaWriter(RingWriter):
     def __init__(self, gpu: CudaDevice, nbytes: int, device: torch.device | None) -> None:
         page = gpu.granularity
-        while nbytes > _MOST_PAGES * page:
+        while nbytes > _MAX_PAGES * page:
             page *= 2
         count = -(-nbytes // page)
         self._pages = CudaPages(gpu, page, device)

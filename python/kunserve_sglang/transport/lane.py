@@ -25,7 +25,7 @@ Store = Any
 _TIMEOUT_S = 30.0
 """For whatever needs both ends: to meet, and to pass one packet."""
 
-_LOOK_S = 20e-6
+_POLL_INTERVAL_S = 20e-6
 _HIGH = -1
 _SENDER, _RECEIVER = 0, 1
 
@@ -73,7 +73,7 @@ def has_happened(event: torch.cuda.Event) -> bool:
     while not event.query():  # type: ignore[no-untyped-call]
         if time.monotonic() > deadline:
             return False
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_INTERVAL_S)
     return True
 
 

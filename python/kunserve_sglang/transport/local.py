@@ -29,7 +29,7 @@ RING_BYTES = 16 << 20
 """Room for activations in flight, per pair of instances; only what is used becomes resident."""
 
 _MESSAGE_BYTES = 128 << 10
-_MOST_FILES = 253
+_MAX_FILES = 253
 _CONNECT_TIMEOUT_S = 5.0
 _GONE = select.EPOLLHUP | select.EPOLLERR
 
@@ -134,7 +134,7 @@ class _Inbox:
 
     def receive(self) -> Packet | None:
         """Read what is there: a packet, or None for the ring or the sender's end."""
-        data, files, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, _MOST_FILES)
+        data, files, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, _MAX_FILES)
         try:
             if not data:
                 self.ended = True

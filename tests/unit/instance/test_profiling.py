@@ -152,14 +152,14 @@ def test_a_device_is_waited_for_and_warmed_up_and_runs_its_graphs() -> None:
     assert {r for batch, r in engine.runs[1:] if batch.decode} == set(engine.graphs)
 
 
-def scheduler_on(place: torch.device, *, graphs: int = 64) -> Any:
+def scheduler_on(device: torch.device, *, graphs: int = 64) -> Any:
     """As much of a scheduler as its profile is named by."""
     return SimpleNamespace(
         engine=None,
         ranks=OneRank(),
         instance=SimpleNamespace(stage_graph_max_bs=graphs),
         server_args=SimpleNamespace(get_attention_backends=lambda: ("triton", "triton")),
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(place=place)),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(torch_device=device)),
         model_config=SimpleNamespace(
             model_path="m", hf_config="{}", dtype=torch.bfloat16, context_len=4096
         ),

@@ -137,7 +137,7 @@ class Link:
     def receive(self, timeout_s: float = 0.0) -> ToInstance | None:  # noqa: ARG002
         return self.commands.pop(0) if self.commands else None
 
-    def heed_losses(self, epoch: int) -> None:
+    def check_for_losses(self, epoch: int) -> None:
         if epoch == 4:
             raise PeerLost("instance 9 is gone")
 
@@ -152,9 +152,9 @@ def test_commands_reach_all_ranks_and_rank_0_answers(ranks: list[Ranks]) -> None
     def program(one: Ranks) -> list[ToInstance | None]:
         control = RankedControl(link if one.rank == 0 else None, one)
         control.send(Leave(reason="an answer"))  # type: ignore[arg-type]
-        control.heed_losses(3)
+        control.check_for_losses(3)
         with pytest.raises(PeerLost, match="instance 9 is gone"):
-            control.heed_losses(4)
+            control.check_for_losses(4)
         return [control.receive() for _ in range(3)]
 
     assert together(ranks, program) == [[*commands, None]] * 3

@@ -199,7 +199,7 @@ class Agent:
 
     def _next_piece(self) -> Packet | None:
         """The next packet of a transfer, for a stage that cannot go on without it."""
-        self.heed_losses()
+        self.check_for_losses()
         if not self._pieces and (packet := self._body.plane.receive(_PIECE_WAIT_S)) is not None:
             self.defer(packet)
         return self._pieces.popleft()[0] if self._pieces else None
@@ -229,9 +229,9 @@ class Agent:
 
     # -- a group that has come apart -------------------------------------------------------------
 
-    def heed_losses(self) -> None:
+    def check_for_losses(self) -> None:
         """For whoever waits for a peer: raises `PeerLost` if the router says that it is in vain."""
-        self._body.control.heed_losses(self.layout.epoch)
+        self._body.control.check_for_losses(self.layout.epoch)
 
     @property
     def stranded(self) -> bool:

@@ -45,7 +45,7 @@ class Control(Protocol):
         """The next command, or None. A message that cannot be decoded is counted and skipped."""
         ...
 
-    def heed_losses(self, epoch: int) -> None:
+    def check_for_losses(self, epoch: int) -> None:
         """Raises `PeerLost` if the router has said that the group of this layout has come apart.
 
         For whoever waits for a peer in the middle of something. All commands stay to be received.
@@ -89,7 +89,7 @@ class ControlLink:
         self._greet()
         return self._waiting.popleft() if self._waiting else self._read(timeout_s)
 
-    def heed_losses(self, epoch: int) -> None:
+    def check_for_losses(self, epoch: int) -> None:
         while (message := self._read(0.0)) is not None:
             self._waiting.append(message)
         for message in self._waiting:

@@ -30,7 +30,7 @@ from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.transport import DataPlane, Packet
 
 _NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
-_MOST_ROWS = 4352
+_MAX_ROWS = 4352
 """Of SGLang's request table, by itself, for any budget: owners may have more rows than this one."""
 
 _SILENT_ROUNDS = 3
@@ -107,7 +107,7 @@ class Pipeline:
         self._timeout = peer_timeout_s
         table = engine.request_table()
         rows, context = table.shape
-        rows = max(rows, _MOST_ROWS)
+        rows = max(rows, _MAX_ROWS)
         self._sent = sent_rows(table)
         self._peers = {
             m.instance: _Peer(MirroredRows(rows, context, kv.base(m.instance), table.device))

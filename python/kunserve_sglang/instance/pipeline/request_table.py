@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 """Of a device's memory for the rows of one owner: 512 requests of 32,768 tokens."""
 
 
@@ -34,7 +34,7 @@ class MirroredRows:
     """
 
     def __init__(self, rows: int, context: int, base: int, device: torch.device) -> None:
-        if device.type != "cpu" and rows * context * torch.int32.itemsize <= _MOST_BYTES:
+        if device.type != "cpu" and rows * context * torch.int32.itemsize <= _MAX_BYTES:
             self.table = torch.zeros((rows, context), dtype=torch.int32, device=device)
         else:
             # The kernel gives it pages when they are written, and most never are.

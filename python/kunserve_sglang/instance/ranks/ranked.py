@@ -65,7 +65,7 @@ class RankedControl:
     def receive(self, timeout_s: float = 0.0) -> ToInstance | None:
         return self._ranks.agree(_COMMAND, lambda: self._link.receive(timeout_s))
 
-    def heed_losses(self, epoch: int) -> None:
+    def check_for_losses(self, epoch: int) -> None:
         if reason := self._ranks.agree(_LOSS, lambda: self._loss(epoch)):
             raise PeerLost(reason)
 
@@ -76,7 +76,7 @@ class RankedControl:
     def _loss(self, epoch: int) -> str:
         """On rank 0: what the router has said of it."""
         try:
-            self._link.heed_losses(epoch)
+            self._link.check_for_losses(epoch)
         except PeerLost as error:
             return str(error)
         return ""

@@ -26,7 +26,7 @@ from kunserve_sglang.transport.local import LocalDataPlane
 
 T = TypeVar("T")
 
-_LOOK_S = 1.0
+_POLL_INTERVAL_S = 1.0
 _PATIENCE_S = 600.0
 """For a rank that is still loading its part of the model."""
 
@@ -159,7 +159,7 @@ class Leader:
             raise InternalError(f"a rank of this instance is gone: {error}") from error
         # Nothing may be left to send: whoever waits for it cannot take part in a collective.
         while not all(map(self._channel.room, self._others)):
-            self._poller.poll(int(1e3 * _LOOK_S))
+            self._poller.poll(int(1e3 * _POLL_INTERVAL_S))
             self.listen()
         return value
 
@@ -189,7 +189,7 @@ class Leader:
     def _collect(self) -> tuple[str, ...]:
         deadline = time.monotonic() + _PATIENCE_S
         while not all(self._parts):
-            self._listen(_LOOK_S)
+            self._listen(_POLL_INTERVAL_S)
             if time.monotonic() > deadline:
                 raise InternalError("a rank of this instance does not answer")
         return tuple(parts.popleft() for parts in self._parts)
@@ -230,7 +230,7 @@ class Follower:
     def agree(self, fact: Fact[T], look: Callable[[], T]) -> T:  # noqa: ARG002
         self._meanwhile()
         while (packet := self._channel.receive()) is None:
-            self._poller.poll(int(1e3 * _LOOK_S))
+            self._poller.poll(int(1e3 * _POLL_INTERVAL_S))
             self._meanwhile()
         told = _told.decode(packet.header)
         if told.fact != fact.name:

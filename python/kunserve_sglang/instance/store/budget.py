@@ -15,7 +15,7 @@ from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_st
 from kunserve_sglang.instance.store.parameters import ParameterStore, layer_bytes
 from kunserve_sglang.memory import PhysicalPagePool, free_memory, open_pool
 
-_LEAST_CAPACITY = 64
+_MIN_CAPACITY = 64
 """Fewer token slots than this cannot serve anything."""
 
 
@@ -99,7 +99,7 @@ def profile_of(memory: Memory, shape: KvShape, owners: int) -> MemoryProfile:
         owners=owners,
     )
     capacity = profile.capacity(LayerRange(0, layers), 1)
-    if capacity < _LEAST_CAPACITY:
+    if capacity < _MIN_CAPACITY:
         raise ConfigurationError(
             f"the memory budget leaves room for {capacity} KV token slots; "
             f"one slot takes {format_size(shape.token_bytes)}"

@@ -28,7 +28,7 @@ from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.transport import Packet
 
-_LOOK_S = 0.1
+_POLL_INTERVAL_S = 0.1
 """How often to ask whether whom we wait for is still there."""
 
 
@@ -264,10 +264,10 @@ class Exchange:
         """
         while True:
             left = deadline - self._clock()
-            packet = self._body.plane.receive(max(0.0, min(left, _LOOK_S)))
+            packet = self._body.plane.receive(max(0.0, min(left, _POLL_INTERVAL_S)))
             if packet is not None or left <= 0:
                 return packet
-            self._body.control.heed_losses(self._before.epoch)
+            self._body.control.check_for_losses(self._before.epoch)
 
 
 def map_capacities(body: Body, layout: Layout) -> None:

@@ -18,7 +18,7 @@ from kunserve_sglang.router.admin.access import Keys
 
 logger = logging.getLogger("kunserve.audit")
 
-_MOST_BYTES = 16 << 10
+_MAX_BYTES = 16 << 10
 """Of a body, and of an answer: a line must stay a line."""
 
 
@@ -32,14 +32,14 @@ class _Excerpt:
     def add(self, message: Message) -> None:
         chunk = message.get("body", b"")
         self._size = max(self._size, 0) + len(chunk)
-        if self._size <= _MOST_BYTES:
+        if self._size <= _MAX_BYTES:
             self._data += chunk
 
     def value(self) -> Any:
         """As JSON types; text that is no JSON as a string."""
         if self._size <= 0:
             return None
-        if self._size > _MOST_BYTES:
+        if self._size > _MAX_BYTES:
             return f"[{self._size} bytes]"
         try:
             return msgspec.json.decode(self._data)

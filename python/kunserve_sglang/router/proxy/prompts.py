@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BYTES_PER_TOKEN = 4
-_MOST_WAITING = 64
+_MAX_WAITING = 64
 """More requests than these do not wait to be tokenized; those that come then go by load."""
 
 _LARGEST_BODY = 8 << 20
@@ -95,7 +95,7 @@ class PromptReader:
         """The prompt of a request; never raises for what is in `body`."""
         unknown = Prompt(len(body) // _BYTES_PER_TOKEN)
         reads = self._READS.get(path)
-        if reads is None or self._waiting >= _MOST_WAITING or len(body) > _LARGEST_BODY:
+        if reads is None or self._waiting >= _MAX_WAITING or len(body) > _LARGEST_BODY:
             return unknown
         self._waiting += 1
         try:
