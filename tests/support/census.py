@@ -27,6 +27,8 @@ def whereabouts(scheduler: Any) -> dict[str, list[str]]:
     if cooperation._entered:
         put("ready", cooperation._ready.reqs)
         for flight in cooperation._flights:
+            if flight.batch is None:  # a failure has taken its requests back
+                continue
             put(f"flight {flight.sequence}", flight.batch.reqs, flight.batch.chunked_req)
         return found
     put("running", scheduler.running_batch.reqs)

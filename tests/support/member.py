@@ -36,11 +36,13 @@ from kunserve_sglang.core.settings import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.ranks.ranks import Fact, Ranks
 from kunserve_sglang.sglang_seam import plugin
+from kunserve_sglang.sglang_seam.containment import REQUEST_FAILED
 from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
 from kunserve_sglang.testing.local_scheduler import tokenized
 from tests.support.census import whereabouts
 from tests.support.emulated_gpu import emulated_gpu_for_sglang
 from tests.support.emulated_tensors import EmulatedDevice
+from tests.support.faults import broken
 
 STALL_S = 60.0
 
@@ -82,7 +84,15 @@ class Turns:
     count: int
 
 
-Action = Add | AbortRequest | Gate | Pause | Turns
+@dataclass(frozen=True)
+class Break:
+    """From now on something fails whenever it has to do with this request: see `faults`."""
+
+    point: str
+    rid: str
+
+
+Action = Add | AbortRequest | Gate | Pause | Turns | Break
 
 
 @dataclass(frozen=True)
@@ -157,12 +167,14 @@ class Member:
         self.requests: dict[str, Any] = {}
         self._to_abort: set[str] = set()
         self._aborted: set[str] = set()
+        self._refused: set[str] = set()
+        self._faults = ExitStack()
         self.largest_slot = 0
         self.retracted = 0
 
     def play(self, script: list[tuple[int, Action]], link: Link) -> dict[str, Output]:
         """Run the script to its end and until all requests are finished."""
-        for of_last_script in (self.requests, self._to_abort, self._aborted):
+        for of_last_script in (self.requests, self._to_abort, self._aborted, self._refused):
             of_last_script.clear()
         self._flush()
         pending, step, progress = list(script), 0, time.monotonic()
@@ -176,18 +188,19 @@ class Member:
             if time.monotonic() - progress > STALL_S:
                 raise TimeoutError(f"no step for {STALL_S} s at step {step}: {self._state()}")
             self._find_all()
+        self._faults.close()
         assert self._gpu is None or not self._gpu.driver.unmapped_while_busy
         self.retracted += sum(r.retraction_count for r in self.requests.values())
         return {
             rid: Output(tuple(r.output_ids), self._end(r), r.cached_tokens, _logprobs(r))
             for rid, r in self.requests.items()
-        }
+        } | {rid: Output((), "failed", 0) for rid in self._refused}
 
     def _end(self, request: Any) -> str:
         if request.rid in self._aborted:
             return "abort"
-        reason: str = request.finished_reason.to_json()["type"]
-        return reason
+        reason: dict[str, Any] = request.finished_reason.to_json()
+        return "failed" if reason.get("err_type") == REQUEST_FAILED else str(reason["type"])
 
     def _unanswered(self) -> set[str]:
         return {rid for rid, r in self.requests.items() if not r.finished()} - self._aborted
@@ -259,6 +272,8 @@ class Member:
             self._abort(action.rid)
         elif isinstance(action, Pause):
             self._pause(action)
+        elif isinstance(action, Break):
+            self._faults.enter_context(broken(self.scheduler, action.point, action.rid))
         elif isinstance(action, Turns):
             for _ in range(action.count):
                 self._step()
@@ -284,8 +299,11 @@ class Member:
         a member, and the request what that one held of it.
         """
         if isinstance(answer, AbortReq):
-            lost = (answer.finished_reason or {}).get("err_type") == INSTANCE_LOST
-            if answer.rid not in self._to_abort and not lost:
+            cause = (answer.finished_reason or {}).get("err_type")
+            if cause == REQUEST_FAILED:
+                self._refused |= {answer.rid} - self.requests.keys()
+                return
+            if answer.rid not in self._to_abort and cause != INSTANCE_LOST:
                 raise AssertionError(f"given up: {answer}; {self._state()}")
             self._aborted.add(answer.rid)
 
@@ -306,9 +324,14 @@ class Member:
         self.largest_slot = max(self.largest_slot, int(batch.out_cache_loc.max()))
         return KunServeScheduler.run_batch(self.scheduler, batch, *arguments)
 
-    @torch.no_grad()
     def _step(self) -> bool:
         """One turn of the loop; true if a batch ran."""
+        with self.scheduler.containment.contained():
+            return self._turn()
+        return False
+
+    @torch.no_grad()
+    def _turn(self) -> bool:
         s = self.scheduler
         if s.engine.cooperating:
             return bool(s.cooperation.turn())
@@ -352,8 +375,9 @@ class Member:
         request = tokenized(
             add.rid, add.prompt, add.new_tokens, stream=False, asks=add.asks, **add.sampling
         )
-        self.scheduler.handle_generate_request(request)
-        self.requests[add.rid] = self.scheduler.waiting_queue[-1]
+        with self.scheduler.containment.taking_in(request):
+            self.scheduler.handle_generate_request(request)
+            self.requests[add.rid] = self.scheduler.waiting_queue[-1]
 
 
 def _logprobs(request: Any) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class PeerLost(TransientError):
     """A member of the group stopped answering on the data plane."""
 
 
+class StageFailed(TransientError):
+    """A stage could not run a micro-batch: the fault of one of its requests, if it is one."""
+
+
 class InternalError(KunServeError):
     """An invariant was found broken."""
 

@@ -18,6 +18,7 @@ class ElasticSlotAllocator(TokenToKVPoolAllocator):
 
     free_pages: torch.Tensor
     release_pages: torch.Tensor
+    free_group: list[torch.Tensor]
 
     def prefer_low_slots(self, prefer: bool) -> None:
         self.need_sort = prefer
@@ -49,3 +50,6 @@ class ElasticSlotAllocator(TokenToKVPoolAllocator):
         mask[taken] = False
         self.free_pages = torch.nonzero(mask).flatten()
         self.release_pages = self.release_pages[:0]
+        # A failure in the middle of a result leaves slots behind that were to be freed together.
+        self.is_not_in_free_group = True
+        self.free_group.clear()

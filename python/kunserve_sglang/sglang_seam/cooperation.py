@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.errors import InternalError, PeerLost, StageFailed
 from kunserve_sglang.core.settings import MicroBatches
 from kunserve_sglang.execution.formation import Outlook, look_ahead
 from kunserve_sglang.instance.pipeline.request_table import rows_on_host
@@ -37,6 +37,8 @@ _KV_ALONG_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
+    """A micro-batch under way; nothing is expected of one without `batch`."""
+
     sequence: int
     batch: Any
     chunked: Launched | None
@@ -107,6 +109,14 @@ class Cooperation:
             self._scheduler.overlap(self._overlaps)
         self._entered = False
 
+    def discard(self) -> None:
+        """Expect nothing of what is in flight, which comes back all the same."""
+        self._flights = deque(_Flight(flight.sequence, None, None) for flight in self._flights)
+        self._ready = no_requests()
+        self._crowd = no_requests()
+        if self._entered:
+            self._scheduler.running_batch = self._crowd
+
     def _enter(self) -> None:
         scheduler = self._scheduler
         self._ready = scheduler.running_batch
@@ -130,33 +140,49 @@ class Cooperation:
                 self._count()
                 return False
             scheduler.cur_batch_for_debug = batch
-            begun = scheduler.engine.begin(batch)
-        work = outlook.work_of(batch_work(batch))
-        try:
-            sequence = scheduler.agent.pipeline.submit(*begun, work)
-        except PeerLost:
-            self._crowd.reqs = [*self._crowd.reqs, *batch.reqs]  # who holds slots is answered
-            raise
+        with scheduler.containment.doing("running a batch", batch.reqs):
+            sequence = self._submit(batch, outlook)
         chunked = None if batch.chunked_req is None else Launched(batch.chunked_req)
         self._flights.append(_Flight(sequence, batch, chunked))
         self._count()
         return True
 
+    def _submit(self, batch: Any, outlook: Outlook) -> int:
+        agent = self._scheduler.agent
+        with agent.tracer.span("schedule"):
+            begun = self._scheduler.engine.begin(batch)
+        try:
+            return agent.pipeline.submit(*begun, outlook.work_of(batch_work(batch)))
+        except PeerLost:
+            self._crowd.reqs = [*self._crowd.reqs, *batch.reqs]  # who holds slots is answered
+            raise
+
     def _collect(self) -> bool:
         scheduler = self._scheduler
-        returned = scheduler.agent.pipeline.collect()
+        try:
+            returned = scheduler.agent.pipeline.collect()
+        except StageFailed as error:
+            self._failed(self._flights.popleft(), error)
+            return False
         if returned is None:
             return False
         sequence, hidden = returned
         flight = self._flights.popleft()
         if flight.sequence != sequence:
             raise InternalError(f"micro-batch {sequence} came back before {flight.sequence}")
+        if flight.batch is None:
+            return False
         with scheduler.agent.tracer.span("finish", sequence=sequence):
             with flight.chunked.restored() if flight.chunked else contextlib.nullcontext():
                 result = scheduler.engine.finish(flight.batch, hidden)
                 scheduler.process_batch_result(flight.batch, result)
             self._absorb(flight.batch)
         return True
+
+    def _failed(self, flight: _Flight, error: StageFailed) -> None:
+        """A stage could not run it; nothing more is expected of what was discarded before."""
+        if flight.batch is not None:
+            self._scheduler.containment.contain("running a batch", flight.batch.reqs, error)
 
     def _absorb(self, batch: Any) -> None:
         """What is left of a batch that has come back is ready for its next step."""
@@ -224,7 +250,8 @@ class Cooperation:
 
     def _count(self) -> None:
         """Let SGLang see everybody who holds slots; it counts a chunked prompt by itself."""
-        flying = [r for f in self._flights for r in f.batch.reqs if r is not f.batch.chunked_req]
+        batches = [flight.batch for flight in self._flights if flight.batch is not None]
+        flying = [r for batch in batches for r in batch.reqs if r is not batch.chunked_req]
         self._crowd.reqs = [*self._ready.reqs, *flying]
 
     # -- nothing to do ---------------------------------------------------------------------------

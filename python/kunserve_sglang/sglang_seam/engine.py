@@ -95,8 +95,12 @@ class SglangEngine:
             self._lengths.ended(len(request.output_ids), limit, request.routing_key or "")
 
     def give_up(self, reason: str) -> None:
+        self._scheduler.give_up(reason)
+        self.clear_slots()
+
+    def clear_slots(self) -> None:
+        """No slot is taken any more, by a request or by the prefix cache."""
         scheduler = self._scheduler
-        scheduler.give_up(reason)
         scheduler.tree_cache.reset()
         scheduler.req_to_token_pool.clear()
         self._allocator.rebuild(self._allocator.size, torch.empty(0, dtype=torch.int64))

@@ -71,7 +71,8 @@ def _with_outputs(fresh: Any, batch: Any) -> Any:
     together = ScheduleBatch(reqs=batch.reqs[:1], device=batch.device)
     whole = _counted_alone(fresh, together)
     for request in batch.reqs[1:]:
-        whole.merge(_counted_alone(fresh, ScheduleBatch(reqs=[request], device=batch.device)))
+        alone = ScheduleBatch(reqs=[request], device=batch.device)  # penalizers do not keep it
+        whole.merge(_counted_alone(fresh, alone))
         together.reqs = [*together.reqs, request]
     whole.batch = batch
     return whole

@@ -28,6 +28,7 @@ from kunserve_sglang.instance.ranks.ranked import clock_of
 from kunserve_sglang.instance.ranks.ranks import Fact, open_ranks
 from kunserve_sglang.sglang_seam.assembly import build_agent, cost_model
 from kunserve_sglang.sglang_seam.batches import no_requests, settled
+from kunserve_sglang.sglang_seam.containment import Containment
 from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeWorker
@@ -55,6 +56,7 @@ class KunServeScheduler(upstream.Scheduler):
     agent: Agent
     running_batch: Any
     last_batch: Any
+    chunked_req: Any
     max_total_num_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,6 +70,7 @@ class KunServeScheduler(upstream.Scheduler):
         super().__init__(*args, **kwargs)
         self._in_own_loop = False
         self.waiting = WaitingRequests(self)
+        self.containment = Containment(self)
         self.cooperation = Cooperation(self)
         self.engine = SglangEngine(self)
         self.clock = clock_of(self.ranks)
@@ -116,37 +119,46 @@ class KunServeScheduler(upstream.Scheduler):
     def _run(self, independent_loop: Callable[[], None]) -> None:
         """SGLang's own loop, for as long as all layers are here; else the cooperative one."""
         while not self.gracefully_exit:
-            if self.engine.cooperating:
-                self.cooperation.turn()
-                continue
-            self._in_own_loop = True
-            with contextlib.suppress(_LayersLeft):
-                independent_loop()
+            self._in_own_loop = not self.engine.cooperating
+            with contextlib.suppress(_LayersLeft), self.containment.contained():
+                if self.engine.cooperating:
+                    self.cooperation.turn()
+                else:
+                    independent_loop()
             self._in_own_loop = False
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         """First thing in every turn of the loop, with all results applied: the step boundary."""
-        super().process_input_requests(recv_reqs)
+        for request in recv_reqs:
+            with self.containment.taking_in(request):
+                super().process_input_requests([request])
+        if not recv_reqs:
+            super().process_input_requests([])
         self.agent.poll()
         if self._in_own_loop and self.engine.cooperating:
             raise _LayersLeft
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """One step; in cooperative mode its last part only."""
-        if self.engine.cooperating:
-            return super().run_batch(batch, *args, **kwargs)
-        with self.agent.tracer.span("step", requests=len(batch.reqs)):
-            return super().run_batch(batch, *args, **kwargs)
+        with self.containment.doing("running a batch", batch.reqs):
+            if self.engine.cooperating:
+                return super().run_batch(batch, *args, **kwargs)
+            with self.agent.tracer.span("step", requests=len(batch.reqs)):
+                return super().run_batch(batch, *args, **kwargs)
 
     def get_new_batch_prefill(self, running_batch: Any) -> Any:
         """Admit from the queue; who is too large for now stays there and holds up nobody."""
         with self.waiting.admissible(running_batch):
-            return super().get_new_batch_prefill(running_batch)
+            chunked = [] if self.chunked_req is None else [self.chunked_req]
+            ahead = [*chunked, *self.waiting_queue]
+            with self.containment.doing("forming a batch", ahead):
+                return super().get_new_batch_prefill(running_batch)
 
     def update_running_batch(self, batch: Any) -> Any:
         """Prepare a decode step for the loop that runs now: its batch may come from the other."""
         batch.enable_overlap = self.enable_overlap
-        return super().update_running_batch(batch)
+        with self.containment.doing("preparing a step", batch.reqs):
+            return super().update_running_batch(batch)
 
     @contextlib.contextmanager
     def _forward_isolation(self, batch: Any, *, overlap: bool) -> Iterator[None]:
@@ -157,7 +169,9 @@ class KunServeScheduler(upstream.Scheduler):
     def process_batch_result(self, batch: Any, result: Any) -> None:
         """Requests that end in this step teach how long answers get."""
         under_way = [r for r in batch.reqs if not r.finished()]
-        super().process_batch_result(batch, result)
+        with self.containment.doing("applying the result of a batch", batch.reqs):
+            super().process_batch_result(batch, result)
+        self.containment.passed(batch)
         for request in under_way:
             if request.finished():
                 self.engine.ended(request)
@@ -229,6 +243,33 @@ class KunServeScheduler(upstream.Scheduler):
         self.running_batch = no_requests()
         self.last_batch = self.chunked_req = self.cur_batch_for_debug = None
         self._pending_chunked_abort_req = None
+
+    def take_back_everything(self, involved: list[Any]) -> list[Any]:
+        """Leave no request with slots, in a batch or in the queue; returns all there were.
+
+        Those that have produced tokens come first. `involved` are those of the step that failed:
+        some may be in no batch any more.
+        """
+        found = {r.rid: r for r in (*self.requests_with_slots(), *involved, *self.waiting_queue)}
+        self.engine.clear_slots()
+        self.running_batch = no_requests()
+        self.cooperation.discard()
+        self.last_batch = self.chunked_req = self.cur_batch_for_debug = None
+        self.waiting_queue: list[Any] = []
+        if self.enable_overlap:
+            self.result_queue.clear()
+        return list(found.values())
+
+    def wait_again(self, requests: list[Any]) -> None:
+        """Put them into the queue, which is empty; those that held slots are to be run anew."""
+        aborted, self._pending_chunked_abort_req = self._pending_chunked_abort_req, None
+        for request in requests:
+            if request.req_pool_idx is not None or request.kv is not None:
+                request.req_pool_idx = request.kv = None
+                request.reset_for_retract()
+        self.waiting_queue = requests
+        if aborted is not None:
+            self.abort_request(AbortReq(rid=aborted.rid))
 
     def requests_with_slots(self) -> list[Any]:
         """All requests that hold token slots, each once."""

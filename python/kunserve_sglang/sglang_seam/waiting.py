@@ -25,12 +25,16 @@ class WaitingRequests:
 
     @contextlib.contextmanager
     def admissible(self, running: Any) -> Iterator[None]:
-        """Let SGLang see, and admit from, all waiting requests but those that are too large."""
+        """Let SGLang see, and admit from, the waiting requests that it could run now.
+
+        Not those that are too large, and while some are tried apart, none but these.
+        """
         scheduler = self._scheduler
         if self._situation(running) != self._seen:
             running.batch_is_full = False
+        scheduler.containment.look_again()
         whole = scheduler.waiting_queue
-        aside = set() if running.batch_is_full else {r for r in whole if not self.fits(r)}
+        aside = set() if running.batch_is_full else {r for r in whole if not self._may_run(r)}
         if aside:
             scheduler.waiting_queue = [r for r in whole if r not in aside]
         try:
@@ -39,6 +43,9 @@ class WaitingRequests:
             if aside:
                 scheduler.waiting_queue = _in_order(scheduler.waiting_queue, aside, whole)
             self._seen = self._situation(running)
+
+    def _may_run(self, request: Any) -> bool:
+        return self.fits(request) and self._scheduler.containment.may_run(request)
 
     def fits(self, request: Any) -> bool:
         """Whether SGLang would admit it if nothing else were in the pool."""

@@ -8,6 +8,7 @@ decides what comes first lives with the runtime (`sglang_seam.cooperation`).
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import msgspec
 import torch
 
 from kunserve_sglang.core.cost_model import CostEstimate
-from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.errors import InternalError, KunServeError, PeerLost, StageFailed
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.execution.formation import PeerWork
 from kunserve_sglang.instance.agent.engine import Engine, Hidden, Segment, StageBatch
@@ -28,6 +29,8 @@ from kunserve_sglang.instance.pipeline.sent_rows import sent_rows
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.transport import DataPlane, Packet
+
+logger = logging.getLogger(__name__)
 
 _NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
 _MAX_ROWS = 4352
@@ -176,7 +179,8 @@ class Pipeline:
     def collect(self) -> tuple[int, Hidden] | None:
         """Owner: the oldest own micro-batch, if it is through all stages.
 
-        Raises `PeerLost` if nothing at all has come from the group for the peer timeout.
+        Raises `PeerLost` if nothing at all has come from the group for the peer timeout, and
+        `StageFailed` in place of a micro-batch that a stage could not run.
         """
         if not self._own:
             return None
@@ -186,6 +190,8 @@ class Pipeline:
                 raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
             return None
         self._own.popleft()
+        if own.header.failed:
+            raise StageFailed(f"{own.header.failed} in a stage")
         return own.header.sequence, own.result
 
     def serve(self, packet: Packet, header: wire.MicroBatch) -> None:
@@ -214,10 +220,12 @@ class Pipeline:
         if self.transfer is not None:
             reads = peer.mirror.slots(batch.rows, batch.seq_lens)
             self.transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
-        with self._measured("peer's layers", header, batch):
-            hidden = self._engine.run_stage(
-                batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
-            )
+
+        def run(hidden: Hidden) -> Hidden:
+            table, base = peer.mirror.table, peer.mirror.base
+            return self._engine.run_stage(batch, table, base, self._layers, hidden)
+
+        header, hidden = self._run("peer's layers", header, batch, hidden, run)
         self._send(header, self._position + 1, described, hidden)
 
     def begin_idle(self) -> None:
@@ -239,6 +247,7 @@ class Pipeline:
         own = next((o for o in self._own if o.header.sequence == header.sequence), None)
         if own is None or own.result is not None:
             raise InternalError(f"micro-batch {header.sequence} came back unasked")
+        own.header = msgspec.structs.replace(own.header, failed=header.failed)
         self._pass_on(own, header.position, wire.hidden_of(header, packet.tensors))
 
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
@@ -247,13 +256,36 @@ class Pipeline:
             if self.transfer is not None and own.reads is not None:
                 writes = own.batch.out_slots
                 self.transfer.before_run(self._me, own.reads, writes, self._next_piece)
-            with self._measured("own layers", own.header, own.batch):
-                hidden = own.segment(self._layers, hidden)
+
+            def run(hidden: Hidden) -> Hidden:
+                return own.segment(self._layers, hidden)
+
+            own.header, hidden = self._run("own layers", own.header, own.batch, hidden, run)
             position += 1
         if position == self.stages:
             own.result = hidden
         else:
             self._send(own.header, position, own.described, hidden)
+
+    def _run(
+        self,
+        name: str,
+        header: wire.MicroBatch,
+        batch: StageBatch,
+        hidden: Hidden,
+        run: Callable[[Hidden], Hidden],
+    ) -> tuple[wire.MicroBatch, Hidden]:
+        """Run this stage's layers; a failure is its owner's, and travels on in their place."""
+        if header.failed:
+            return header, hidden
+        try:
+            with self._measured(name, header, batch):
+                return header, run(hidden)
+        except KunServeError:
+            raise
+        except Exception as error:
+            logger.exception("micro-batch %d of instance %d failed", header.sequence, header.owner)
+            return msgspec.structs.replace(header, failed=type(error).__name__), hidden
 
     @contextlib.contextmanager
     def _measured(self, name: str, header: wire.MicroBatch, batch: StageBatch) -> Iterator[None]:

@@ -25,6 +25,8 @@ class MicroBatch(Envelope, frozen=True, kw_only=True, tag="micro_batch"):
 
     `packed` is what a stage must know of its requests; its owner knows, so there it is None.
 
+    `failed` says what went wrong in a stage that has run it; the others pass it on as it is.
+
     Tensors: [what is packed, unless it is inline], hidden, [residual if has_residual].
     """
 
@@ -36,6 +38,7 @@ class MicroBatch(Envelope, frozen=True, kw_only=True, tag="micro_batch"):
     launched: float
     cost_ms: float
     round_ms: float
+    failed: str = ""
 
 
 class TakenSlots(Envelope, frozen=True, kw_only=True, tag="taken_slots"):
