@@ -92,7 +92,12 @@ class Break:
     rid: str
 
 
-Action = Add | AbortRequest | Gate | Pause | Turns | Break
+@dataclass(frozen=True)
+class Wedge:
+    """SGLang believes from now on that there is no room, and nothing makes it look again."""
+
+
+Action = Add | AbortRequest | Gate | Pause | Turns | Break | Wedge
 
 
 @dataclass(frozen=True)
@@ -274,6 +279,8 @@ class Member:
             self._pause(action)
         elif isinstance(action, Break):
             self._faults.enter_context(broken(self.scheduler, action.point, action.rid))
+        elif isinstance(action, Wedge):
+            self._wedge()
         elif isinstance(action, Turns):
             for _ in range(action.count):
                 self._step()
@@ -287,6 +294,11 @@ class Member:
             if s.engine.cooperating:
                 assert not s.cooperation.turn()
         s.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+
+    def _wedge(self) -> None:
+        s = self.scheduler
+        s.running_batch.batch_is_full = True
+        s.waiting._seen = s.waiting._situation(s.running_batch)
 
     def _abort(self, rid: str) -> None:
         self._to_abort.add(rid)

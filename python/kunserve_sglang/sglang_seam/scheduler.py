@@ -33,6 +33,7 @@ from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeWorker
 from kunserve_sglang.sglang_seam.penalties import counted
+from kunserve_sglang.sglang_seam.progress import Progress
 from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 _IDLE_WAIT_MS = 500
@@ -74,6 +75,7 @@ class KunServeScheduler(upstream.Scheduler):
         self.cooperation = Cooperation(self)
         self.engine = SglangEngine(self)
         self.clock = clock_of(self.ranks)
+        self.progress = Progress(self)
         self.costs = CostEstimate(cost_model(self))
         self.agent = build_agent(self)
         self._idle = self._build_idle_poller()
@@ -135,6 +137,7 @@ class KunServeScheduler(upstream.Scheduler):
         if not recv_reqs:
             super().process_input_requests([])
         self.agent.poll()
+        self.progress.look()
         if self._in_own_loop and self.engine.cooperating:
             raise _LayersLeft
 
@@ -172,6 +175,7 @@ class KunServeScheduler(upstream.Scheduler):
         with self.containment.doing("applying the result of a batch", batch.reqs):
             super().process_batch_result(batch, result)
         self.containment.passed(batch)
+        self.progress.moved()
         for request in under_way:
             if request.finished():
                 self.engine.ended(request)

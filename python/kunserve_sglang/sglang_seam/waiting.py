@@ -34,7 +34,7 @@ class WaitingRequests:
             running.batch_is_full = False
         scheduler.containment.look_again()
         whole = scheduler.waiting_queue
-        aside = set() if running.batch_is_full else {r for r in whole if not self._may_run(r)}
+        aside = set() if running.batch_is_full else {r for r in whole if not self.may_run(r)}
         if aside:
             scheduler.waiting_queue = [r for r in whole if r not in aside]
         try:
@@ -44,7 +44,8 @@ class WaitingRequests:
                 scheduler.waiting_queue = _in_order(scheduler.waiting_queue, aside, whole)
             self._seen = self._situation(running)
 
-    def _may_run(self, request: Any) -> bool:
+    def may_run(self, request: Any) -> bool:
+        """Whether SGLang gets to see it."""
         return self.fits(request) and self._scheduler.containment.may_run(request)
 
     def fits(self, request: Any) -> bool:

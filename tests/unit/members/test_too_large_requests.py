@@ -12,7 +12,7 @@ from kunserve_sglang.control.events import Outcome
 from kunserve_sglang.core.messages import TransitionKind
 from tests.support.cluster import ScriptedCluster
 from tests.support.identity import small_cluster
-from tests.support.member import AbortRequest, Gate, Turns
+from tests.support.member import AbortRequest, Gate, Turns, Wedge
 from tests.support.schedules import Script, request
 
 
@@ -57,6 +57,13 @@ def test_nothing_is_remembered_of_it_where_nobody_else_ran(pair: ScriptedCluster
     ]
     got, _ = pair.play([script, []])
     assert len(got["after"].tokens) == 6
+
+
+def test_a_scheduler_that_does_nothing_begins_anew(pair: ScriptedCluster) -> None:
+    """It has room and somebody waits; whatever keeps it from its work, it takes it up again."""
+    script: Script = [(0, request(random.Random(4), "waits", 30, 6)), (0, Wedge())]
+    got, _ = pair.play([script, []])
+    assert len(got["waits"].tokens) == 6
 
 
 def test_it_runs_when_a_drop_has_made_room(pair: ScriptedCluster) -> None:
