@@ -22,6 +22,7 @@ def whereabouts(scheduler: Any) -> dict[str, list[str]]:
 
     chunked = scheduler.chunked_req
     put("waiting", scheduler.waiting_queue)
+    put("waiting for a grammar", scheduler.grammar_manager.grammar_queue)
     put("chunked", [] if chunked is None else [chunked])
     cooperation = scheduler.cooperation
     if cooperation._entered:

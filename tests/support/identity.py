@@ -121,7 +121,9 @@ def same(want: Output, have: Output) -> bool:
     return (
         want.tokens == have.tokens
         and want.reason == have.reason
+        and want.end == have.end
         and alike(want.logprobs, have.logprobs)
+        and alike(want.hidden, have.hidden)
     )
 
 

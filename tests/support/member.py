@@ -102,12 +102,17 @@ Action = Add | AbortRequest | Gate | Pause | Turns | Break | Wedge
 
 @dataclass(frozen=True)
 class Output:
-    """An answer; `logprobs` are all that SGLang would send, by the names of its record."""
+    """An answer; `logprobs` are all that SGLang would send, by the names of its record.
+
+    `end` is what it would say of the reason; `hidden` are hidden states, one row a token.
+    """
 
     tokens: tuple[int, ...]
     reason: str
     cached: int
     logprobs: dict[str, Any] = field(default_factory=dict)
+    end: dict[str, Any] = field(default_factory=dict)
+    hidden: list[Any] = field(default_factory=list)
 
 
 class Link:
@@ -153,9 +158,9 @@ class Member:
         torch.set_num_threads(1)
         arguments = ServerArgs(
             sampling_backend="pytorch",
-            skip_tokenizer_init=True,
             log_level="error",
             **{
+                "skip_tokenizer_init": True,
                 "device": "cpu",
                 "attention_backend": "torch_native",
                 "disable_overlap_schedule": True,
@@ -196,10 +201,20 @@ class Member:
         self._faults.close()
         assert self._gpu is None or not self._gpu.driver.unmapped_while_busy
         self.retracted += sum(r.retraction_count for r in self.requests.values())
-        return {
-            rid: Output(tuple(r.output_ids), self._end(r), r.cached_tokens, _logprobs(r))
-            for rid, r in self.requests.items()
-        } | {rid: Output((), "failed", 0) for rid in self._refused}
+        return {rid: self._output(r) for rid, r in self.requests.items()} | {
+            rid: Output((), "failed", 0) for rid in self._refused
+        }
+
+    def _output(self, request: Any) -> Output:
+        reason = request.finished_reason
+        return Output(
+            tuple(request.output_ids_through_stop),
+            self._end(request),
+            request.cached_tokens,
+            _logprobs(request),
+            {} if reason is None else reason.to_json(),
+            request.hidden_states,
+        )
 
     def _end(self, request: Any) -> str:
         if request.rid in self._aborted:
@@ -384,12 +399,20 @@ class Member:
         return batch is not None
 
     def _add(self, add: Add) -> None:
+        scheduler = self.scheduler
         request = tokenized(
-            add.rid, add.prompt, add.new_tokens, stream=False, asks=add.asks, **add.sampling
+            add.rid,
+            add.prompt,
+            add.new_tokens,
+            stream=False,
+            asks=add.asks,
+            tokenizer=scheduler.tokenizer,
+            **add.sampling,
         )
-        with self.scheduler.containment.taking_in(request):
-            self.scheduler.handle_generate_request(request)
-            self.requests[add.rid] = self.scheduler.waiting_queue[-1]
+        with scheduler.containment.taking_in(request):
+            scheduler.handle_generate_request(request)
+            queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
+            self.requests[add.rid] = next(r for r in queued if r.rid == add.rid)
 
 
 def _logprobs(request: Any) -> dict[str, Any]:

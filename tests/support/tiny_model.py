@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import string
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,4 +33,19 @@ def build(folder: Path, *, hidden: int = 64, intermediate: int = 128) -> Path:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
     return folder
+
+
+def _tokenizer() -> Any:
+    """Single characters, then pairs of small letters: what random answers are made of."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = map("".join, itertools.product(string.ascii_lowercase, repeat=2))
+    words = ["<unk>", "<s>", "</s>", *filter(str.isprintable, string.printable), *pairs]
+    known = {word: number for number, word in enumerate(words[:VOCABULARY])}
+    tokenizer = Tokenizer(models.BPE(vocab=known, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -58,11 +58,13 @@ def tokenized(
     *,
     stream: bool,
     asks: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
     **sampling: Any,
 ) -> TokenizedGenerateReqInput:
     """A request as SGLang's tokenizer passes it on; greedy, unless `sampling` says otherwise.
 
-    `asks` are other fields of the request, such as `return_logprob`.
+    `asks` are other fields of the request, such as `return_logprob`. What is said in text, such as
+    strings to stop at, needs a `tokenizer`.
     """
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
@@ -71,7 +73,7 @@ def tokenized(
     parameters = SamplingParams(
         **{"temperature": 0.0, "ignore_eos": True, **sampling}, max_new_tokens=new_tokens
     )
-    parameters.normalize(None)
+    parameters.normalize(tokenizer)
     values: dict[str, Any] = {
         "rid": rid,
         "input_text": "",
@@ -80,8 +82,8 @@ def tokenized(
         "return_logprob": False,
         "logprob_start_len": -1,
         "top_logprobs_num": 0,
-        "stream": stream,
         "time_stats": APIServerReqTimeStats(),
+        "stream": stream,
         **(asks or {}),
     }
     for field in msgspec.structs.fields(TokenizedGenerateReqInput):
