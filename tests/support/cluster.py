@@ -207,6 +207,33 @@ class ScriptedCluster:
         finally:
             self.restore_when_idle()
 
+    @contextmanager
+    def policy_on(self, *, drops: bool = True) -> Iterator[None]:
+        """The cluster may drop by itself; without `drops` it never sees a reason to."""
+        plane = self.control.plane
+        before = plane.policy()
+        self.set_policy(True, {} if drops else {"drop": 1e9})
+        try:
+            yield
+        finally:
+            self.set_policy(False, {"drop": before.drop})
+
+    def set_policy(self, auto: bool, thresholds: dict[str, float]) -> None:
+        """Returns once all instances have been told what follows for large requests."""
+
+        async def work(plane: ControlPlane) -> dict[int, int]:
+            plane.set_policy(auto, thresholds)
+            return await plane.room.tell()
+
+        told = self.control.call(work)
+        known = self.control.plane.registry.instances
+
+        def reported() -> bool:
+            loads = {n: i.status.load for n, i in known.items() if i.status is not None}
+            return all(n in loads and loads[n].attainable == told[n] for n in told)
+
+        until(reported, READY_S, poll_s=0.01, about=lambda: f"{told} was not heard")
+
     def restore_when_idle(self) -> None:
         """Make all members independent, once the router knows that their requests have ended."""
         self.wait_until(lambda instances: all(i["slots"]["used"] == 0 for i in instances))

@@ -38,6 +38,7 @@ from kunserve_sglang.instance.ranks.ranks import Fact, Ranks
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.containment import REQUEST_FAILED
 from kunserve_sglang.sglang_seam.scheduler import INSTANCE_LOST, KunServeScheduler
+from kunserve_sglang.sglang_seam.waiting import REQUEST_TOO_LARGE
 from kunserve_sglang.testing.local_scheduler import tokenized
 from tests.support.census import whereabouts
 from tests.support.emulated_gpu import emulated_gpu_for_sglang
@@ -329,6 +330,8 @@ class Member:
             cause = (answer.finished_reason or {}).get("err_type")
             if cause == REQUEST_FAILED:
                 self._refused |= {answer.rid} - self.requests.keys()
+                return
+            if cause == REQUEST_TOO_LARGE:
                 return
             if answer.rid not in self._to_abort and cause != INSTANCE_LOST:
                 raise AssertionError(f"given up: {answer}; {self._state()}")

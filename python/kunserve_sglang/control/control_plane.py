@@ -17,6 +17,7 @@ from kunserve_sglang.control.events import Event, EventLog, Outcome, declined
 from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
 from kunserve_sglang.control.registry import Instance, Registry
+from kunserve_sglang.control.room import Room
 from kunserve_sglang.core.keys import ClusterKeys
 from kunserve_sglang.core.messages import (
     PROTOCOL_VERSION,
@@ -28,6 +29,7 @@ from kunserve_sglang.core.messages import (
     Welcome,
 )
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
+from kunserve_sglang.policy.attainable import attainable
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
@@ -67,6 +69,7 @@ class ControlPlane:
         self.hub = ControlHub(address, tcp=config.control_address, keys=keys)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.losses = Losses(self.registry, self.hub, self.coordinator)
+        self.room = Room(self.registry, self.hub, self._attainable)
         self.monitor = OverloadMonitor(
             Thresholds(drop=config.drop_threshold, restore=config.restore_threshold)
         )
@@ -79,6 +82,7 @@ class ControlPlane:
             tasks.create_task(self.hub.run(self._on_hello, self._on_status, self._on_cache))
             tasks.create_task(self.hub.watch_ends(self.registry.suspect))
             tasks.create_task(self.losses.run())
+            tasks.create_task(self.room.run())
             tasks.create_task(self._watch())
 
     def close(self) -> None:
@@ -200,6 +204,15 @@ class ControlPlane:
             if s.instance in plan.instances and self.monitor.short(s)
         ]
         return f"requests wait for slots on instances {short} again" if short else ""
+
+    def _attainable(self) -> dict[int, int]:
+        """How large a request may be at each instance."""
+        return attainable(
+            self.registry.snapshot(),
+            may_drop=self.auto,
+            max_group_size=self.config.max_group_size,
+            tpot_limit_ms=self.config.tpot_limit_ms,
+        )
 
     def policy(self) -> Policy:
         return Policy(auto=self.auto, **msgspec.structs.asdict(self.monitor.thresholds))

@@ -17,6 +17,7 @@ from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.keys import Admission, ClusterKeys
 from kunserve_sglang.core.messages import (
     Abort,
+    Attainable,
     CacheReport,
     Commit,
     Done,
@@ -141,7 +142,7 @@ class ControlHub:
             if asked == instance and not waiting.done():
                 waiting.set_exception(NoAnswer(f"instance {instance} is gone"))
 
-    async def tell(self, instance: int, message: Welcome | Leave | Lost) -> bool:
+    async def tell(self, instance: int, message: Welcome | Leave | Lost | Attainable) -> bool:
         """Send what needs no answer; false if the instance is not connected."""
         return await self._send(connection_name(instance), message)
 

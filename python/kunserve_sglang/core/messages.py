@@ -60,6 +60,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     `demand` is the number of slots that would satisfy everybody: tokens held by running requests,
     tokens they are still expected to produce, and the same for the waiting ones (paper section 3).
     With fewer slots in all than `largest`, its running requests could not even end one by one.
+    A single request may be as large as `attainable`. It is `stalled` if requests wait, could run,
+    and do not.
     """
 
     slots: Slots
@@ -67,6 +69,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     demand: int
     largest: int = 0
+    attainable: int = 0
+    stalled: bool = False
 
 
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,8 +262,14 @@ class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
     reason: str
 
 
+class Attainable(msgspec.Struct, frozen=True, kw_only=True, tag="attainable"):
+    """A single request may count on this many token slots. Needs no answer."""
+
+    slots: int
+
+
 ToRouter = Hello | Status | CacheReport | Vote | Done | Traced
-ToInstance = Welcome | Prepare | Commit | Abort | Lost | Trace | Leave
+ToInstance = Welcome | Prepare | Commit | Abort | Lost | Trace | Leave | Attainable
 
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)

@@ -77,6 +77,8 @@ class SglangEngine:
             waiting=len(waiting),
             demand=used + max(prompts + expected, first),
             largest=self._largest_of(running),
+            attainable=scheduler.waiting.attainable,
+            stalled=scheduler.progress.stalled,
         )
 
     def _expected_output(self, request: Any) -> int:
@@ -167,6 +169,10 @@ class SglangEngine:
         for name in _CAPACITY_COPIES:
             # Frozen dataclasses; there is one capacity, and it has changed.
             object.__setattr__(getattr(scheduler, name), "max_total_num_tokens", slots)
+        scheduler.waiting.limit_prompts()
+
+    def limit_requests(self, slots: int) -> None:
+        self._scheduler.waiting.limit(slots)
 
     def request_table(self) -> torch.Tensor:
         table: torch.Tensor = self._scheduler.req_to_token_pool.req_to_token

@@ -121,7 +121,11 @@ class KunServeWorker(TpModelWorker):
         """SGLang's, with longer requests than the pool holds as long as nothing is dropped."""
         info = super().get_worker_info()
         longest = min(self.model_config.context_len, self.max_slots) - 1
-        return (*info[:4], longest, longest - _INPUT_MARGIN, *info[6:])
+        return (*info[:4], longest, self.longest_input(self.max_slots), *info[6:])
+
+    def longest_input(self, slots: int) -> int:
+        """Tokens of a prompt, for a request that may count on this many slots."""
+        return int(min(self.model_config.context_len, slots)) - 1 - _INPUT_MARGIN
 
     def _init_model_runner(self) -> None:
         self._model_runner = KunServeModelRunner(

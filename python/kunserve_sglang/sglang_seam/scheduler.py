@@ -97,7 +97,7 @@ class KunServeScheduler(upstream.Scheduler):
 
     def init_req_max_new_tokens(self, req: Any) -> None:
         """Limit the answer by what there may be, not by what there happens to be now."""
-        capacity, self.max_total_num_tokens = self.max_total_num_tokens, self.tp_worker.max_slots
+        capacity, self.max_total_num_tokens = self.max_total_num_tokens, self.waiting.attainable
         try:
             super().init_req_max_new_tokens(req)
         finally:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from kunserve_sglang.sglang_seam.lengths import needed_to_admit
 
 if TYPE_CHECKING:
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+
+REQUEST_TOO_LARGE = "RequestTooLarge"
+"""The type of the error that ends a request which no drop has made room for."""
+
+_PATIENCE_S = 10.0
 
 
 class WaitingRequests:
@@ -22,6 +31,23 @@ class WaitingRequests:
     def __init__(self, scheduler: KunServeScheduler) -> None:
         self._scheduler = scheduler
         self._seen: object = None
+        self._told = 0
+        self._hopeless_since: dict[str, float] = {}
+        self.limit_prompts()
+
+    @property
+    def attainable(self) -> int:
+        """Slots that a single request may count on: what is here, or could be had."""
+        return int(max(self._told, self._scheduler.max_total_num_tokens))
+
+    def limit(self, slots: int) -> None:
+        """The router says how many slots this instance could get."""
+        self._told = min(slots, self._scheduler.tp_worker.max_slots)
+        self.limit_prompts()
+
+    def limit_prompts(self) -> None:
+        """SGLang refuses prompts that are too long; how long that is has changed."""
+        self._scheduler.max_req_input_len = self._scheduler.tp_worker.longest_input(self.attainable)
 
     @contextlib.contextmanager
     def admissible(self, running: Any) -> Iterator[None]:
@@ -36,6 +62,8 @@ class WaitingRequests:
         whole = scheduler.waiting_queue
         aside = set() if running.batch_is_full else {r for r in whole if not self.may_run(r)}
         if aside:
+            aside -= self._turned_away(aside)
+            whole = [r for r in whole if not r.finished()]
             scheduler.waiting_queue = [r for r in whole if r not in aside]
         try:
             yield
@@ -54,6 +82,31 @@ class WaitingRequests:
         cached = not getattr(scheduler.tree_cache, "disable", True)  # as SGLang asks
         needed = needed_to_admit(request, cached=cached)
         return bool(needed < scheduler.token_to_kv_pool_allocator.size)
+
+    def _turned_away(self, aside: set[Any]) -> set[Any]:
+        """Those that could run once, and cannot any more: the way to room has been closed.
+
+        Not at once, since it may open again: a limit is about predictions that follow the load.
+        """
+        scheduler, now = self._scheduler, self._scheduler.clock()
+        hopeless = {r.rid: r for r in aside if r.seqlen + 1 >= self.attainable}
+        since = {rid: self._hopeless_since.get(rid, now) for rid in hopeless}
+        gone = {r for rid, r in hopeless.items() if now - since[rid] > _PATIENCE_S}
+        for request in gone:
+            message = (
+                f"the request needs more than {request.seqlen} token slots, and no more than "
+                f"{self.attainable} can be had for one request now"
+            )
+            reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE, REQUEST_TOO_LARGE)
+            request.finished_reason = reason
+            echo = AbortReq(rid=request.rid, finished_reason=reason.to_json())
+            scheduler.ipc_channels.send_to_tokenizer.send_output(echo, request)
+        self._hopeless_since = {r: t for r, t in since.items() if hopeless[r] not in gone}
+        for request in aside - gone:
+            if request.rid not in hopeless:
+                # As at its arrival: no answer may be longer than there can be slots for.
+                scheduler.init_req_max_new_tokens(request)
+        return gone
 
     def _situation(self, running: Any) -> object:
         """What SGLang's memory of being full depends on; it is to look again when this changes.

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kunserve_sglang.control.events import Outcome
-from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.core.messages import Mode
 from tests.support.cluster import ScriptedCluster
 from tests.support.identity import small_cluster
 from tests.support.member import AbortRequest, Gate, Turns, Wedge
@@ -36,7 +35,8 @@ def test_others_are_served_while_it_waits_and_after_it_has_left(pair: ScriptedCl
         (9, AbortRequest("too large")),
         (9, request(rng, "after", 30, 6)),
     ]
-    got, _ = pair.play([script, []])
+    with pair.policy_on(drops=False):
+        got, _ = pair.play([script, []])
     assert got["too large"].reason == "abort"
     assert {rid: len(output.tokens) for rid, output in got.items()} == {
         "too large": 0,
@@ -55,7 +55,8 @@ def test_nothing_is_remembered_of_it_where_nobody_else_ran(pair: ScriptedCluster
         (0, AbortRequest("too large")),
         (0, request(rng, "after", 30, 6)),
     ]
-    got, _ = pair.play([script, []])
+    with pair.policy_on(drops=False):
+        got, _ = pair.play([script, []])
     assert len(got["after"].tokens) == 6
 
 
@@ -67,14 +68,44 @@ def test_a_scheduler_that_does_nothing_begins_anew(pair: ScriptedCluster) -> Non
 
 
 def test_it_runs_when_a_drop_has_made_room(pair: ScriptedCluster) -> None:
+    """It is taken in as long as the policy may make room for it, which it does by itself."""
     rng = random.Random(3)
-    large = request(rng, "large", pair.capacities[0] + 40, 5)
-    script: Script = [(0, large), (0, request(rng, "beside", 30, 60)), (9, Gate("drop"))]
+    script: Script = [
+        (0, request(rng, "large", pair.capacities[0] + 40, 5)),
+        (0, request(rng, "beside", 30, 60)),
+    ]
+    with pair.policy_on():
+        got, _ = pair.play([script, []])
+        assert len(got["large"].tokens) == 5
+        assert len(got["beside"].tokens) == 60
+        pair.wait_for_modes({Mode.INDEPENDENT})
 
-    def drop(_: str) -> None:
-        assert pair.transition(TransitionKind.DROP).status is Outcome.COMMITTED
 
-    got, _ = pair.play([script, [(0, Gate("drop"))]], drop)
-    assert len(got["large"].tokens) == 5
-    assert len(got["beside"].tokens) == 60
-    pair.restore_when_idle()
+def test_it_is_refused_where_nothing_could_make_room(pair: ScriptedCluster) -> None:
+    """At once, and in words; an answer is as long as there is room for."""
+    rng = random.Random(5)
+    capacity = pair.capacities[0]
+    script: Script = [
+        (0, request(rng, "too large", capacity + 40, 5)),
+        (0, request(rng, "too long", 100, capacity)),
+    ]
+    got, _ = pair.play([script, []])
+    assert "exceeds the maximum allowed length" in got["too large"].end["message"]
+    assert len(got["too long"].tokens) == capacity - 102
+
+
+def test_it_is_told_when_the_way_to_room_is_closed(pair: ScriptedCluster) -> None:
+    """The policy is switched off while it waits; others are served all the while."""
+    rng = random.Random(6)
+    large = request(rng, "too large", pair.capacities[0] + 40, 5)
+    script: Script = [
+        (0, large),
+        (0, Gate("off")),
+        (0, request(rng, "beside", 30, 12)),
+        (14, request(rng, "after", 30, 6)),
+    ]
+    with pair.policy_on(drops=False):
+        got, _ = pair.play([script, [(0, Gate("off"))]], lambda _: pair.set_policy(False, {}))
+    assert "can be had for one request" in got["too large"].end["message"]
+    assert len(got["beside"].tokens) == 12
+    assert len(got["after"].tokens) == 6

@@ -15,6 +15,7 @@ from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.messages import (
     Abort,
+    Attainable,
     Commit,
     Leave,
     Lost,
@@ -215,6 +216,8 @@ class Agent:
             self._participant.abort(message)
         elif isinstance(message, Lost):
             self._recover(message)
+        elif isinstance(message, Attainable):
+            self._body.engine.limit_requests(message.slots)
         elif self._speaks:
             self._obey_alone(message)
 

@@ -105,6 +105,10 @@ class Engine(Protocol):
         """From now on, hand out slots `1..slots` only; none above is taken."""
         ...
 
+    def limit_requests(self, slots: int) -> None:
+        """No request may need more than `slots` slots, but for those that it has room for now."""
+        ...
+
     def request_table(self) -> torch.Tensor:
         """The live table `(rows, context)` of slots by request row and position."""
         ...
