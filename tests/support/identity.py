@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 
 from kunserve_sglang.control.events import Event, Outcome
@@ -95,11 +96,34 @@ def differences(
 ) -> list[str]:
     """What was answered otherwise than expected; what was aborted, as far as it got."""
     return [
-        f"member {m} request {rid}: {want} != {have[rid]}"
+        f"member {m} request {rid}: {_first_difference(want, have[rid])}"
         for m, (wants, have) in enumerate(zip(expected, got, strict=True))
         for rid, want in wants.items()
         if not same(want, have[rid])
     ]
+
+
+def _first_difference(want: Output, have: Output) -> str:
+    """For people: where two answers part."""
+    for name, before in asdict(want).items():
+        after = getattr(have, name)
+        if name == "cached" or alike(before, after):
+            continue
+        if isinstance(before, dict) and before.keys() == after.keys():
+            name, before, after = next(
+                (f"{name}.{k}", before[k], after[k])
+                for k in before
+                if not alike(before[k], after[k])
+            )
+        if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+            pairs = enumerate(zip(before, after, strict=False))
+            place = next((i for i, (b, a) in pairs if not alike(b, a)), None)
+            sizes = f"{len(before)} and {len(after)} of {name}, the same up to "
+            if place is None:
+                return sizes + "the shorter one's end"
+            return sizes + f"{place}: {before[place]} != {after[place]}, reason {want.reason}"
+        return f"{name}: {before} != {after}"
+    return "equal"
 
 
 def restored(cluster: ScriptedCluster) -> Event:

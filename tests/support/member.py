@@ -47,6 +47,12 @@ from tests.support.faults import broken
 
 STALL_S = 60.0
 
+_RULED_OUT = -1e9
+"""No logprob of a token that may come is as low."""
+
+_NEVER_RAN = "Aborted by AbortReq."
+"""SGLang's word for a request that it runs on another prompt, only to be rid of it."""
+
 
 @dataclass(frozen=True)
 class Add:
@@ -208,6 +214,8 @@ class Member:
 
     def _output(self, request: Any) -> Output:
         reason = request.finished_reason
+        if getattr(reason, "message", None) == _NEVER_RAN:
+            return Output((), "abort", 0)
         return Output(
             tuple(request.output_ids_through_stop),
             self._end(request),
@@ -419,8 +427,23 @@ class Member:
 
 
 def _logprobs(request: Any) -> dict[str, Any]:
-    """Of its prompt and its output; empty if it did not ask."""
-    return asdict(request.logprob) if request.return_logprob else {}
+    """Of its prompt and its output; empty if it did not ask.
+
+    Of tokens that a grammar rules out, all equally unlikely, any may be among the most likely.
+    """
+    if not request.return_logprob:
+        return {}
+    record = asdict(request.logprob)
+    for kind in ("input", "output"):
+        names = f"{kind}_top_logprobs_val", f"{kind}_top_logprobs_idx"
+        rows = zip(*(record[name] or () for name in names), strict=True)
+        possible = [
+            [(v, i) for v, i in zip(vals, idxs, strict=True) if v > _RULED_OUT] if vals else vals
+            for vals, idxs in rows
+        ]
+        record[names[0]] = [row and [v for v, _ in row] for row in possible]
+        record[names[1]] = [row and [i for _, i in row] for row in possible]
+    return record
 
 
 def serve(
