@@ -19,7 +19,7 @@ _MIN_SPEED = 0.1
 """Frontends never take all of a core: an operating system shares it."""
 
 
-class Host:
+class SimulatedHost:
     """Who computes, and how much frontends have to do. Instance `i` has core `i % cores`.
 
     Without `cores`, every instance has processors of its own: a GPU, or cores to spare.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.host import Host
+from kunserve_sglang.simulation.host import SimulatedHost
 from kunserve_sglang.simulation.owner import Owner
 
 IDLE = math.inf
@@ -37,7 +37,7 @@ class Solo:
         "stopping",
     )
 
-    def __init__(self, owner: Owner, costs: Costs, host: Host) -> None:
+    def __init__(self, owner: Owner, costs: Costs, host: SimulatedHost) -> None:
         self.owner = owner
         self.due = IDLE
         self.queued = IDLE
