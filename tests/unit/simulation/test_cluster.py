@@ -273,6 +273,18 @@ def test_a_restore_is_given_up_when_requests_wait_again() -> None:
     assert all(job.done and not job.failed for job in outcome.jobs)
 
 
+def test_a_drop_that_would_break_the_tpot_limit_is_declined() -> None:
+    """It is put on record once, however often it is looked for, and requests queue."""
+    queued = simulate(BURST, 2, "none")
+    result = simulate(BURST, 2, "drop", tpot_limit_ms=1.0)
+    (declined,) = result.events
+    assert (declined.kind, declined.status) == (TransitionKind.DROP, "declined")
+    assert "requests wait" in declined.reason
+    assert declined.capacity_before == declined.capacity_after == result.capacity
+    assert not result.committed(TransitionKind.DROP)
+    assert [j.end for j in result.jobs] == [j.end for j in queued.jobs]
+
+
 def test_slots_of_a_group_follow_demand() -> None:
     """In turn, one instance gets all the long requests, and the other one the short ones."""
     rows = [TraceRow(0.02 * i, 4 if i % 2 else 120, 20 if i % 2 else 100) for i in range(60)]
