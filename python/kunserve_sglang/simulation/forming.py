@@ -89,7 +89,7 @@ class Formation:
     def next(self, member: SimulatedMember, now: float) -> SimulatedBatch | None:
         """The owner's next micro-batch; None if nothing may start."""
         owner = member.owner
-        if not (owner.ready or owner.may_admit):
+        if not (owner.decoding.ready or owner.may_admit):
             return None
         outlook = self._outlook(member, now)
         if member.flights >= outlook.count:
@@ -112,7 +112,7 @@ class Formation:
 
     def _decodes(self, member: SimulatedMember, count: int) -> list[Job]:
         owner = member.owner
-        if not owner.ready:
+        if not owner.decoding.ready:
             return []
         share = -(-owner.count // count)
         batch = owner.take_ready(share)

@@ -146,7 +146,7 @@ class Group:
         owner = member.owner
         self._host.delivered(now, len(batch.pieces) or len(batch.jobs))
         if batch.pieces:
-            owner.ready.extend(owner.prefilled(batch.pieces, now))
+            owner.decoding.ready.extend(owner.prefilled(batch.pieces, now))
         else:
             owner.decoded(batch.jobs, now)
 

@@ -178,9 +178,9 @@ class Instances:
         for owner in owners:
             cooperated = isinstance(self._runners[owner.number], Group)
             if layout.cooperative and not cooperated:
-                owner.to_group()
+                owner.decoding.to_group()
             elif cooperated and not layout.cooperative:
-                owner.to_solo()
+                owner.decoding.to_solo()
         runner: Runner
         if layout.cooperative:
             runner = Group(

@@ -85,7 +85,7 @@ class Solo:
         if pieces:
             self._host.delivered(now, len(pieces))
             alone = not owner.count
-            owner.begin_decoding(owner.prefilled(pieces, now))
+            owner.decoding.begin(owner.prefilled(pieces, now))
             if alone:
                 owner.full = False  # SGLang goes on with the new batch, which is not marked full
             self._pieces = []

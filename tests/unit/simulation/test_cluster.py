@@ -395,11 +395,13 @@ class Watched(Owner):
 
     def check(self) -> None:
         assert 0 <= self.used <= self.capacity
-        assert 0 <= self.expected <= self.remaining
-        running = [job for _, _, job in self.decoding] or self.ready
+        decoding = self.decoding
+        assert 0 <= decoding.expected <= decoding.remaining
+        running = [job for _, _, job in decoding.by_step] or decoding.ready
         assert self.largest_request() >= max((job.in_the_end for job in running), default=0)
-        if self.decoding:
-            assert self.expected == sum(step - self.steps for step, _, _ in self.decoding)
+        if decoding.by_step:
+            steps = [step - decoding.steps for step, _, _ in decoding.by_step]
+            assert decoding.expected == sum(steps)
 
     def advance(self, steps: int, now: float) -> bool:
         finished = super().advance(steps, now)
