@@ -27,7 +27,8 @@ _RETRACT_STEPS = 20
 class Owner:
     """Requests and slots of one instance: those that wait, that decode, and `chunked` in between.
 
-    `full`: SGLang has found that nobody can be admitted, and does not try until something changes.
+    `full`: nobody can be admitted, and SGLang does not try until requests have come, begun to
+    decode or ended (`sglang_seam.waiting`).
     """
 
     __slots__ = (
@@ -111,6 +112,7 @@ class Owner:
         job.instance = self.number
         self._expect(job)
         self.waiting.add(job)
+        self.full = False
 
     def _expect(self, job: Job) -> None:
         """Estimate how long its output gets: when it queues up, and when it got longer than that.
@@ -146,10 +148,10 @@ class Owner:
 
     def prefilled(self, pieces: Iterable[Piece], now: float) -> list[Job]:
         """A prefill batch is through: who begins to decode. Finished requests give back slots."""
+        self.full = False
         started: list[Job] = []
         for job, before, take in pieces:
             if before + take < job.known:
-                self.full = False  # SGLang: the batch got smaller, as the chunk leaves it
                 continue
             job.produced += 1
             if job.produced == 1:
@@ -157,7 +159,6 @@ class Owner:
             if job.produced == job.output:
                 self._end(job, now)
                 self.used -= job.computed
-                self.full = False
                 continue
             if job.produced == job.expected:
                 self._expect(job)

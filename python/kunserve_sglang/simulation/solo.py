@@ -84,10 +84,7 @@ class Solo:
         pieces = self._pieces
         if pieces:
             self._host.delivered(now, len(pieces))
-            alone = not owner.count
             owner.decoding.begin(owner.prefilled(pieces, now))
-            if alone:
-                owner.full = False  # SGLang goes on with the new batch, which is not marked full
             self._pieces = []
         elif self._steps:
             self._host.delivered(now, self._steps * owner.count)
