@@ -24,10 +24,10 @@ from kunserve_sglang.policy.transition_request import (
 )
 
 WATCH_INTERVAL_S = 0.05
-"""How often to show it the cluster, unless that takes too long."""
+"""Seconds between two looks at a cluster, unless a look takes longer."""
 
 RETRY_S = 1.0
-"""Pause after a request that could not be met, before the next one."""
+"""Seconds between a request that could not be met and the next one."""
 
 
 class Controller:

@@ -14,7 +14,7 @@ from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 
 _SILENT_ROUNDS = 3
-"""As in `instance.pipeline`: an owner that has sent nothing for so many rounds has no work."""
+"""As in `instance.pipeline`: an owner that has sent nothing for this many rounds has no work."""
 
 _SAME_CONTEXT = 0.01
 """Predictions are no better than that."""
@@ -122,7 +122,7 @@ class Formation:
         return batch
 
     def _outlook(self, member: SimulatedMember, now: float) -> Outlook:
-        """Made anew when the own work has changed; what peers do since then can wait so long.
+        """Made anew when the own work has changed; until then, changes at peers can wait.
 
         Decoding requests grow by a token a step, which changes little: a few of them do not count.
         """

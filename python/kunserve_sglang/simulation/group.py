@@ -1,4 +1,4 @@
-"""A cooperative group: micro-batches travel owner, stage 0, ..., stage k-1, owner (section 4.2).
+"""A cooperative group: micro-batches travel owner, stage 0, ..., stage k-1, owner (paper, 4.2).
 
 Each member does one thing at a time, in the order of `sglang_seam.cooperation`: finish an own
 micro-batch that came back, launch another, or run its layers for whoever's micro-batch arrived

@@ -159,5 +159,5 @@ class Solo:
         self._due_after(self._costs.decode_run(owner.count, owner.context, steps))
 
     def _due_after(self, seconds: float) -> None:
-        """Computing takes so many seconds of a core."""
+        """What has begun takes `seconds` of a core."""
         self.due = self._start + self._host.begin(self.owner.number, self._start, seconds)
