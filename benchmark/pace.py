@@ -38,7 +38,9 @@ def expected_tpot_ms(profile: Profile, instances: int) -> float:
     """What a simulation says of `steady_load`."""
     config = ClusterConfig(num_instances=instances, overload_policy=OverloadPolicy.NONE)
     rows = [TraceRow(0.0, _SHAPE.prompt_len, _SHAPE.output_len)] * (_BATCH * instances)
-    return 1e3 * median([job.tpot for job in simulation.Cluster(profile, config).run(rows).jobs])
+    return 1e3 * median(
+        [job.tpot for job in simulation.SimulatedCluster(profile, config).run(rows).jobs]
+    )
 
 
 def slowed(profile: Profile, factor: float) -> Profile:

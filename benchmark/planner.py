@@ -29,14 +29,10 @@ from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from kunserve_sglang.core.cuts import best_cut
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.policy.monitor import (
-    DropNeeded,
-    OverloadMonitor,
-    RestorePossible,
-    Thresholds,
-)
+from kunserve_sglang.policy.monitor import OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.transition_request import DropRequest, RestoreRequest
 from kunserve_sglang.testing.exhaustive_planner import every_outcome, stages_of
 
 SIZES = (100, 1_000, 10_000, 100_000)
@@ -108,7 +104,7 @@ def growth(repeats: int, chance: random.Random) -> list[Row]:
     return rows
 
 
-def drop(state: ClusterState, tokens: int) -> Plan:
+def drop(state: ClusterState, tokens: int | None) -> Plan:
     return plan_drop(state, epoch=1, reason="", max_group_size=LARGEST, tokens=tokens)
 
 
@@ -256,9 +252,9 @@ def settle(level: float, chance: random.Random, seconds: int = 600) -> Row:
         if need is None:
             continue
         try:
-            if isinstance(need, DropNeeded):
+            if isinstance(need, DropRequest):
                 plan = drop(state, need.tokens)
-            elif isinstance(need, RestorePossible):
+            elif isinstance(need, RestoreRequest):
                 plan = plan_restore(
                     state, epoch=1, reason="", instances=need.instances, stages=need.stages
                 )

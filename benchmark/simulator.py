@@ -34,7 +34,7 @@ from benchmark.workload import Request, Workload
 from kunserve_sglang import simulation
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
-from kunserve_sglang.simulation import Outcome, Profile, load_profile
+from kunserve_sglang.simulation import Profile, SimulationResult, load_profile
 from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 
@@ -46,7 +46,7 @@ _HOUR_INSTANCES = 1000
 _PERCENTILES = (50, 99)
 
 
-def compare(real: Sequence[RequestResult], simulated: Outcome) -> list[dict[str, Any]]:
+def compare(real: Sequence[RequestResult], simulated: SimulationResult) -> list[dict[str, Any]]:
     """A row a percentile of TTFT, in milliseconds; `ValueError` if nothing was answered."""
     answered = [1e3 * r.ttft_s for r in real if r.ok]
     if not answered:
@@ -130,9 +130,11 @@ def serve(
         return run, (before + measured_tpot_ms(cluster.url, steady)) / 2
 
 
-def simulate(profile: Profile, count: int, policy: str, rows: Sequence[TraceRow]) -> Outcome:
+def simulate(
+    profile: Profile, count: int, policy: str, rows: Sequence[TraceRow]
+) -> SimulationResult:
     config = ClusterConfig(num_instances=count, overload_policy=OverloadPolicy(policy))
-    return simulation.Cluster(profile, config).run(rows)
+    return simulation.SimulatedCluster(profile, config).run(rows)
 
 
 def accuracy(flags: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -151,8 +153,8 @@ def accuracy(flags: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
         steady = steady_load(prompts, count)
         real, tpot_ms = serve(count, policy, workload, steady, flags, model)
         pace = tpot_ms / expected_tpot_ms(profile, count)
-        outcome = simulate(slowed(profile, pace), count, policy, sent)
-        rows += compare(real.results, outcome)
+        result = simulate(slowed(profile, pace), count, policy, sent)
+        rows += compare(real.results, result)
         runs.append(
             {
                 "instances": count,
@@ -162,9 +164,9 @@ def accuracy(flags: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
                 "noise": real.noise,
                 "pace": pace,
                 "drops": len(real.committed("drop")),
-                "simulated_drops": len(outcome.committed(TransitionKind.DROP)),
+                "simulated_drops": len(result.committed(TransitionKind.DROP)),
                 "measured_ttft_s": [r.ttft_s for r in real.results if r.ok],
-                "simulated_ttft_s": [j.ttft for j in outcome.jobs if not j.failed],
+                "simulated_ttft_s": [j.ttft for j in result.jobs if not j.failed],
             }
         )
     return rows, runs
@@ -178,19 +180,19 @@ def large(flags: argparse.Namespace) -> dict[str, Any]:
     config = ClusterConfig(num_instances=_HOUR_INSTANCES)
     with Progress(console=flags.console) as bars:
         task = bars.add_task(f"{_HOUR_INSTANCES:,} instances", total=len(rows))
-        outcome = simulation.Cluster(profile, config).run(
+        result = simulation.SimulatedCluster(profile, config).run(
             rows, lambda finished, _: bars.update(task, completed=finished)
         )
-    ttft = [job.ttft for job in outcome.jobs if not job.failed]
+    ttft = [job.ttft for job in result.jobs if not job.failed]
     return {
         "instances": _HOUR_INSTANCES,
-        "requests": len(outcome.jobs),
-        "wall_s": outcome.wall_s,
-        "cpu_s": outcome.cpu_s,
+        "requests": len(result.jobs),
+        "wall_s": result.wall_s,
+        "cpu_s": result.cpu_s,
         "p50_ttft_s": float(np.percentile(ttft, 50)),
         "p99_ttft_s": float(np.percentile(ttft, 99)),
-        "drops": len(outcome.committed(TransitionKind.DROP)),
-        "cooperative_instance_s": outcome.cooperative_s,
+        "drops": len(result.committed(TransitionKind.DROP)),
+        "cooperative_instance_s": result.cooperative_s,
         "profile": profile.name,
     }
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, MicroBatches, OverloadPolicy
 from kunserve_sglang.policy.dispatch import DispatchPolicy
-from kunserve_sglang.simulation import Cluster, Outcome, Profile, load_profile
+from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult, load_profile
 from kunserve_sglang.simulation.report import Slo, counted, table, to_json
 from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window
 
@@ -101,7 +101,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         f"{len(rows):,} requests in {rows[-1].arrival_s:,.0f} s on {profile.name} "
         f"({profile.source})"
     )
-    outcomes = [
+    results = [
         simulate(profile, _config(flags, count, policy), rows, flags, console)
         for count, policy in itertools.product(flags.instances, flags.compare)
     ]
@@ -119,10 +119,10 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             )
         },
     }
-    figures = to_json(outcomes, slo, setup)
+    figures = to_json(results, slo, setup)
     console.print(table(figures))
     if flags.output is not None:
-        _write(figures, outcomes, slo, flags.output, console)
+        _write(figures, results, slo, flags.output, console)
 
 
 def requests(flags: argparse.Namespace) -> list[TraceRow]:
@@ -148,9 +148,9 @@ def simulate(
     rows: Sequence[TraceRow],
     flags: argparse.Namespace,
     console: Console,
-) -> Outcome:
+) -> SimulationResult:
     """One run, with a progress bar on a terminal."""
-    cluster = Cluster(profile, config, watch_interval_s=flags.watch_interval)
+    cluster = SimulatedCluster(profile, config, watch_interval_s=flags.watch_interval)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -186,7 +186,7 @@ def _config(flags: argparse.Namespace, count: int, policy: str) -> ClusterConfig
 
 def _write(
     figures: dict[str, object],
-    outcomes: Sequence[Outcome],
+    results: Sequence[SimulationResult],
     slo: Slo | None,
     folder: Path,
     console: Console,
@@ -197,7 +197,7 @@ def _write(
         from kunserve_sglang.simulation.picture import draw
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"a picture needs {error.name}: pip install it") from error
-    draw(outcomes, slo, folder / "simulation.png")
+    draw(results, slo, folder / "simulation.png")
     console.print(f"Written: simulation.json and simulation.png in {folder}")
 
 

@@ -15,9 +15,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
-from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.control.events import Event
 from kunserve_sglang.control.upstream import REFUSED
 from kunserve_sglang.core.messages import TransitionKind, to_json_types
 from kunserve_sglang.core.processes import free_port
@@ -25,6 +27,7 @@ from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, InstanceC
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
+from kunserve_sglang.policy.transition_request import REQUEST_TYPES, Outcome, RestoreRequest
 from tests.support.member import Action, Gate, Output, serve
 from tests.support.waiting import until
 
@@ -60,7 +63,7 @@ class ControlThread:
 
     async def _main(self, config: ClusterConfig, address: str) -> None:
         self.plane = ControlPlane(config, address)
-        self.plane.auto = False
+        self.plane.controller.auto = False
         self._task = asyncio.ensure_future(self.plane.run())
         self._ready.set()
         try:
@@ -188,11 +191,16 @@ class ScriptedCluster:
     ) -> Future[Event]:
         """Start a transition, as soon as none runs that shares slots anew."""
 
+        named = None if instances is None else tuple(instances)
+        request = REQUEST_TYPES[kind](instances=named)
+        if isinstance(request, RestoreRequest):
+            request = msgspec.structs.replace(request, stages=stages)
+
         async def work(plane: ControlPlane) -> Event:
             async with asyncio.timeout(READY_S):
                 while True:
                     try:
-                        return await plane.transition(kind, instances=instances, stages=stages)
+                        return await plane.transition(request)
                     except TransitionRunning:
                         await asyncio.sleep(0.01)
 
@@ -243,7 +251,10 @@ class ScriptedCluster:
         """Run a plan that claims an epoch of its own."""
 
         async def work(plane: ControlPlane) -> Event:
-            return await plane.coordinator.execute(lambda: plane.plan(kind, epoch=epoch))
+            request = REQUEST_TYPES[kind]()
+            return await plane.coordinator.execute(
+                lambda: plane.controller.plan(request, plane.state(), epoch)
+            )
 
         event: Event = self.control.call(work)
         return event
@@ -254,7 +265,7 @@ class ScriptedCluster:
         async def work(plane: ControlPlane) -> Event:
             def make_plan() -> Plan:
                 epoch = plane.coordinator.next_epoch(plane.status().epoch)
-                plan = plane.plan(TransitionKind.RESTORE, epoch=epoch)
+                plan = plane.controller.plan(RestoreRequest(), plane.state(), epoch)
                 return staged(plan, plane.registry.snapshot())
 
             return await plane.coordinator.execute(make_plan, lambda _: unwanted())

@@ -9,9 +9,10 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 
-from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.control.events import Event
 from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
+from kunserve_sglang.policy.transition_request import Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
 from tests.support.member import Gate, Output
 from tests.support.schedules import Script

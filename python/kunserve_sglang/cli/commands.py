@@ -39,9 +39,10 @@ from kunserve_sglang.cli.views import (
     plan_view,
     policy_view,
 )
-from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.control.events import Event
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import format_size
+from kunserve_sglang.policy.transition_request import Outcome
 
 _TRANSITION_TIMEOUT_S = 600.0
 """The router ends every transition in bounded time; this is for a router that does not."""

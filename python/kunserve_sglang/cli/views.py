@@ -13,11 +13,12 @@ from rich.text import Text
 
 from kunserve_sglang.api.types import ClusterStatus, InstanceStatus, PlanAnswer, Policy, Worker
 from kunserve_sglang.cli.bar import Legend, MemoryBar, memory_shares
-from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.control.events import Event
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.messages import Mode
 from kunserve_sglang.core.settings import format_size
 from kunserve_sglang.policy.decision import Decision
+from kunserve_sglang.policy.transition_request import Outcome
 
 _MODE_STYLES = {
     Mode.INDEPENDENT: "green",

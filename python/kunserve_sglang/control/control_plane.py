@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 
 from kunserve_sglang.api.types import ClusterStatus, Policy
 from kunserve_sglang.control.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.control.descriptions import status_of
-from kunserve_sglang.control.events import Event, EventLog, Outcome, declined
+from kunserve_sglang.control.events import Event, EventLog, declined
 from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
 from kunserve_sglang.control.registry import Instance, Registry
@@ -25,34 +24,27 @@ from kunserve_sglang.core.messages import (
     Hello,
     Leave,
     Status,
-    TransitionKind,
     Welcome,
 )
-from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
-from kunserve_sglang.policy.attainable import attainable
-from kunserve_sglang.policy.decision import Decision
+from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.policy.controller import WATCH_INTERVAL_S, Controller
+from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.dispatch import DispatchPolicy
-from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
-from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
+from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.queueing import with_held
-from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
-from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.transition_request import RestoreRequest, TransitionRequest
 from kunserve_sglang.router.proxy.latency import Latency
 from kunserve_sglang.router.proxy.prefix_index import PrefixIndex
 from kunserve_sglang.router.proxy.request_queue import RequestQueue
 
 logger = logging.getLogger(__name__)
 
-_WATCH_INTERVAL_S = 0.05
-_RETRY_S = 1.0
-"""Pause after a plan that could not be made or was refused, before the monitor tries again."""
-
 
 class ControlPlane:
-    """Registry, monitor, planner and coordinator, wired together.
+    """Registry, controller and coordinator, wired together.
 
-    `auto` says whether the monitor acts by itself; plans asked for by hand always run.
+    The controller asks for transitions by itself; those asked for by hand always run.
     """
 
     def __init__(
@@ -69,12 +61,10 @@ class ControlPlane:
         self.hub = ControlHub(address, tcp=config.control_address, keys=keys)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.losses = Losses(self.registry, self.hub, self.coordinator)
-        self.room = Room(self.registry, self.hub, self._attainable)
-        self.monitor = OverloadMonitor(
-            Thresholds(drop=config.drop_threshold, restore=config.restore_threshold)
+        self.controller = Controller(config)
+        self.room = Room(
+            self.registry, self.hub, lambda: self.controller.attainable(self.registry.snapshot())
         )
-        self.auto = config.overload_policy is OverloadPolicy.DROP
-        self._retry_after = 0.0
 
     async def run(self) -> None:
         """Serve the control socket and watch the load until cancelled."""
@@ -93,73 +83,25 @@ class ControlPlane:
         plain = sum(i.capacity for i in self.registry.available() if i.plain)
         return with_held(self.registry.snapshot(), len(self.queue), plain)
 
-    def plan(
-        self,
-        kind: TransitionKind,
-        *,
-        instances: Collection[int] | None = None,
-        tokens: int | None = None,
-        stages: int = 1,
-        reason: str = "asked for",
-        epoch: int | None = None,
-    ) -> Plan:
-        """What a transition would do now; changes nothing. Raises `NoPlan`.
+    def plan(self, request: TransitionRequest) -> Plan:
+        """What the request would do now; changes nothing. Raises `NoPlan`."""
+        return self.controller.plan(request, self.state(), self.registry.latest_epoch + 1)
 
-        `tokens` are for a drop, `stages` for a restore: see `policy.planner`.
-        """
-        state = self.state()
-        epoch = self.registry.latest_epoch + 1 if epoch is None else epoch
-        if kind is TransitionKind.RESTORE:
-            return plan_restore(
-                state, epoch=epoch, reason=reason, instances=instances, stages=stages
-            )
-        if kind is TransitionKind.REBALANCE:
-            return plan_rebalance(state, epoch=epoch, reason=reason, instances=instances)
-        return plan_drop(
-            state,
-            epoch=epoch,
-            reason=reason,
-            max_group_size=self.config.max_group_size,
-            instances=instances,
-            tokens=tokens,
-            tpot_limit_ms=self.config.tpot_limit_ms,
+    async def transition(self, request: TransitionRequest) -> Event:
+        """Meet the request, to the end. Raises `NoPlan` or `TransitionRunning`."""
+        return await self._carry_out(
+            request, self.state, lambda plan: self.controller.unwanted(plan, self.state())
         )
-
-    async def transition(
-        self,
-        kind: TransitionKind,
-        *,
-        instances: Collection[int] | None = None,
-        tokens: int | None = None,
-        stages: int = 1,
-        reason: str = "asked for",
-    ) -> Event:
-        """Run a drop, restore or rebalance to its end. Raises `NoPlan` or `TransitionRunning`."""
-
-        def plan(epoch: int) -> Plan:
-            return self.plan(
-                kind,
-                instances=instances,
-                tokens=tokens,
-                stages=stages,
-                reason=reason,
-                epoch=epoch,
-            )
-
-        return await self._carry_out(plan, self._unwanted)
 
     async def split(self, instance: int) -> Event:
         """Take the group of a draining instance apart, whatever the load.
 
         Raises `NoPlan` or `TransitionRunning`.
         """
-
-        def plan(epoch: int) -> Plan:
-            state = self.registry.snapshot(draining=True)
-            reason = f"instance {instance} leaves"
-            return plan_restore(state, epoch=epoch, reason=reason, instances=[instance])
-
-        return await self._carry_out(plan, lambda _: "")
+        request = RestoreRequest(instances=(instance,), reason=f"instance {instance} leaves")
+        return await self._carry_out(
+            request, lambda: self.registry.snapshot(draining=True), lambda _: ""
+        )
 
     async def let_go(self, instance: Instance) -> None:
         """It has nothing left to do: tell it to end, if we can, and forget it."""
@@ -168,19 +110,20 @@ class ControlPlane:
             await self.hub.tell(instance.number, Leave(reason="drained"))
 
     async def _carry_out(
-        self, plan: Callable[[int], Plan], unwanted: Callable[[Plan], str]
+        self,
+        request: TransitionRequest,
+        observe: Callable[[], ClusterState],
+        unwanted: Callable[[Plan], str],
     ) -> Event:
-        """Make the plan, for the epoch that it gets, and run it in steps."""
+        """Plan when it is the request's turn, run all steps, and tell the controller."""
 
         def in_steps() -> Plan:
-            made = plan(self.coordinator.next_epoch(self.registry.latest_epoch))
-            if self.config.exchange is ExchangeMode.STOP:
-                return made
-            return staged(made, self.registry.snapshot(draining=True))
+            state = observe()
+            epoch = self.coordinator.next_epoch(self.registry.latest_epoch)
+            return self.controller.in_steps(self.controller.plan(request, state, epoch), state)
 
         event = await self.coordinator.execute(in_steps, unwanted)
-        if event.status is not Outcome.ABORTED:
-            self.monitor.transition_ended(time.monotonic(), event.kind)
+        self.controller.ended(time.monotonic(), event.kind, event.status)
         logger.info(
             "%s %s: %s, %.0f ms, capacity %d -> %d%s",
             event.kind,
@@ -193,35 +136,17 @@ class ControlPlane:
         )
         return event
 
-    def _unwanted(self, plan: Plan) -> str:
-        """Why a restore that has begun should be given up: its slots are needed after all."""
-        if not self.auto:
-            return ""
-        state = self.state()
-        short = [
-            s.instance
-            for s in state.instances
-            if s.instance in plan.instances and self.monitor.short(s)
-        ]
-        return f"requests wait for slots on instances {short} again" if short else ""
-
-    def _attainable(self) -> dict[int, int]:
-        """How large a request may be at each instance."""
-        return attainable(
-            self.registry.snapshot(),
-            may_drop=self.auto,
-            max_group_size=self.config.max_group_size,
-            tpot_limit_ms=self.config.tpot_limit_ms,
-        )
-
     def policy(self) -> Policy:
-        return Policy(auto=self.auto, **msgspec.structs.asdict(self.monitor.thresholds))
+        thresholds = msgspec.structs.asdict(self.controller.thresholds)
+        return Policy(auto=self.controller.auto, **thresholds)
 
     def set_policy(self, auto: bool | None, thresholds: dict[str, float]) -> None:
         """Change what was given, keep the rest; values are checked by the caller."""
         if auto is not None:
-            self.auto = auto
-        self.monitor.thresholds = msgspec.structs.replace(self.monitor.thresholds, **thresholds)
+            self.controller.auto = auto
+        self.controller.thresholds = msgspec.structs.replace(
+            self.controller.thresholds, **thresholds
+        )
 
     def status(self) -> ClusterStatus:
         """The body of `GET /kunserve/status`."""
@@ -257,49 +182,29 @@ class ControlPlane:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(_WATCH_INTERVAL_S)
+            await asyncio.sleep(WATCH_INTERVAL_S)
             self.registry.mark_silent()
             self.queue.let_in()  # an instance may have come, or come back
             if self.prefixes is not None:
                 self.prefixes.keep(self.registry.instances)
-            now = time.monotonic()
-            need = self.monitor.observe(now, self.state())
-            if need is None or now < self._retry_after or not self._may_act_on(need):
-                continue
-            try:
-                event = await self.transition(**_wanted(need), reason=need.reason)
-                if event.status is not Outcome.COMMITTED:
-                    self._retry_after = time.monotonic() + _RETRY_S
-            except (NoPlan, TransitionRunning) as error:
-                # Nothing to merge any more, or a transition asked for by hand: look again later.
-                logger.debug("%s: %s", need.reason, error)
-                self._retry_after = time.monotonic() + _RETRY_S
-                if isinstance(error, NoPlan) and error.decision is not None:
-                    self._declined(need.reason, str(error), error.decision)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look at the cluster once, and do what the controller asks for."""
+        request = self.controller.decide(time.monotonic(), self.state())
+        if request is None:
+            return
+        try:
+            await self.transition(request)
+        except (NoPlan, TransitionRunning) as error:
+            # Nothing to merge any more, or a transition asked for by hand: look again later.
+            logger.debug("%s: %s", request.reason, error)
+            decision = self.controller.refused(time.monotonic(), error)
+            if decision is not None:
+                self._declined(request.reason, str(error), decision)
 
     def _declined(self, reason: str, error: str, decision: Decision) -> None:
-        """Requests queue instead. Once is enough, for as long as nothing else happens."""
-        latest = self.events.latest(1)
-        if latest and latest[0].status is Outcome.DECLINED:
-            return
-        state = self.registry.snapshot()
+        """Requests queue instead."""
         logger.warning("%s: %s", reason, error)
         epoch = self.coordinator.next_epoch(self.registry.latest_epoch)
-        self.events.add(declined(epoch, reason, state, error, decision))
-
-    def _may_act_on(self, need: Need) -> bool:
-        """A group is one pool whoever made it; parameters go and come by policy only."""
-        return self.auto or isinstance(need, SkewedGroup)
-
-
-def _wanted(need: Need) -> dict[str, Any]:
-    """What to ask `ControlPlane.transition` for."""
-    if isinstance(need, DropNeeded):
-        return {"kind": TransitionKind.DROP, "tokens": need.tokens}
-    if isinstance(need, SkewedGroup):
-        return {"kind": TransitionKind.REBALANCE, "instances": need.instances}
-    return {
-        "kind": TransitionKind.RESTORE,
-        "instances": need.instances,
-        "stages": need.stages,
-    }
+        self.events.add(declined(epoch, reason, self.registry.snapshot(), error, decision))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from kunserve_sglang.control.events import Event, EventLog, Outcome
+from kunserve_sglang.control.events import Event, EventLog
 from kunserve_sglang.control.hub import ControlHub, NoAnswer
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Abort, Commit, Done, Prepare, Transition, Vote
@@ -16,6 +16,7 @@ from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.search import slots
 from kunserve_sglang.policy.staging import STEPS
+from kunserve_sglang.policy.transition_request import Outcome
 
 _POLL_INTERVAL_S = 0.05
 """How often to ask whether what is being fetched ahead is still wanted."""

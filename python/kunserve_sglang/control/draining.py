@@ -7,9 +7,9 @@ import logging
 import time
 
 from kunserve_sglang.control.control_plane import ControlPlane
-from kunserve_sglang.control.events import Outcome
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.core.errors import TransientError
+from kunserve_sglang.policy.transition_request import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from enum import StrEnum
 
 import msgspec
 
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.state import ClusterState
-
-
-class Outcome(StrEnum):
-    """How a transition ended; a declined one was never begun, as no plan was good enough."""
-
-    RUNNING = "running"
-    COMMITTED = "committed"
-    ABORTED = "aborted"
-    FAILED = "failed"
-    DECLINED = "declined"
+from kunserve_sglang.policy.transition_request import Outcome
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

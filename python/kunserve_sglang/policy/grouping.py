@@ -106,7 +106,7 @@ class _Kinds:
         return self._shapes.size(self._units[unit][0])
 
     def joined(self, kind: _SetKind, unit: int) -> _SetKind | None:
-        """A set with one unit more; None if there are too few layers for so many members."""
+        """A set with one unit more; None if it would have more members than layers."""
         units = tuple(sorted((*kind.units, unit)))
         if units not in self._known:
             shape = self._shapes.merged(kind.shape, self._units[unit][0])

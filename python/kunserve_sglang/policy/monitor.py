@@ -8,23 +8,29 @@ import msgspec
 
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.restoring import Split, cheapest_first, splits
-from kunserve_sglang.policy.shares import SkewedGroup, skewed
+from kunserve_sglang.policy.shares import skewed
 from kunserve_sglang.policy.state import ClusterState, InstanceState
+from kunserve_sglang.policy.transition_request import (
+    DropRequest,
+    RebalanceRequest,
+    RestoreRequest,
+    TransitionRequest,
+)
 from kunserve_sglang.policy.trend import Trend
 
-_NAMED = 16
-"""A reason names so many instances."""
+_MAX_NAMED = 16
+"""The most instances that a reason names."""
 
 _TREND_S = 2.0
-"""Demand of so many seconds ago hardly counts any more."""
+"""The memory of a trend, in seconds: older demand hardly counts any more."""
 
-_AT_ONCE = 4
-"""Of the groups that are ready to be split, every so many-th is, and at least one."""
+_SPLIT_AT_ONCE = 1 / 4
+"""The part of the groups ready to be split that is split at once; at least one group is."""
 
 _FLAP_FACTOR = 6
 _MAX_PATIENCE = 8
-"""A drop within so many cool-downs of a restore shows that the restore was too early: the next one
-waits twice as long as the last, up to so many cool-downs."""
+"""A drop within `_FLAP_FACTOR` cool-downs of a restore shows that the restore was too early: the
+next one waits twice as long as the last did, but not more than `_MAX_PATIENCE` cool-downs."""
 
 
 class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,28 +47,6 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
     restore_hold_s: float = 3.0
     cooldown_s: float = 5.0
     lead_s: float = 1.0
-
-
-class DropNeeded(msgspec.Struct, frozen=True, kw_only=True):
-    """Demand exceeds capacity by `tokens` slots, or will soon."""
-
-    tokens: int
-    reason: str
-
-
-class RestorePossible(msgspec.Struct, frozen=True, kw_only=True):
-    """The groups of `instances` would fit pipelines of at most `stages` with room to spare.
-
-    With one stage, full replicas. These are the groups whose split costs least; others may follow
-    once they are split.
-    """
-
-    instances: tuple[int, ...]
-    stages: int
-    reason: str
-
-
-Need = SkewedGroup | DropNeeded | RestorePossible
 
 
 class _Outlook:
@@ -107,10 +91,11 @@ class OverloadMonitor:
         self._overloaded_since = self._skewed_since = None
         self._idle_since.clear()
 
-    def observe(self, now: float, state: ClusterState) -> Need | None:
+    def observe(self, now: float, state: ClusterState) -> TransitionRequest | None:
         """What the cluster needs at time `now` (seconds, any origin).
 
-        Slots that a group has already come before slots that cost parameters.
+        Slots that a group has already come before slots that cost parameters. Of the groups that
+        may be restored, those whose split costs least are named; others may follow them.
         """
         self._outlooks = {
             s.instance: self._outlooks.get(s.instance) or _Outlook() for s in state.instances
@@ -121,7 +106,7 @@ class OverloadMonitor:
             outlook.used.add(now, s.load.slots.used)
         return self._skew(now, state) or self._overload(now, state) or self._recovery(now, state)
 
-    def _skew(self, now: float, state: ClusterState) -> SkewedGroup | None:
+    def _skew(self, now: float, state: ClusterState) -> RebalanceRequest | None:
         group = skewed(state, self.thresholds.drop)
         if group is None:
             self._skewed_since = None
@@ -130,7 +115,7 @@ class OverloadMonitor:
             self._skewed_since = now
         return group if now - self._skewed_since >= self.thresholds.drop_hold_s else None
 
-    def _overload(self, now: float, state: ClusterState) -> DropNeeded | None:
+    def _overload(self, now: float, state: ClusterState) -> DropRequest | None:
         over = [(s, excess) for s in state.instances if (excess := self._excess(s)) > 0]
         if not over:
             self._overloaded_since = None
@@ -141,7 +126,7 @@ class OverloadMonitor:
             return None
         tokens = sum(excess for _, excess in over)
         waiting = sum(s.load.waiting for s, _ in over)
-        return DropNeeded(
+        return DropRequest(
             tokens=tokens,
             reason=f"{waiting} requests wait; demand exceeds capacity by {tokens} slots "
             f"on instances {_named(s.instance for s, _ in over)}"
@@ -163,17 +148,17 @@ class OverloadMonitor:
             return max(0, outlook.demand.peak(lead_s) - limit)
         return 0
 
-    def _recovery(self, now: float, state: ClusterState) -> RestorePossible | None:
+    def _recovery(self, now: float, state: ClusterState) -> RestoreRequest | None:
         ready = list(self._ready(now, state))
         if not ready or now - self._last_drop < self.cooldown_s:
             return None
-        cheapest = cheapest_first(state, ready)[: max(1, len(ready) // _AT_ONCE)]
+        cheapest = cheapest_first(state, ready)[: max(1, int(len(ready) * _SPLIT_AT_ONCE))]
         stages = cheapest[0].split.stages
         chosen = [cost.group for cost in cheapest if cost.split.stages == stages]
         instances = tuple(sorted(i for group in chosen for i in group.ids))
         left = "full-replica capacity" if stages == 1 else f"the capacity in groups of {stages}"
         more = f"; of {len(ready)} groups these cost least to split" if len(ready) > 1 else ""
-        return RestorePossible(
+        return RestoreRequest(
             instances=instances,
             stages=stages,
             reason=f"demand on instances {_named(instances)} is below "
@@ -207,5 +192,5 @@ class OverloadMonitor:
 
 def _named(instances: Iterable[int]) -> str:
     numbers = list(instances)
-    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return f"{numbers[:_NAMED]}{more}"
+    more = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
+    return f"{numbers[:_MAX_NAMED]}{more}"

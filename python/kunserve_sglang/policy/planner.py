@@ -114,7 +114,7 @@ def plan_restore(
 def merge(state: ClusterState, groups: Sequence[Layout], epoch: int) -> Layout:
     """One group of all members, each keeping a part of what it holds (see `policy.cuts`).
 
-    Raises `NoPlan` if there are too few layers for so many.
+    Raises `NoPlan` if there would be more members than layers.
     """
     shapes = Shapes(state)
     return merged(state, shapes, groups, shapes.together(groups), epoch)

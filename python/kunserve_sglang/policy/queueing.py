@@ -14,10 +14,10 @@ from kunserve_sglang.policy.state import ClusterState, InstanceState
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -10, 10
 
 AGEING_S = 10.0
-"""One step of priority is worth so many seconds of waiting."""
+"""Seconds of waiting that one step of priority is worth."""
 
 READY_REQUESTS = 256
-"""So many requests wait at an instance before the router holds any: SGLang orders its queue by
+"""Requests that wait at an instance before the router holds any: SGLang orders its queue by
 shared prefixes only up to 128, and its next batch should never have to wait for the router."""
 
 _RATE_WINDOW_S = 10.0

@@ -68,7 +68,7 @@ class RestoreCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def restore_cost(state: ClusterState, wanted: Split) -> RestoreCost:
-    """Of a split into two parts or more."""
+    """What a split into two parts or more would cost."""
     held = {m.instance: m.layers for m in wanted.group.members}
     pressure, moved = 0.0, 0.0
     for part in wanted.parts:

@@ -1,4 +1,4 @@
-"""Elastic shares: inside a group, slots follow demand (DESIGN section 2).
+"""Elastic shares: inside a group, slots follow demand.
 
 Every stage holds a sub-range for every owner, so moving slots from one owner to another is a
 matter of mapping pages: a transition that leaves all layers where they are.
@@ -16,16 +16,10 @@ from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPl
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.search import slots
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.transition_request import RebalanceRequest
 
 _WORTH_IT = 1.1
 """A transition costs a step or two; an owner in need must gain at least this factor."""
-
-
-class SkewedGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """An owner of the group is short of slots that its peers do not need."""
-
-    instances: tuple[int, ...]
-    reason: str
 
 
 def shares(state: ClusterState, group: Layout) -> list[int]:
@@ -52,8 +46,8 @@ def shares(state: ClusterState, group: Layout) -> list[int]:
     return divided(largest(sum(o.memory.stride for o in owners), fits))
 
 
-def skewed(state: ClusterState, threshold: float) -> SkewedGroup | None:
-    """The first group in which an owner waits for slots that it would get by demand.
+def skewed(state: ClusterState, threshold: float) -> RebalanceRequest | None:
+    """To rebalance the first group in which an owner waits for slots that it would get by demand.
 
     `threshold` is the fraction of its slots above which an owner is short of them.
     """
@@ -63,7 +57,7 @@ def skewed(state: ClusterState, threshold: float) -> SkewedGroup | None:
         for number, share in zip(group.ids, shares(state, group), strict=True):
             owner = state.instance(number)
             if owner.short(threshold) and share >= _WORTH_IT * owner.load.slots.capacity:
-                return SkewedGroup(
+                return RebalanceRequest(
                     instances=group.ids,
                     reason=f"{owner.load.waiting} requests wait on instance {number}, which has "
                     f"{owner.load.slots.capacity} slots and would get {share} by demand",

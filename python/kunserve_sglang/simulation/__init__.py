@@ -1,11 +1,11 @@
 """A discrete-event simulation of a cluster: the product's policies against its cost model.
 
-`Cluster(profile, config).run(rows)` is all there is to it; nothing here knows a clock, a socket or
-SGLang.
+`SimulatedCluster(profile, config).run(rows)` is all there is to it; nothing here knows a clock, a
+socket or SGLang.
 """
 
-from kunserve_sglang.simulation.cluster import Cluster
+from kunserve_sglang.simulation.cluster import SimulatedCluster
 from kunserve_sglang.simulation.cluster_profile import Profile, load_profile
-from kunserve_sglang.simulation.outcome import Outcome
+from kunserve_sglang.simulation.result import SimulationResult
 
-__all__ = ["Cluster", "Outcome", "Profile", "load_profile"]
+__all__ = ["Profile", "SimulatedCluster", "SimulationResult", "load_profile"]

@@ -42,7 +42,7 @@ class Costs:
         return steps * first + growth * (steps * (steps - 1) // 2)
 
     def steps_within(self, count: int, context: int, seconds: float) -> int:
-        """Decode steps that are complete after so long: the inverse of `decode_run`."""
+        """Decode steps that are complete after `seconds`: the inverse of `decode_run`."""
         first = self._decode + self._decode_request * count + self._decode_context * context
         growth = self._decode_context * count
         # growth/2 * k^2 + (first - growth/2) * k = seconds

@@ -14,19 +14,24 @@ from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 
 _SILENT_ROUNDS = 3
-"""As in `instance.pipeline`: an owner that has sent nothing for so many rounds has no work."""
+"""As in `instance.pipeline`: an owner that has sent nothing for this many rounds has no work."""
 
 _SAME_CONTEXT = 0.01
 """Predictions are no better than that."""
 
 
-class MicroBatch:
+class SimulatedBatch:
     """`seconds` is its time in one decoder layer; `jobs` decode, or `pieces` are prompts."""
 
     __slots__ = ("jobs", "owner", "pieces", "position", "seconds", "tokens")
 
     def __init__(
-        self, owner: Member, pieces: list[Piece], jobs: list[Job], tokens: int, seconds: float
+        self,
+        owner: SimulatedMember,
+        pieces: list[Piece],
+        jobs: list[Job],
+        tokens: int,
+        seconds: float,
     ) -> None:
         self.owner = owner
         self.pieces = pieces
@@ -36,7 +41,7 @@ class MicroBatch:
         self.position = 0
 
 
-class Member:
+class SimulatedMember:
     """One instance of the group: an owner, and a stage with `layers` layers at `position`."""
 
     __slots__ = (
@@ -60,12 +65,12 @@ class Member:
         self.owner = owner
         self.position = position
         self.layers = layers
-        self.inbox: deque[MicroBatch] = deque()
-        self.returned: deque[MicroBatch] = deque()
+        self.inbox: deque[SimulatedBatch] = deque()
+        self.returned: deque[SimulatedBatch] = deque()
         self.flights = 0
         self.busy = False
         self.doing = ""
-        self.batch: MicroBatch | None = None
+        self.batch: SimulatedBatch | None = None
         self.announced: PeerWork | None = None
         self.launched_at = -math.inf
         self.outlook: Outlook | None = None
@@ -76,15 +81,15 @@ class Member:
 class Formation:
     """Forms the micro-batches of all members of a group."""
 
-    def __init__(self, members: Sequence[Member], costs: Costs, *, split: bool) -> None:
+    def __init__(self, members: Sequence[SimulatedMember], costs: Costs, *, split: bool) -> None:
         self._members = members
         self._costs = costs
         self._split = split
 
-    def next(self, member: Member, now: float) -> MicroBatch | None:
+    def next(self, member: SimulatedMember, now: float) -> SimulatedBatch | None:
         """The owner's next micro-batch; None if nothing may start."""
         owner = member.owner
-        if not (owner.ready or owner.may_admit):
+        if not (owner.decoding.ready or owner.may_admit):
             return None
         outlook = self._outlook(member, now)
         if member.flights >= outlook.count:
@@ -103,11 +108,11 @@ class Formation:
         member.announced = outlook.work_of(work)
         member.launched_at = now
         seconds = member.announced.batch_ms / outlook.layers / 1e3
-        return MicroBatch(member, pieces, jobs, tokens, seconds)
+        return SimulatedBatch(member, pieces, jobs, tokens, seconds)
 
-    def _decodes(self, member: Member, count: int) -> list[Job]:
+    def _decodes(self, member: SimulatedMember, count: int) -> list[Job]:
         owner = member.owner
-        if not owner.ready:
+        if not owner.decoding.ready:
             return []
         share = -(-owner.count // count)
         batch = owner.take_ready(share)
@@ -116,8 +121,8 @@ class Formation:
             batch = owner.take_ready(share)
         return batch
 
-    def _outlook(self, member: Member, now: float) -> Outlook:
-        """Made anew when the own work has changed; what peers do since then can wait so long.
+    def _outlook(self, member: SimulatedMember, now: float) -> Outlook:
+        """Made anew when the own work has changed; until then, changes at peers can wait.
 
         Decoding requests grow by a token a step, which changes little: a few of them do not count.
         """
@@ -131,7 +136,7 @@ class Formation:
             member.outlook_context = owner.context
         return member.outlook
 
-    def _look_ahead(self, member: Member, now: float) -> Outlook:
+    def _look_ahead(self, member: SimulatedMember, now: float) -> Outlook:
         peers = [
             p.announced
             for p in self._members
@@ -153,7 +158,7 @@ class Formation:
             split=self._split,
         )
 
-    def _silent(self, member: Member, now: float) -> bool:
+    def _silent(self, member: SimulatedMember, now: float) -> bool:
         rounds = sum(p.announced.round_ms for p in self._members if p.announced is not None)
         return now - member.launched_at >= _SILENT_ROUNDS * rounds / 1e3
 

@@ -1,4 +1,4 @@
-"""A cooperative group: micro-batches travel owner, stage 0, ..., stage k-1, owner (section 4.2).
+"""A cooperative group: micro-batches travel owner, stage 0, ..., stage k-1, owner (paper, 4.2).
 
 Each member does one thing at a time, in the order of `sglang_seam.cooperation`: finish an own
 micro-batch that came back, launch another, or run its layers for whoever's micro-batch arrived
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.simulation.cluster_profile import Links
 from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.forming import Formation, Member, MicroBatch
-from kunserve_sglang.simulation.host import Host
+from kunserve_sglang.simulation.forming import Formation, SimulatedBatch, SimulatedMember
+from kunserve_sglang.simulation.host import SimulatedHost
 from kunserve_sglang.simulation.owner import Owner
 
 
@@ -30,7 +30,7 @@ class Group:
         layout: Layout,
         owners: Sequence[Owner],
         costs: Costs,
-        host: Host,
+        host: SimulatedHost,
         links: Links,
         activation_bytes: int,
         *,
@@ -43,11 +43,11 @@ class Group:
         self._host = host
         self._hop_s = links.hop_ms / 1e3
         self._token_s = activation_bytes / links.activations_bytes_per_s
-        self._events: list[tuple[float, int, Member, MicroBatch | None]] = []
+        self._events: list[tuple[float, int, SimulatedMember, SimulatedBatch | None]] = []
         self._sequence = 0
         by_number = {owner.number: owner for owner in owners}
         self._members = [
-            Member(by_number[m.instance], position, len(m.layers))
+            SimulatedMember(by_number[m.instance], position, len(m.layers))
             for position, m in enumerate(layout.members)
         ]
         self._formation = Formation(self._members, costs, split=split)
@@ -96,13 +96,13 @@ class Group:
     def _set_due(self) -> None:
         self.due = self._events[0][0] if self._events else math.inf
 
-    def _push(self, at: float, member: Member, arriving: MicroBatch | None) -> None:
+    def _push(self, at: float, member: SimulatedMember, arriving: SimulatedBatch | None) -> None:
         self._sequence += 1
         heapq.heappush(self._events, (at, self._sequence, member, arriving))
 
     # -- what a member does next -----------------------------------------------------------------
 
-    def _turn(self, member: Member, now: float) -> None:
+    def _turn(self, member: SimulatedMember, now: float) -> None:
         if member.busy:
             return
         if member.returned:
@@ -127,7 +127,7 @@ class Group:
             member.owner.rest()
 
     def _do(
-        self, member: Member, doing: str, batch: MicroBatch, now: float, seconds: float
+        self, member: SimulatedMember, doing: str, batch: SimulatedBatch, now: float, seconds: float
     ) -> None:
         member.busy = True
         member.doing = doing
@@ -135,7 +135,7 @@ class Group:
         lasts = self._host.begin(member.owner.number, now, seconds)
         self._push(now + lasts, member, None)
 
-    def _done(self, member: Member, now: float) -> None:
+    def _done(self, member: SimulatedMember, now: float) -> None:
         batch, member.batch, member.busy = member.batch, None, False
         assert batch is not None
         self._host.end(member.owner.number)
@@ -146,11 +146,11 @@ class Group:
         owner = member.owner
         self._host.delivered(now, len(batch.pieces) or len(batch.jobs))
         if batch.pieces:
-            owner.ready.extend(owner.prefilled(batch.pieces, now))
+            owner.decoding.ready.extend(owner.prefilled(batch.pieces, now))
         else:
             owner.decoded(batch.jobs, now)
 
-    def _pass_on(self, member: Member, batch: MicroBatch, now: float) -> None:
+    def _pass_on(self, member: SimulatedMember, batch: SimulatedBatch, now: float) -> None:
         last = batch.position == len(self._members)
         target = batch.owner if last else self._members[batch.position]
         if target is member:

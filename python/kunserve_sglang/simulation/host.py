@@ -13,13 +13,13 @@ from collections import Counter
 from kunserve_sglang.simulation.cluster_profile import HostCost
 
 _MEMORY_S = 0.5
-"""Over so long the work of frontends is averaged: several steps, and less than a burst."""
+"""Seconds over which the work of frontends is averaged: several steps, and less than a burst."""
 
 _MIN_SPEED = 0.1
 """Frontends never take all of a core: an operating system shares it."""
 
 
-class Host:
+class SimulatedHost:
     """Who computes, and how much frontends have to do. Instance `i` has core `i % cores`.
 
     Without `cores`, every instance has processors of its own: a GPU, or cores to spare.
@@ -44,11 +44,11 @@ class Host:
         self._work(now, self._request_s)
 
     def delivered(self, now: float, tokens: int) -> None:
-        """Frontends send so many tokens to clients."""
+        """Frontends send `tokens` tokens to clients."""
         self._work(now, tokens * self._token_s)
 
     def begin(self, number: int, now: float, seconds: float) -> float:
-        """Instance `number` starts on work that takes a core so many seconds: how long it lasts.
+        """How long work that takes a core `seconds` lasts on instance `number`, if it starts now.
 
         As the host is at this moment: what begins or ends meanwhile counts from the next step on.
         """

@@ -13,7 +13,7 @@ from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.group import Group
-from kunserve_sglang.simulation.host import Host
+from kunserve_sglang.simulation.host import SimulatedHost
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 from kunserve_sglang.simulation.routing import Dispatch
@@ -37,7 +37,7 @@ class Instances:
         self._profile = profile
         self._split = config.micro_batches is MicroBatches.LOOKAHEAD
         self._costs = Costs(profile)
-        self._host = Host(profile.host)
+        self._host = SimulatedHost(profile.host)
         self._dispatch = Dispatch(config.dispatch, count)
         self._runners: list[Runner] = [self._solo(owner) for owner in self.owners]
         self._layouts = [Layout(epoch=0, members=(self._alone(i, layers),)) for i in range(count)]
@@ -178,9 +178,9 @@ class Instances:
         for owner in owners:
             cooperated = isinstance(self._runners[owner.number], Group)
             if layout.cooperative and not cooperated:
-                owner.to_group()
+                owner.decoding.to_group()
             elif cooperated and not layout.cooperative:
-                owner.to_solo()
+                owner.decoding.to_solo()
         runner: Runner
         if layout.cooperative:
             runner = Group(

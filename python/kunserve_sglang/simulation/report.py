@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.simulation.outcome import Outcome
+from kunserve_sglang.simulation.result import SimulationResult
 
 _PERCENTILES = {"median": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 _SHOWN = (("P50", "median"), ("P90", "p90"), ("P99", "p99"), ("P99.9", "p999"))
@@ -27,10 +27,10 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
     attainment: float = 0.99
 
 
-def summarise(outcome: Outcome, slo: Slo | None = None) -> dict[str, Any]:
+def summarise(result: SimulationResult, slo: Slo | None = None) -> dict[str, Any]:
     """Figures of one run under the keys of `sglang.bench_serving`, and what is ours."""
-    done = [job for job in outcome.jobs if not job.failed]
-    duration = outcome.duration_s
+    done = [job for job in result.jobs if not job.failed]
+    duration = result.duration_s
     prompts = sum(job.prompt for job in done)
     outputs = sum(job.output for job in done)
 
@@ -39,12 +39,12 @@ def summarise(outcome: Outcome, slo: Slo | None = None) -> dict[str, Any]:
 
     ttft = np.array([job.ttft for job in done])
     figures: dict[str, Any] = {
-        "instances": outcome.instances,
-        "policy": outcome.policy,
+        "instances": result.instances,
+        "policy": result.policy,
         "duration": duration,
         "completed": len(done),
-        "failed": len(outcome.jobs) - len(done),
-        "refused": outcome.refused,
+        "failed": len(result.jobs) - len(done),
+        "refused": result.refused,
         "total_input_tokens": prompts,
         "total_output_tokens": outputs,
         "request_throughput": rate(len(done)),
@@ -54,19 +54,19 @@ def summarise(outcome: Outcome, slo: Slo | None = None) -> dict[str, Any]:
         **_latency("ttft", ttft),
         **_latency("tpot", np.array([job.tpot for job in done if job.output > 1])),
         **_latency("e2e_latency", np.array([job.end - job.arrival for job in done])),
-        "drops": len(outcome.committed(TransitionKind.DROP)),
-        "restores": len(outcome.committed(TransitionKind.RESTORE)),
-        "rebalances": len(outcome.committed(TransitionKind.REBALANCE)),
-        "cooperative_instance_s": outcome.cooperative_s,
-        "retractions": outcome.retractions,
-        "capacity": outcome.capacity,
-        "capacity_peak": max((s.slots_capacity for s in outcome.samples), default=outcome.capacity),
-        "simulation_s": outcome.wall_s,
-        "simulated_steps": outcome.steps,
+        "drops": len(result.committed(TransitionKind.DROP)),
+        "restores": len(result.committed(TransitionKind.RESTORE)),
+        "rebalances": len(result.committed(TransitionKind.REBALANCE)),
+        "cooperative_instance_s": result.cooperative_s,
+        "retractions": result.retractions,
+        "capacity": result.capacity,
+        "capacity_peak": max((s.slots_capacity for s in result.samples), default=result.capacity),
+        "simulation_s": result.wall_s,
+        "simulated_steps": result.steps,
     }
     if slo is not None:
         within = int((ttft <= slo.ttft_s).sum())
-        attained = within / len(outcome.jobs) if outcome.jobs else 0.0
+        attained = within / len(result.jobs) if result.jobs else 0.0
         figures |= {"slo_ttft_ms": 1e3 * slo.ttft_s, "slo_attainment": attained}
         figures["slo_met"] = attained >= slo.attainment
     return figures
@@ -119,10 +119,10 @@ def savings(runs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
 
 
 def to_json(
-    outcomes: Sequence[Outcome], slo: Slo | None, setup: Mapping[str, Any]
+    results: Sequence[SimulationResult], slo: Slo | None, setup: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything there is to know of a sweep but single requests."""
-    runs = [summarise(outcome, slo) for outcome in outcomes]
+    runs = [summarise(result, slo) for result in results]
     figures: dict[str, Any] = {"setup": dict(setup), "runs": runs}
     if slo is not None:
         figures["slo_share"] = slo.attainment
@@ -130,20 +130,20 @@ def to_json(
         figures["saved"] = savings(runs)
     figures["events"] = [
         {
-            "instances": o.instances,
-            "policy": o.policy,
-            "events": [msgspec.to_builtins(e) for e in o.events],
+            "instances": r.instances,
+            "policy": r.policy,
+            "events": [msgspec.to_builtins(e) for e in r.events],
         }
-        for o in outcomes
-        if o.events
+        for r in results
+        if r.events
     ]
     figures["timelines"] = [
         {
-            "instances": o.instances,
-            "policy": o.policy,
-            "samples": [asdict(s) for s in o.samples],
+            "instances": r.instances,
+            "policy": r.policy,
+            "samples": [asdict(s) for s in r.samples],
         }
-        for o in outcomes
+        for r in results
     ]
     return figures
 

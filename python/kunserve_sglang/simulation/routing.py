@@ -10,7 +10,7 @@ import numpy as np
 from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy, Pool
 
 _FEW = 32
-"""Up to so many candidates the policy itself looks at each; beyond, columns do the same."""
+"""The most candidates that the policy itself looks at; with more, columns do the same."""
 
 Column = np.ndarray[tuple[int], np.dtype[np.float64]]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from kunserve_sglang.simulation.admission import Piece
 from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.host import Host
+from kunserve_sglang.simulation.host import SimulatedHost
 from kunserve_sglang.simulation.owner import Owner
 
 IDLE = math.inf
@@ -37,7 +37,7 @@ class Solo:
         "stopping",
     )
 
-    def __init__(self, owner: Owner, costs: Costs, host: Host) -> None:
+    def __init__(self, owner: Owner, costs: Costs, host: SimulatedHost) -> None:
         self.owner = owner
         self.due = IDLE
         self.queued = IDLE
@@ -84,10 +84,7 @@ class Solo:
         pieces = self._pieces
         if pieces:
             self._host.delivered(now, len(pieces))
-            alone = not owner.count
-            owner.begin_decoding(owner.prefilled(pieces, now))
-            if alone:
-                owner.full = False  # SGLang goes on with the new batch, which is not marked full
+            owner.decoding.begin(owner.prefilled(pieces, now))
             self._pieces = []
         elif self._steps:
             self._host.delivered(now, self._steps * owner.count)
@@ -162,5 +159,5 @@ class Solo:
         self._due_after(self._costs.decode_run(owner.count, owner.context, steps))
 
     def _due_after(self, seconds: float) -> None:
-        """Computing takes so many seconds of a core."""
+        """What has begun takes `seconds` of a core."""
         self.due = self._start + self._host.begin(self.owner.number, self._start, seconds)

@@ -75,7 +75,7 @@ def multiply(
 ) -> list[TraceRow]:
     """`factor` times as many requests in the same time, with the bursts where they were.
 
-    Each row is repeated so many times, the fraction by chance; copies arrive up to `jitter_s`
+    Each row is repeated `factor` times, the fraction by chance; copies arrive up to `jitter_s`
     later. A factor below 1 leaves requests out.
     """
     chance = random.Random(seed)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kunserve_sglang.control.events import Outcome
 from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.policy.transition_request import Outcome
 from tests.support.cluster import ScriptedCluster
 from tests.support.member import Action, Add, Gate, Output
 from tests.support.schedules import random_scripts

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kunserve_sglang.control.events import Outcome
 from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.core.settings import Transport
+from kunserve_sglang.policy.transition_request import Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
 from tests.support.identity import (
     PAIR_GATES,

@@ -12,14 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.policy.monitor import (
-    DropNeeded,
-    OverloadMonitor,
-    RestorePossible,
-    Thresholds,
-)
+from kunserve_sglang.policy.monitor import OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, plan_drop, plan_restore
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.transition_request import DropRequest, RestoreRequest
 from tests.support.clusters import carried_out, cluster, with_load
 
 
@@ -42,7 +38,7 @@ def test_overload_must_last() -> None:
     heavy = loaded(cluster(2), 1.4, waiting=5)
     assert monitor.observe(0.0, heavy) is None
     need = monitor.observe(0.3, heavy)
-    assert isinstance(need, DropNeeded)
+    assert isinstance(need, DropRequest)
     assert "10 requests wait" in need.reason
     assert need.tokens > 0.8 * heavy.instance(0).full_capacity
 
@@ -59,7 +55,7 @@ def test_restore_needs_room_patience_and_a_cooldown() -> None:
     assert monitor.observe(1.0, light) is None
     assert monitor.observe(4.5, light) is None
     need = monitor.observe(5.5, light)
-    assert isinstance(need, RestorePossible)
+    assert isinstance(need, RestoreRequest)
     assert need.instances == (0, 1)
 
 
@@ -69,7 +65,7 @@ def test_a_peak_starts_the_wait_again() -> None:
     assert monitor.observe(0.0, light) is None
     assert monitor.observe(2.0, busy) is None
     assert monitor.observe(4.0, light) is None
-    assert isinstance(monitor.observe(7.5, light), RestorePossible)
+    assert isinstance(monitor.observe(7.5, light), RestoreRequest)
 
 
 def test_used_slots_that_will_run_out_are_overload_before_anybody_waits() -> None:
@@ -82,7 +78,7 @@ def test_used_slots_that_will_run_out_are_overload_before_anybody_waits() -> Non
         used = int(full * tick / 200)
         busy = with_load(state.instance(0), used=used, demand=used + full // 2)
         need = monitor.observe(tick / 20, ClusterState(instances=(busy, state.instance(1))))
-        if isinstance(need, DropNeeded):
+        if isinstance(need, DropRequest):
             fired = tick / 20
             assert "0 requests wait" in need.reason
             assert "within 1 s" in need.reason
@@ -106,8 +102,8 @@ def test_a_drop_is_sized_for_where_demand_is_going() -> None:
         share = 1 + tick / 80
         grown = rising.observe(tick / 20, loaded(cluster(2), share, waiting=3))
         level = steady.observe(tick / 20, loaded(cluster(2), share if tick > 38 else 1.4, 3))
-    assert isinstance(grown, DropNeeded)
-    assert isinstance(level, DropNeeded)
+    assert isinstance(grown, DropRequest)
+    assert isinstance(level, DropRequest)
     assert grown.tokens > 1.1 * level.tokens
 
 
@@ -134,7 +130,7 @@ def test_groups_come_back_one_after_the_other() -> None:
     order = []
     for second in range(0, 20, 2):
         need = monitor.observe(float(second), state)
-        if isinstance(need, RestorePossible):
+        if isinstance(need, RestoreRequest):
             order.append(need.instances)
             plan = plan_restore(
                 state, epoch=9, reason="", instances=need.instances, stages=need.stages
@@ -147,7 +143,7 @@ def test_groups_come_back_one_after_the_other() -> None:
     monitor = OverloadMonitor(Thresholds(restore_hold_s=1))
     assert monitor.observe(0.0, many) is None
     need = monitor.observe(2.0, many)
-    assert isinstance(need, RestorePossible)
+    assert isinstance(need, RestoreRequest)
     assert len(need.instances) == 4
 
 
@@ -161,7 +157,7 @@ def test_a_group_comes_back_as_far_as_demand_allows() -> None:
     for second, share in enumerate([1.5] * 4 + [0.65] * 6 + [0.2] * 10):
         state = loaded(state, share, waiting=0)
         need = monitor.observe(float(second), state)
-        if isinstance(need, RestorePossible):
+        if isinstance(need, RestoreRequest):
             done.append((second, need.stages, need.instances, need.reason))
             plan = plan_restore(
                 state, epoch=9, reason="", instances=need.instances, stages=need.stages
@@ -186,7 +182,7 @@ def test_a_request_too_large_for_a_replica_keeps_its_group() -> None:
     load = msgspec.structs.replace(first.load, largest=first.full_capacity + 1)
     large = msgspec.structs.replace(first, load=load)
     assert monitor.observe(0.0, ClusterState(instances=(large, second))) is None
-    assert isinstance(monitor.observe(1.0, state), RestorePossible)
+    assert isinstance(monitor.observe(1.0, state), RestoreRequest)
 
 
 def test_a_restore_that_came_too_early_makes_the_next_wait_longer() -> None:
@@ -229,7 +225,7 @@ def drive(demands: Iterable[tuple[float, float]], size: int) -> list[tuple[float
         if need is None:
             continue
         try:
-            if isinstance(need, DropNeeded):
+            if isinstance(need, DropRequest):
                 plan = plan_drop(state, epoch=1, reason="", max_group_size=8, tokens=need.tokens)
             else:
                 plan = plan_restore(
@@ -299,9 +295,9 @@ def test_noisy_demand_does_not_make_the_cluster_swing(shares: list[float]) -> No
     for second, share in enumerate(shares):
         now = float(second)
         need = monitor.observe(now, loaded(state, share, waiting=2 if share > 0.9 else 0))
-        if isinstance(need, DropNeeded) and len(state.groups()) == 2:
+        if isinstance(need, DropRequest) and len(state.groups()) == 2:
             plan = plan_drop(state, epoch=second + 1, reason="", max_group_size=8)
-        elif isinstance(need, RestorePossible):
+        elif isinstance(need, RestoreRequest):
             plan = plan_restore(state, epoch=second + 1, reason="")
         else:
             continue
@@ -310,5 +306,5 @@ def test_noisy_demand_does_not_make_the_cluster_swing(shares: list[float]) -> No
         changes.append((now, type(need)))
     for (earlier, first), (later, second_) in pairwise(changes):
         assert first is not second_
-        if second_ is RestorePossible:
+        if second_ is RestoreRequest:
             assert later - earlier >= monitor.thresholds.cooldown_s

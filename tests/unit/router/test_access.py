@@ -223,7 +223,7 @@ def test_a_bug_is_written_down(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("kunserve_sglang.control.control_plane.plan_drop", broken)
+    monkeypatch.setattr("kunserve_sglang.policy.controller.plan_drop", broken)
     assert router.post("/kunserve/drop").status == 500
     until(audit)
     assert audit()[0]["outcome"] == {"status": 500, "result": "internal_error"}

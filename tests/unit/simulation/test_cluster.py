@@ -17,12 +17,12 @@ from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, MicroBatches, OverloadPolicy
 from kunserve_sglang.policy.dispatch import DispatchPolicy
-from kunserve_sglang.simulation import Cluster, Outcome, Profile
+from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult
 from kunserve_sglang.simulation import instances as instances_module
 from kunserve_sglang.simulation.cluster_profile import HostCost, Links, StepCost
 from kunserve_sglang.simulation.costs import Costs
 from kunserve_sglang.simulation.group import Group
-from kunserve_sglang.simulation.host import Host
+from kunserve_sglang.simulation.host import SimulatedHost
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 from kunserve_sglang.simulation.solo import Solo
@@ -69,13 +69,13 @@ def simulate(
     policy: str = "none",
     machine: Profile | None = None,
     **config: object,
-) -> Outcome:
+) -> SimulationResult:
     settings = ClusterConfig(
         num_instances=instances,
         overload_policy=OverloadPolicy(policy),
         **config,  # type: ignore[arg-type]
     )
-    return Cluster(machine or profile(), settings).run(rows)
+    return SimulatedCluster(machine or profile(), settings).run(rows)
 
 
 # -- by hand -------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_instances_of_one_core_halve_their_speed() -> None:
 
 def test_frontends_take_idle_cores_first() -> None:
     """A core and a half of frontends on two cores: half a core is left, if no other is idle."""
-    host = Host(HostCost(cores=2, token_ms=1.0))
+    host = SimulatedHost(HostCost(cores=2, token_ms=1.0))
     host.delivered(1.0, 750)  # averaged over half a second
     assert host.begin(0, 1.0, 0.1) == pytest.approx(0.1 / 0.5)
     assert host.begin(1, 1.0, 0.1) == pytest.approx(0.1 / 0.25)
@@ -180,7 +180,7 @@ def test_a_pipeline_of_two_stages(position: int) -> None:
             for i in range(2)
         ),
     )
-    group = Group(layout, owners, Costs(machine), Host(machine.host), machine.links, 8)
+    group = Group(layout, owners, Costs(machine), SimulatedHost(machine.host), machine.links, 8)
     job = Job(0, 0.0, 16, 2)
     owners[position].add(job)
     group.arrived(position, 0.0)
@@ -273,6 +273,18 @@ def test_a_restore_is_given_up_when_requests_wait_again() -> None:
     assert all(job.done and not job.failed for job in outcome.jobs)
 
 
+def test_a_drop_that_would_break_the_tpot_limit_is_declined() -> None:
+    """It is put on record once, however often it is looked for, and requests queue."""
+    queued = simulate(BURST, 2, "none")
+    result = simulate(BURST, 2, "drop", tpot_limit_ms=1.0)
+    (declined,) = result.events
+    assert (declined.kind, declined.status) == (TransitionKind.DROP, "declined")
+    assert "requests wait" in declined.reason
+    assert declined.capacity_before == declined.capacity_after == result.capacity
+    assert not result.committed(TransitionKind.DROP)
+    assert [j.end for j in result.jobs] == [j.end for j in queued.jobs]
+
+
 def test_slots_of_a_group_follow_demand() -> None:
     """In turn, one instance gets all the long requests, and the other one the short ones."""
     rows = [TraceRow(0.02 * i, 4 if i % 2 else 120, 20 if i % 2 else 100) for i in range(60)]
@@ -281,7 +293,7 @@ def test_slots_of_a_group_follow_demand() -> None:
         dispatch=DispatchPolicy.ROUND_ROBIN,
         overload_policy=OverloadPolicy.DROP,
     )
-    outcome = Cluster(profile(), config).run(rows)
+    outcome = SimulatedCluster(profile(), config).run(rows)
     rebalances = outcome.committed(TransitionKind.REBALANCE)
     assert rebalances
     for event in rebalances:
@@ -292,7 +304,7 @@ def test_slots_of_a_group_follow_demand() -> None:
 
 def test_the_largest_request_is_known_while_it_runs() -> None:
     owner = Owner(0, 400, profile())
-    solo = Solo(owner, Costs(profile()), Host(HostCost()))
+    solo = Solo(owner, Costs(profile()), SimulatedHost(HostCost()))
     for i, output in enumerate((30, 5, 10)):
         owner.add(Job(i, 0.0, 10, output))
     assert owner.load().largest == 0
@@ -311,7 +323,7 @@ def test_demand_follows_the_answers_there_were() -> None:
     for i in range(6):
         owner.add(Job(i, 0.0, 10, 20))
     assert owner.demand() == 6 * (10 + 14)
-    solo = Solo(owner, Costs(profile()), Host(HostCost()))
+    solo = Solo(owner, Costs(profile()), SimulatedHost(HostCost()))
     for i in range(6, 20):
         owner.add(Job(i, 0.0, 10, 20))
     solo.resume(0.0)
@@ -383,11 +395,13 @@ class Watched(Owner):
 
     def check(self) -> None:
         assert 0 <= self.used <= self.capacity
-        assert 0 <= self.expected <= self.remaining
-        running = [job for _, _, job in self.decoding] or self.ready
+        decoding = self.decoding
+        assert 0 <= decoding.expected <= decoding.remaining
+        running = [job for _, _, job in decoding.by_step] or decoding.ready
         assert self.largest_request() >= max((job.in_the_end for job in running), default=0)
-        if self.decoding:
-            assert self.expected == sum(step - self.steps for step, _, _ in self.decoding)
+        if decoding.by_step:
+            steps = [step - decoding.steps for step, _, _ in decoding.by_step]
+            assert decoding.expected == sum(steps)
 
     def advance(self, steps: int, now: float) -> bool:
         finished = super().advance(steps, now)

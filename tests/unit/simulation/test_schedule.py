@@ -15,7 +15,7 @@ import pytest
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.simulation.cluster_profile import HostCost
 from kunserve_sglang.simulation.costs import Costs
-from kunserve_sglang.simulation.host import Host
+from kunserve_sglang.simulation.host import SimulatedHost
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.owner import Owner
 from kunserve_sglang.simulation.solo import Solo
@@ -56,7 +56,7 @@ class Recorder(Solo):
     """Remembers its batches, in the form of `tests.support.schedule_of_sglang`."""
 
     def __init__(self, owner: Owner, costs: Costs) -> None:
-        super().__init__(owner, costs, Host(HostCost()))
+        super().__init__(owner, costs, SimulatedHost(HostCost()))
         self.batches: list[Any] = []
 
     def fire(self, now: float) -> Owner:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,6 +21,11 @@ from kunserve_sglang.control.coordinator import TransitionRunning
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.messages import TransitionKind, to_json_types
 from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.policy.transition_request import (
+    REQUEST_TYPES,
+    DropRequest,
+    TransitionRequest,
+)
 from kunserve_sglang.router.admin.background import Background
 from kunserve_sglang.router.http.answers import RequestError, json_answer
 from kunserve_sglang.router.http.bodies import (
@@ -49,18 +52,18 @@ class Admin:
     async def plan(self, request: Request) -> Response:
         """A dry run of a transition."""
         body = await read_body(request, PlanBody)
-        target = self._target(body.kind, body.instances, body.tokens)
-        return json_answer(PlanAnswer(**_described(self._control.plan(body.kind, **target))))
+        wanted = self._request(body.kind, body.instances, body.tokens)
+        return json_answer(_described(PlanAnswer, self._control.plan(wanted)))
 
     async def drop(self, request: Request) -> Response:
         body = await read_body(request, DropBody)
-        target = self._target(TransitionKind.DROP, body.instances, body.tokens)
-        return await self._transition(request, TransitionKind.DROP, target)
+        wanted = self._request(TransitionKind.DROP, body.instances, body.tokens)
+        return await self._transition(request, wanted)
 
     async def restore(self, request: Request) -> Response:
         body = await read_body(request, RestoreBody)
-        target = self._target(TransitionKind.RESTORE, body.instances, UNSET)
-        return await self._transition(request, TransitionKind.RESTORE, target)
+        wanted = self._request(TransitionKind.RESTORE, body.instances, UNSET)
+        return await self._transition(request, wanted)
 
     async def policy(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         return json_answer(self._control.policy())
@@ -82,50 +85,47 @@ class Admin:
         self._control.set_policy(auto, given)
         return json_answer(self._control.policy())
 
-    def _target(
+    def _request(
         self, kind: TransitionKind, instances: list[int] | UnsetType, tokens: int | UnsetType
-    ) -> dict[str, Any]:
-        """Arguments for `ControlPlane.plan` and `.transition`."""
-        target: dict[str, Any] = {}
+    ) -> TransitionRequest:
+        """What a body asks for; raises `RequestError` if that makes no sense."""
+        named = None
         if instances is not UNSET:
             check_instances(self._control.registry, instances)
-            target["instances"] = instances
-        if tokens is not UNSET:
-            if kind is not TransitionKind.DROP:
-                message = f"tokens: a {kind} takes instances only"
-                raise RequestError(422, "invalid_field", message, "tokens")
-            if target:
-                message = "tokens: give either instances or tokens"
-                raise RequestError(422, "invalid_field", message, "tokens")
-            target["tokens"] = tokens
-        return target
+            named = tuple(instances)
+        if tokens is UNSET:
+            return REQUEST_TYPES[kind](instances=named)
+        if kind is not TransitionKind.DROP:
+            message = f"tokens: a {kind} takes instances only"
+            raise RequestError(422, "invalid_field", message, "tokens")
+        if named is not None:
+            message = "tokens: give either instances or tokens"
+            raise RequestError(422, "invalid_field", message, "tokens")
+        return DropRequest(tokens=tokens)
 
-    async def _transition(
-        self, request: Request, kind: TransitionKind, target: dict[str, Any]
-    ) -> Response:
+    async def _transition(self, request: Request, wanted: TransitionRequest) -> Response:
         wait = read_wait(request)
         if (running := self._control.coordinator.running) is not None:
             raise TransitionRunning(f"transition {running.epoch} ({running.kind}) is still running")
-        plan = self._control.plan(kind, **target)
-        transition = self._control.transition(kind, **target)
+        plan = self._control.plan(wanted)
+        transition = self._control.transition(wanted)
         task = await self._background.begin(transition, "transition asked for by hand", wait=wait)
         if task.done():
             return json_answer(task.result())
-        return json_answer(AcceptedPlan(**_described(plan)), 202)
+        return json_answer(_described(AcceptedPlan, plan), 202)
 
 
-def _described(plan: Plan) -> dict[str, Any]:
-    """The fields of `PlanAnswer`."""
-    return {
-        "kind": plan.transition.kind,
-        "instances": plan.instances,
-        "groups": [_describe_group(layout) for layout in plan.transition.after],
-        "freed_bytes": plan.freed_bytes,
-        "capacity_before": plan.capacity_before,
-        "capacity_after": plan.capacity_after,
-        "reason": plan.reason,
-        "decision": plan.decision,
-    }
+def _described(shape: type[PlanAnswer], plan: Plan) -> PlanAnswer:
+    return shape(
+        kind=plan.transition.kind,
+        instances=plan.instances,
+        groups=[_describe_group(layout) for layout in plan.transition.after],
+        freed_bytes=plan.freed_bytes,
+        capacity_before=plan.capacity_before,
+        capacity_after=plan.capacity_after,
+        reason=plan.reason,
+        decision=plan.decision,
+    )
 
 
 def _describe_group(layout: Layout) -> PlannedGroup:

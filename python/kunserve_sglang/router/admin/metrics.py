@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kunserve_sglang.control.control_plane import ControlPlane
-from kunserve_sglang.control.events import Event, EventLog, Outcome
+from kunserve_sglang.control.events import Event, EventLog
 from kunserve_sglang.control.upstream import Question, ask_all, credentials
 from kunserve_sglang.core.blocks import BLOCK_TOKENS
 from kunserve_sglang.core.messages import Mode, Status, TransitionKind
+from kunserve_sglang.policy.transition_request import Outcome
 from kunserve_sglang.router.admin.exposition import merge_expositions
 from kunserve_sglang.router.proxy.proxy import ProxyStats
 

@@ -15,7 +15,7 @@ from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.simulation.cluster_profile import Profile
 
 BACKGROUND_SHARE = 0.1
-"""As `instance.agent`: the part of the time that goes into what nobody waits for."""
+"""As in `instance.agent`: the part of the time that goes into what nobody waits for."""
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +71,7 @@ class Phase(StrEnum):
     MOVING = "moving"
 
 
-class Running:
+class RunningTransition:
     """A plan on its way. `due` is when its phase ends; infinite until all members have stopped."""
 
     def __init__(self, plan: Plan, now: float) -> None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.policy.transition_request import Outcome
 from kunserve_sglang.simulation.job import Job
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
+class SimulatedEvent(msgspec.Struct, frozen=True, kw_only=True):
     """A transition. Times are simulated seconds; capacities are slots of its members.
+
+    One that was declined has never begun: no plan was good enough.
 
     Over all its steps, `waited_s` is from when members were asked to stop until all of them stood
     still, `stall_s` for how long they did, and `moving_s` how long bytes moved while they served.
@@ -20,20 +23,20 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     kind: TransitionKind
     reason: str
     instances: list[int]
-    status: str
+    status: Outcome
     time: float
-    waited_s: float
-    stall_s: float
-    moving_s: float
-    freed_bytes: int
-    exchanged_bytes: int
-    loaded_bytes: int
+    waited_s: float = 0.0
+    stall_s: float = 0.0
+    moving_s: float = 0.0
+    freed_bytes: int = 0
+    exchanged_bytes: int = 0
+    loaded_bytes: int = 0
     capacity_before: int
     capacity_after: int
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ClusterSample:
     """All instances together at one moment."""
 
     at_s: float
@@ -46,7 +49,7 @@ class Sample:
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimulationResult:
     """One simulated run.
 
     `refused` requests never fit an instance; `wall_s`, `cpu_s` and `steps` say what the simulation
@@ -64,8 +67,8 @@ class Outcome:
     cooperative_s: float = 0.0
     retractions: int = 0
     capacity: int = 0
-    events: list[Event] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    events: list[SimulatedEvent] = field(default_factory=list)
+    samples: list[ClusterSample] = field(default_factory=list)
 
-    def committed(self, kind: TransitionKind) -> list[Event]:
-        return [e for e in self.events if e.kind is kind and e.status == "committed"]
+    def committed(self, kind: TransitionKind) -> list[SimulatedEvent]:
+        return [e for e in self.events if e.kind is kind and e.status is Outcome.COMMITTED]
