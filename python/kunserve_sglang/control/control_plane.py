@@ -27,9 +27,13 @@ from kunserve_sglang.core.messages import (
     TransitionKind,
     Welcome,
 )
-from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
+from kunserve_sglang.core.settings import (
+    ClusterConfig,
+    DispatchPolicy,
+    ExchangeMode,
+    OverloadPolicy,
+)
 from kunserve_sglang.policy.decision import Decision
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.queueing import with_held

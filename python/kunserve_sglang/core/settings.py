@@ -11,7 +11,6 @@ import msgspec
 
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.keys import MemberKeys, new_admin_key
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
 """Environment variable that carries `InstanceConfig` to the processes of an instance.
@@ -33,6 +32,14 @@ class OverloadPolicy(StrEnum):
 
     DROP = "drop"
     NONE = "none"
+
+
+class DispatchPolicy(StrEnum):
+    """How the router picks an instance for a request; `policy.dispatch` has them."""
+
+    ROUND_ROBIN = "round_robin"
+    LEAST_LOAD = "least_load"
+    LMETRIC = "lmetric"
 
 
 class MicroBatches(StrEnum):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy, Pool
+from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.policy.dispatch import POLICIES, Candidate, Pool
 
 _FEW = 32
 """Up to so many candidates the policy itself looks at each; beyond, columns do the same."""

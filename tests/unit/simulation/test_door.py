@@ -14,7 +14,8 @@ from benchmark.simulator_profile import to_toml
 from kunserve_sglang import simulate
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy
+from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.policy.dispatch import POLICIES, Candidate
 from kunserve_sglang.simulation import load_profile
 from kunserve_sglang.simulation.report import Slo, needed, savings, summarise
 from kunserve_sglang.simulation.routing import Dispatch
