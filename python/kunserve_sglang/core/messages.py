@@ -19,7 +19,7 @@ PROTOCOL_VERSION = 1
 
 
 class Mode(StrEnum):
-    """What an instance is doing (DESIGN: modes of an instance)."""
+    """What an instance is doing; `instance.agent.Agent` moves from one to the next."""
 
     INDEPENDENT = "independent"
     PREPARING = "preparing"

@@ -1,4 +1,4 @@
-"""Elastic shares: inside a group, slots follow demand (DESIGN section 2).
+"""Elastic shares: inside a group, slots follow demand.
 
 Every stage holds a sub-range for every owner, so moving slots from one owner to another is a
 matter of mapping pages: a transition that leaves all layers where they are.
