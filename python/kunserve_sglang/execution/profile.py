@@ -1,4 +1,4 @@
-"""Which micro-batches to measure for the cost model, and how often (`instance.profiling` does it).
+"""Which micro-batches `instance.pipeline.profiling` measures for the cost model, and how often.
 
 A CPU computes from the first token on: a profile of small shapes says all. On a GPU launching
 kernels and reading parameters take as long for one token as for a hundred, so that little is to be

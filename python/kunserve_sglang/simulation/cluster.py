@@ -19,7 +19,7 @@ from kunserve_sglang.simulation.traces import TraceRow
 from kunserve_sglang.simulation.transitions import Phase, Running
 
 WATCH_INTERVAL_S = 0.05
-"""As `router.control_plane`."""
+"""As `control.control_plane`."""
 
 _INSTANCES_PER_WATCH_S = 4000
 """Looking at an instance takes a router some time: so many it looks at in a second, at most."""

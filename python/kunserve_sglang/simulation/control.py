@@ -11,11 +11,11 @@ from kunserve_sglang.policy.staging import STEPS, staged
 from kunserve_sglang.policy.state import ClusterState
 
 RETRY_S = 1.0
-"""As `router.control_plane`: the pause after a plan that could not be made or was refused."""
+"""As `control.control_plane`: the pause after a plan that could not be made or was refused."""
 
 
 class Control:
-    """Decides as `router.control_plane.ControlPlane` does, one transition at a time."""
+    """Decides as `control.control_plane.ControlPlane` does, one transition at a time."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self.auto = config.overload_policy is OverloadPolicy.DROP

@@ -35,7 +35,7 @@ class Owner:
     request; `ready` for a group, whose micro-batches advance separately.
 
     `expected` and `remaining` are tokens that decoding requests will still produce: by
-    `policy.output_length`, and in truth.
+    `execution.output_length`, and in truth.
     """
 
     __slots__ = (
