@@ -169,7 +169,7 @@ def _fit(rows: Sequence[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
     """Non-negative least squares by dropping the most negative coefficient until none is left."""
     if not rows:
         raise ValueError("a cost model needs samples of prefill and of decode")
-    # Only who measures fits; the router and the command line do without numpy.
+    # Imported here: only an instance that measures needs numpy, not the router or the command line.
     import numpy as np
 
     features = np.array([f for f, _ in rows])

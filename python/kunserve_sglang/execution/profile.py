@@ -16,7 +16,7 @@ import msgspec
 from kunserve_sglang.core.cost_model import Chunk, Work
 
 _STEP = 4
-"""From one size to the next on a GPU: what lies between, the fit knows."""
+"""Factor from one size to the next on a GPU; the fit interpolates between them."""
 
 _MIN_CHUNK = 32
 _MIN_CONTEXT = 64

@@ -159,6 +159,6 @@ class ForeignPages:
         return tensor_at(self.address, self.nbytes, self._device)
 
     def close(self) -> None:
-        """Unmap the pages and let go of them."""
+        """Unmap and release the pages."""
         self._gpu.synchronize()
         self._undo.close()
