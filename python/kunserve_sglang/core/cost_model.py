@@ -20,7 +20,7 @@ from kunserve_sglang.core.layout import largest
 
 _LEARNING_RATE = 0.05
 _SLOWEST_FACTOR, _FASTEST_FACTOR = 0.25, 4.0
-"""A single run says no more than that about the machine."""
+"""Limits of measured to predicted time: what one run may say of the machine."""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):

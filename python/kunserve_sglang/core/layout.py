@@ -159,7 +159,7 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def idle_share(self, layers: LayerRange, owners: int) -> int:
-        """Slots that an owner keeps which needs none, so that a new request can start at once."""
+        """Slots that an idle owner keeps, so that a new request can start at once."""
         return self.capacity(layers, owners) // _IDLE_PART
 
     def max_slots(self) -> int:

@@ -168,7 +168,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     `--mem-fraction-static` of what the device has free when the instance starts; `page_bytes` 0:
     choose by budget. `data_address` is where members on other hosts send their packets, with
     `keys`; `host` stands for this host if it is not the kernel's. `admin_key` is what calls that
-    act on the instance have to show; it is made up if it is not given, and then nobody knows it.
+    act on the instance have to show; by default a random one that nobody else knows.
     """
 
     instance: int

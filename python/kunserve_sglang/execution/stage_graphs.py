@@ -1,7 +1,7 @@
 """Which captured graphs a stage needs for the decode steps of a group, and which one fits a batch.
 
-A graph runs one range of layers for one number of requests. A smaller batch is filled up with
-requests of no meaning; for a larger one, or for other layers, there is none.
+A graph runs one range of layers for one number of requests. A smaller batch is padded with
+dummy requests; a larger one, or one for other layers, runs without a graph.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, order=True)
 class StageCounts:
-    """What a plan costs: stages that requests pass (one request an instance), and at most."""
+    """Stages that requests pass (one request an instance), and those of the longest pipeline."""
 
     passed: int
     longest: int

@@ -45,7 +45,7 @@ ROOM_BYTES = 16 << 20
 _CLOSE_S = 5.0
 _LAST_WORD_MS = 200
 _ENDS = (PeerLost, RuntimeError)
-"""What ends one lane, and not the thread of all; torch says so where a GPU has no memory left."""
+"""Errors that end one lane only; torch raises the second if a GPU is out of memory."""
 
 _CPU = torch.device("cpu")
 
