@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.places import ROOT
-from tests.support.repository import PACKAGE, sources, tree
+from tests.support.repository import PACKAGE, rooms, sources, tree
 
 MAX_LINES = 300
 
@@ -57,6 +58,15 @@ def test_nothing_but_benchmarks_needs_benchmarks() -> None:
 
 def test_nothing_but_tests_needs_tests() -> None:
     assert _importers("tests", PACKAGE, ROOT / "scripts", ROOT / "benchmark") == set()
+
+
+def test_the_contract_of_the_seam_has_every_room() -> None:
+    """A list of `pyproject.toml`: rooms that are new have to be added, programs as well."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = {c["id"]: c for c in settings["tool"]["importlinter"]["contracts"]}
+    programs = {p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
+    everybody = (rooms() | programs) - {"sglang_seam", "testing"}
+    assert set(contracts["seam"]["source_modules"]) == {f"{PACKAGE.name}.{r}" for r in everybody}
 
 
 def _importers(top: str, *folders: Path) -> set[str]:
