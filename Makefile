@@ -23,9 +23,10 @@ test: env ## run the tests (ARGS="-k name" to choose)
 browser: ## install what the tests of the dashboard need: Debian's Chromium (as root)
 	@command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
 
-lint: env ## check style and types
+lint: env ## check style, types and who imports whom
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@.venv/bin/lint-imports --no-logo
 	@$(MAKE) --no-print-directory types
 
 types: env ## check types only
@@ -39,5 +40,5 @@ freeze: env ## write down the versions in .venv as the tested ones
 	@$(RUN) scripts/freeze.py
 
 clean: ## remove what was built and installed
-	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis python/*.egg-info
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis python/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

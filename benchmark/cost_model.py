@@ -226,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--memory-budget", default="1GiB", help="parameters + KV")
     flags.add_argument("--chunked-prefill-size", type=int, default=512)
     flags.add_argument("--core", type=int, default=0, help="the core to run on")
-    flags.add_argument("--passes", type=int, default=3, help="the best of so many counts")
+    flags.add_argument("--passes", type=int, default=3, help="runs; the best counts")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
     return flags
 

@@ -9,7 +9,9 @@ from kunserve_sglang.policy.state import ClusterState, InstanceState
 
 
 def memory(layers: int, pages_per_layer: int, layer_pages: int = 109) -> MemoryProfile:
-    """Layers of so many pages of 64 KiB each; 109 are SmolLM2-135M's."""
+    """`layers` layers with `pages_per_layer` pages of 64 KiB each, of which the parameters take 109
+    as in SmolLM2-135M.
+    """
     return MemoryProfile(
         page_bytes=64 << 10,
         pages=layers * pages_per_layer,

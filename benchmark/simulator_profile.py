@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--memory-budget", default="288MiB", help="of the simulated instances")
     flags.add_argument("--chunked-prefill-size", type=int, default=256)
     flags.add_argument("--core", type=int, default=0)
-    flags.add_argument("--passes", type=int, default=3, help="the best of so many counts")
+    flags.add_argument("--passes", type=int, default=3, help="runs; the best counts")
     flags.add_argument(
         "--output", type=Path, default=ROOT / "examples" / "profiles" / "smollm2-135m-cpu.toml"
     )

@@ -27,7 +27,7 @@ class Burst:
     over_s: float
 
     def count(self, slots: int) -> int:
-        """Requests for a cluster of so many slots in all."""
+        """Requests for a cluster of `slots` slots in all."""
         return round(self.times * slots / (self.shape.prompt_len + self.shape.output_len))
 
     async def send(self, cluster: Control, slots: int) -> Latencies:

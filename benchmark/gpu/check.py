@@ -106,7 +106,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def copy_times(self, target: torch.Tensor, source: torch.Tensor, repeats: int) -> list[float]:
-        """Seconds that each of so many copies takes on the device."""
+        """Seconds that each of `repeats` copies takes on the device."""
         times = []
         for _ in range(repeats):
             self.wait()

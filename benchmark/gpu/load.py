@@ -28,7 +28,7 @@ def prompt(number: int, length: int) -> list[int]:
 
 
 def requests(count: int, shape: Shape, over_s: float = 0.0) -> list[Request]:
-    """So many different requests, all at once or evenly within `over_s` seconds."""
+    """`count` different requests, all at once or evenly within `over_s` seconds."""
     length, output = shape.prompt_len, shape.output_len
     return [
         Request(n * over_s / count, tuple(prompt(n, length)), length, output) for n in range(count)
@@ -58,7 +58,7 @@ async def answer(url: str, tokens: list[int], output: int) -> list[int]:
 
 
 async def step_ms(url: str, count: int) -> float:
-    """Median time of a token after the first while so many requests decode together."""
+    """Median time of a token after the first while `count` requests decode together."""
     results = await load(url, count, Shape(16, _STEPS))
     return round(1e3 * statistics.median(r.tpot_s for r in results), 3)
 

@@ -42,7 +42,7 @@ def transport(bench: Bench, found: Findings) -> None:
 
 
 def _round_trip(bench: Bench, plane: LocalDataPlane, nbytes: int) -> float:
-    """Median of the seconds until a tensor of so many bytes is back."""
+    """Median of the seconds until a tensor of `nbytes` bytes is back."""
     sent = torch.arange(nbytes // 4, dtype=torch.int32, device=bench.device)
     times = []
     for number in range(_ROUNDS):

@@ -16,6 +16,7 @@ import msgspec
 from kunserve_sglang.core.settings import (
     STAGE_GRAPH_MAX_BS,
     ClusterConfig,
+    DispatchPolicy,
     ExchangeMode,
     MicroBatches,
     OverloadPolicy,
@@ -23,7 +24,6 @@ from kunserve_sglang.core.settings import (
 )
 from kunserve_sglang.launch.lifecycle import add_budget_flag, end_with, memory_budget
 from kunserve_sglang.launch.server import Supervisor
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 
 def kunserve_parser() -> argparse.ArgumentParser:

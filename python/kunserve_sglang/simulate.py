@@ -17,8 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, MicroBatches, OverloadPolicy
-from kunserve_sglang.policy.dispatch import DispatchPolicy
+from kunserve_sglang.core.settings import (
+    ClusterConfig,
+    DispatchPolicy,
+    ExchangeMode,
+    MicroBatches,
+    OverloadPolicy,
+)
 from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult, load_profile
 from kunserve_sglang.simulation.report import Slo, counted, table, to_json
 from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window

@@ -60,7 +60,7 @@ class Document(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is different in `version` from the `pinned` one, of so many `names`."""
+    """What is different in `version` from the `pinned` one; `names` is how many were compared."""
 
     version: str
     pinned: str

@@ -9,7 +9,12 @@ import pytest
 
 from benchmark import planner
 from benchmark.growth import draw_growth
-from kunserve_sglang.testing.exhaustive_planner import Stages, every_outcome, partitions, stages_of
+from kunserve_sglang.testing.exhaustive_planner import (
+    StageCounts,
+    every_outcome,
+    partitions,
+    stages_of,
+)
 from tests.support.clusters import cluster
 
 
@@ -25,12 +30,14 @@ def test_outcomes_of_three_instances() -> None:
     state = cluster(3)
     outcomes = every_outcome(state, 3)
     assert sorted(o.stages for o in outcomes) == [
-        Stages(3, 0), Stages(5, 2), Stages(5, 2), Stages(5, 2), Stages(9, 3)
-    ]  # fmt: skip
+        StageCounts(3, 0),
+        *[StageCounts(5, 2)] * 3,
+        StageCounts(9, 3),
+    ]
     gains = {o.stages: o.gained for o in outcomes}
-    assert gains[Stages(3, 0)] == 0 < gains[Stages(5, 2)] < gains[Stages(9, 3)]
+    assert gains[StageCounts(3, 0)] == 0 < gains[StageCounts(5, 2)] < gains[StageCounts(9, 3)]
     assert {o.stages.longest for o in every_outcome(state, 2)} == {0, 2}
-    assert stages_of(state.groups(), ()) == Stages(3, 0)
+    assert stages_of(state.groups(), ()) == StageCounts(3, 0)
     with pytest.raises(ValueError, match="too many ways"):
         every_outcome(cluster(9), 2)
 

@@ -9,6 +9,8 @@ import pytest
 from benchmark import simulator
 from benchmark.client import RequestResult
 from benchmark.simulator_picture import draw
+from benchmark.simulator_profile import to_toml
+from kunserve_sglang.simulation import load_profile
 from kunserve_sglang.simulation.traces import TraceRow
 from tests.unit.simulation.test_cluster import profile
 
@@ -56,3 +58,8 @@ def test_the_picture(tmp_path: Path) -> None:
     }
     draw([run, run], tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_a_profile_survives_being_written(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(to_toml(profile(), 'said "so"'))
+    assert load_profile(tmp_path / "p.toml") == profile()

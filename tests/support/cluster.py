@@ -23,8 +23,13 @@ from kunserve_sglang.control.events import Event
 from kunserve_sglang.control.upstream import REFUSED
 from kunserve_sglang.core.messages import TransitionKind, to_json_types
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, InstanceConfig, Transport
-from kunserve_sglang.policy.dispatch import DispatchPolicy
+from kunserve_sglang.core.settings import (
+    ClusterConfig,
+    DispatchPolicy,
+    ExchangeMode,
+    InstanceConfig,
+    Transport,
+)
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.transition_request import REQUEST_TYPES, Outcome, RestoreRequest

@@ -66,7 +66,7 @@ class RouterClient:
         path: Mapping[str, str] | None = None,
         timeout_s: float = _ANSWER_TIMEOUT_S,
     ) -> Answer:
-        """Make the call of this name in `router.calls`; `timeout_s` is for the answer to begin.
+        """Make the call of this name in `api.calls`; `timeout_s` is for the answer to begin.
 
         `path` fills what stands in braces in the call's path.
         Raises `Refused` for an answer that is no success, `Unreachable` if there is none.

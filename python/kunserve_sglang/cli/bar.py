@@ -76,7 +76,7 @@ class MemoryBar:
 
 
 class Legend:
-    """What the glyphs of the bar mean."""
+    """The legend of the bar."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = Text()

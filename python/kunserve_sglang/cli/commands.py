@@ -194,7 +194,7 @@ def _instances(parser: argparse.ArgumentParser) -> None:
 
 def _tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokens", type=positive, default=UNSET, metavar="N", help="gain so many token slots"
+        "--tokens", type=positive, default=UNSET, metavar="N", help="gain at least N token slots"
     )
 
 

@@ -26,10 +26,9 @@ from kunserve_sglang.core.messages import (
     Status,
     Welcome,
 )
-from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
 from kunserve_sglang.policy.controller import WATCH_INTERVAL_S, Controller
 from kunserve_sglang.policy.decision import Decision, NoPlan
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.queueing import with_held
 from kunserve_sglang.policy.state import ClusterState

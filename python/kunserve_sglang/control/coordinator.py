@@ -1,4 +1,4 @@
-"""Carries plans out: two phases, an epoch, a deadline for every answer (DESIGN section 5)."""
+"""Carries plans out by two-phase commit: one epoch a layout, a deadline for every answer."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 BLOCK_TOKENS = 32
-"""A prefix is known to within so many tokens. Fewer mean more hashes for every token cached."""
+"""Tokens of a block: how finely prefixes are compared. Smaller blocks mean more hashes."""
 
 _HASH_BYTES = 8
 _BLOCK_BYTES = BLOCK_TOKENS * array("q").itemsize

@@ -20,7 +20,7 @@ from kunserve_sglang.core.layout import largest
 
 _LEARNING_RATE = 0.05
 _SLOWEST_FACTOR, _FASTEST_FACTOR = 0.25, 4.0
-"""A single run says no more than that about the machine."""
+"""Limits of measured to predicted time: what one run may say of the machine."""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -169,7 +169,7 @@ def _fit(rows: Sequence[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
     """Non-negative least squares by dropping the most negative coefficient until none is left."""
     if not rows:
         raise ValueError("a cost model needs samples of prefill and of decode")
-    # Only who measures fits; the router and the command line do without numpy.
+    # Imported here: only an instance that measures needs numpy, not the router or the command line.
     import numpy as np
 
     features = np.array([f for f, _ in rows])

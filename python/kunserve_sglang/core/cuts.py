@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
 
 _NO_KV = -1
-"""Fewer slots than the one dummy slot: every cut has room for that."""
+"""Fewer slots than the dummy slot alone, so that every cut has room for them."""
 
 
 @lru_cache(maxsize=4096)
@@ -41,14 +41,14 @@ def best_cut(
         if better := _place(stages, total, looked_at):
             best, slots = better, _tightest(stages, better)
         else:
-            # All numbers of slots that take as many pages are too many.
+            # So is every number of slots that takes as many pages.
             too_many = max(m.slots_within(m.kv_pages(looked_at) - 1) for m in memory) + 1
         looked_at = (slots + too_many) // 2
     return tuple(best), slots
 
 
 def _bound(memory: Sequence[MemoryProfile], layers: int) -> int:
-    """More slots an owner cannot have: all layers with their KV would not fit all memory."""
+    """An upper bound: with more slots an owner, the members together would lack the memory."""
     nbytes = sum(m.pages * m.page_bytes for m in memory)
     least = min(min(m.layer_pages) * m.page_bytes for m in memory)
     row = min(m.key_row_bytes + m.value_row_bytes for m in memory)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import msgspec
 
 _IDLE_PART = 16
-"""An owner that needs no slots keeps one in so many of its equal share."""
+"""An owner that needs no slots keeps its equal share divided by this."""
 
 
 class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
@@ -127,7 +127,7 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.layer_pages[layer] for layer in layers)
 
     def fits(self, layers: LayerRange, capacities: Iterable[int], *, beside: int = 0) -> bool:
-        """Whether owners may have so many slots each while `layers` are held.
+        """Whether owners may have these `capacities` (slots each) while `layers` are held.
 
         `beside` are pages that are needed for something else at the same time.
         """
@@ -152,14 +152,14 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         return max(0, min(rows - 1, self.stride - 1))
 
     def _rows(self, key_pages: int, value_pages: int) -> int:
-        """Rows of K and V that fit so many pages."""
+        """Rows that have room for K in `key_pages` and for V in `value_pages`."""
         return min(
             key_pages * self.page_bytes // self.key_row_bytes,
             value_pages * self.page_bytes // self.value_row_bytes,
         )
 
     def idle_share(self, layers: LayerRange, owners: int) -> int:
-        """Slots that an owner keeps which needs none, so that a new request can start at once."""
+        """Slots that an idle owner keeps, so that a new request can start at once."""
         return self.capacity(layers, owners) // _IDLE_PART
 
     def max_slots(self) -> int:

@@ -1,8 +1,8 @@
 """Every message that crosses a process boundary, as typed, versioned structs.
 
 The control plane and the data plane share these types and nothing else. Control messages travel
-as msgpack between the router and the instances; `instance.wire` holds the headers that instances
-send one another.
+as msgpack between the router and the instances; `instance.pipeline.wire` holds the headers that
+instances send one another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROTOCOL_VERSION = 1
 
 
 class Mode(StrEnum):
-    """What an instance is doing (DESIGN: modes of an instance)."""
+    """What an instance is doing; `instance.agent.Agent` moves from one to the next."""
 
     INDEPENDENT = "independent"
     PREPARING = "preparing"
@@ -143,7 +143,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class CacheReport(msgspec.Struct, frozen=True, kw_only=True, tag="cache"):
-    """What entered and left an instance's prefix cache, as block hashes (`policy.blocks`).
+    """What entered and left an instance's prefix cache, as block hashes (`core.blocks`).
 
     A `full` report says what is there, whatever was said before. Numbers go up by one; after a gap
     the router has to ask for a full report.

@@ -1,4 +1,4 @@
-"""Every HTTP route of one SGLang server, and what a cluster makes of it. What is not here is shut.
+"""Every HTTP route of one SGLang server, and how a cluster handles it. Others are refused.
 
 The router looks up here where a request goes, an instance which ones need a key.
 """

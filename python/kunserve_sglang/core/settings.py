@@ -11,7 +11,6 @@ import msgspec
 
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.keys import MemberKeys, new_admin_key
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 
 INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
 """Environment variable that carries `InstanceConfig` to the processes of an instance.
@@ -33,6 +32,14 @@ class OverloadPolicy(StrEnum):
 
     DROP = "drop"
     NONE = "none"
+
+
+class DispatchPolicy(StrEnum):
+    """How the router picks an instance for a request; `policy.dispatch` has them."""
+
+    ROUND_ROBIN = "round_robin"
+    LEAST_LOAD = "least_load"
+    LMETRIC = "lmetric"
 
 
 class MicroBatches(StrEnum):
@@ -161,7 +168,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     `--mem-fraction-static` of what the device has free when the instance starts; `page_bytes` 0:
     choose by budget. `data_address` is where members on other hosts send their packets, with
     `keys`; `host` stands for this host if it is not the kernel's. `admin_key` is what calls that
-    act on the instance have to show; it is made up if it is not given, and then nobody knows it.
+    act on the instance have to show; by default a random one that nobody else knows.
     """
 
     instance: int

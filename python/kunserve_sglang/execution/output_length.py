@@ -42,7 +42,7 @@ class OutputLengths:
         self._quantile = quantile
         self._least = least
         self._size = history
-        self._most_kinds = kinds
+        self._max_kinds = kinds
         self._histories: OrderedDict[_Kind, _History] = OrderedDict()
 
     def ended(self, tokens: int, limit: int, route: str = "") -> None:
@@ -51,7 +51,7 @@ class OutputLengths:
             history = self._histories.setdefault(kind, _History(self._size))
             history.add(tokens)
             self._histories.move_to_end(kind)
-        while len(self._histories) > self._most_kinds:
+        while len(self._histories) > self._max_kinds:
             self._histories.popitem(last=False)
 
     def remaining(self, produced: int, limit: int, *, unknown: float, route: str = "") -> int:

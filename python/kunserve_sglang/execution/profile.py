@@ -1,4 +1,4 @@
-"""Which micro-batches to measure for the cost model, and how often (`instance.profiling` does it).
+"""Which micro-batches `instance.pipeline.profiling` measures for the cost model, and how often.
 
 A CPU computes from the first token on: a profile of small shapes says all. On a GPU launching
 kernels and reading parameters take as long for one token as for a hundred, so that little is to be
@@ -16,14 +16,14 @@ import msgspec
 from kunserve_sglang.core.cost_model import Chunk, Work
 
 _STEP = 4
-"""From one size to the next on a GPU: what lies between, the fit knows."""
+"""Factor from one size to the next on a GPU; the fit interpolates between them."""
 
 _MIN_CHUNK = 32
 _MIN_CONTEXT = 64
 _MIN_PREFIX = 1024
 _MAX_RUNNING = 256
 _LONGEST = 32_768
-"""More cost seconds to measure; all that grows with them has been seen by then."""
+"""Longer ones take seconds to measure, and the fit knows all terms from shorter ones."""
 
 _PROMPTS = (4, 16)
 """Prompts that share a micro-batch on a GPU."""
@@ -48,10 +48,10 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ON_HOST = Timing(warmups=1, repeats=3, middle=False, budget_s=20.0)
-"""Neighbours disturb, which makes a run longer."""
+"""The minimum: other programs on the machine can only make a run longer."""
 
 ON_DEVICE = Timing(warmups=2, repeats=5, middle=True, budget_s=10.0)
-"""Clocks go up and down, and kernels are compiled and chosen in the first runs."""
+"""The median after warming up: clocks vary, and the first runs compile and choose kernels."""
 
 UNHURRIED = msgspec.structs.replace(ON_HOST, budget_s=float("inf"))
 """On a CPU, all shapes however long it takes."""

@@ -1,7 +1,7 @@
 """Which captured graphs a stage needs for the decode steps of a group, and which one fits a batch.
 
-A graph runs one range of layers for one number of requests. A smaller batch is filled up with
-requests of no meaning; for a larger one, or for other layers, there is none.
+A graph runs one range of layers for one number of requests. A smaller batch is padded with
+dummy requests; a larger one, or one for other layers, runs without a graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def batch_sizes(most: int) -> tuple[int, ...]:
 
 
 def first_drop_ranges(memory: MemoryProfile, members: int = 2) -> tuple[LayerRange, ...]:
-    """What a member may hold after the first drop of `members` instances of one make.
+    """The layer ranges that members may hold after the first drop of `members` equal instances.
 
     In the order of the pipeline. Empty where there are fewer layers than members.
     """
@@ -54,7 +54,7 @@ class Captured(Generic[GraphT]):
         self._graphs[layers, size] = graph
 
     def find(self, layers: LayerRange, requests: int) -> GraphT | None:
-        """The smallest graph that takes so many requests through exactly these layers."""
+        """The smallest graph that takes `requests` requests through exactly these layers."""
         sizes = self._sizes.get(layers, [])
         place = bisect_left(sizes, requests)
         return self._graphs[layers, sizes[place]] if place < len(sizes) else None

@@ -19,11 +19,15 @@ from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import new_admin_key, new_keys
 from kunserve_sglang.core.processes import divide_cpus, free_port
-from kunserve_sglang.core.settings import ClusterConfig, InstanceConfig, PromptFormat
+from kunserve_sglang.core.settings import (
+    ClusterConfig,
+    DispatchPolicy,
+    InstanceConfig,
+    PromptFormat,
+)
 from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.fleet import Fleet
 from kunserve_sglang.launch.lifecycle import GRACE_S, StopSignals, wait_until_ready, wanted_device
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 
 _POLL_S = 0.1

@@ -1,4 +1,4 @@
-"""Physical pages and the virtual buffers they are mapped into (DESIGN section 3)."""
+"""Physical pages and the virtual buffers they are mapped into."""
 
 from kunserve_sglang.memory.buffer import VirtualBuffer
 from kunserve_sglang.memory.devices import free_memory, open_pool

@@ -53,7 +53,7 @@ class CudaPages:
                 ) from error
 
     def _create(self) -> Handle:
-        """One page; where there is no memory left, of what torch keeps and does not use."""
+        """Allocate one page; if memory has run out, free what torch caches and try again."""
         try:
             return self._gpu.create(self.page_bytes)
         except DriverError as error:
@@ -159,6 +159,6 @@ class ForeignPages:
         return tensor_at(self.address, self.nbytes, self._device)
 
     def close(self) -> None:
-        """Unmap the pages and let go of them."""
+        """Unmap and release the pages."""
         self._gpu.synchronize()
         self._undo.close()

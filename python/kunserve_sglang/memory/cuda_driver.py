@@ -140,12 +140,12 @@ class CudaDevice:
         self._call(self._cuda.cuCtxSynchronize)
 
     def memory(self) -> tuple[int, int]:
-        """Free bytes, and all there are."""
+        """Free and total bytes of the device."""
         free, total = self._call(self._cuda.cuMemGetInfo)
         return int(free), int(total)
 
     def close(self) -> None:
-        """Let go of the context; torch may have it still."""
+        """Release the context; torch may hold it as well."""
         self._call(self._cuda.cuDevicePrimaryCtxRelease, self._device)
 
     def _require(self, attribute: str) -> None:

@@ -12,11 +12,11 @@ from kunserve_sglang.memory.memfd import MemfdDriver
 from kunserve_sglang.memory.pool import PageDriver, PhysicalPagePool
 
 _MAX_PAGES = 16_384
-_SMALLEST_ON_CPU = 64 << 10
-_LARGEST_ON_CPU = 2 << 20
-_LARGEST_ON_CUDA = 32 << 20
-_PAGES_A_BUFFER = 50
-"""Of which half a one is wasted at its end."""
+_MIN_PAGE_ON_CPU = 64 << 10
+_MAX_PAGE_ON_CPU = 2 << 20
+_MAX_PAGE_ON_CUDA = 32 << 20
+_MIN_PAGES_OF_A_BUFFER = 50
+"""Of a KV buffer: half of its last page is wasted, so a hundredth of the buffer at most."""
 
 
 def open_pool(
@@ -34,7 +34,7 @@ def open_pool(
     """
     driver: PageDriver
     if device.type == "cpu":
-        page = page_bytes or page_bytes_for(budget, _SMALLEST_ON_CPU, _LARGEST_ON_CPU)
+        page = page_bytes or page_bytes_for(budget, _MIN_PAGE_ON_CPU, _MAX_PAGE_ON_CPU)
         driver = MemfdDriver(page, name)
     elif device.type == "cuda":
         gpu = CudaDevice(device.index or 0)
@@ -46,7 +46,7 @@ def open_pool(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses on the device at this moment."""
+    """Bytes of the device that are free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
@@ -58,8 +58,8 @@ def page_bytes_on_cuda(budget: int, granularity: int, buffer_bytes: int) -> int:
     The driver takes its time for every page, however large, so pages are larger than they must be
     where hardly anything is wasted by it.
     """
-    page = page_bytes_for(budget, granularity, _LARGEST_ON_CUDA)
-    while page < _LARGEST_ON_CUDA and 2 * page * _PAGES_A_BUFFER <= buffer_bytes:
+    page = page_bytes_for(budget, granularity, _MAX_PAGE_ON_CUDA)
+    while page < _MAX_PAGE_ON_CUDA and 2 * page * _MIN_PAGES_OF_A_BUFFER <= buffer_bytes:
         page *= 2
     return page
 

@@ -47,7 +47,7 @@ class MemfdDriver:
         self._committed = 0
 
     def commit(self, pages: int) -> None:
-        # Not on first touch, as the kernel would: what is short must not show as a SIGBUS later.
+        # Allocate now: with allocation on first touch, a shortage would be a SIGBUS later.
         start, end = self._committed * self.page_bytes, pages * self.page_bytes
         if end > start:
             try:

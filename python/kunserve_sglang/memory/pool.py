@@ -116,7 +116,7 @@ class PhysicalPagePool:
         self._sorted = False
 
     def commit(self) -> None:
-        """Have physical memory for all pages: what is short shows now, not in a burst."""
+        """Allocate memory for all pages, so that a shortage shows now and not in a burst."""
         self._commit(self.total)
 
     def pages_for(self, nbytes: int) -> int:

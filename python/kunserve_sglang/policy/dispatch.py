@@ -18,15 +18,10 @@ as its group, whoever owns the requests:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 
 import msgspec
 
-
-class DispatchPolicy(StrEnum):
-    ROUND_ROBIN = "round_robin"
-    LEAST_LOAD = "least_load"
-    LMETRIC = "lmetric"
+from kunserve_sglang.core.settings import DispatchPolicy
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):

@@ -112,7 +112,7 @@ def plan_restore(
 
 
 def merge(state: ClusterState, groups: Sequence[Layout], epoch: int) -> Layout:
-    """One group of all members, each keeping a part of what it holds (see `policy.cuts`).
+    """One group of all members, each keeping a part of what it holds (see `core.cuts`).
 
     Raises `NoPlan` if there would be more members than layers.
     """

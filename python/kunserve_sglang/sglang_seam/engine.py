@@ -1,4 +1,4 @@
-"""SGLang's scheduler as the data plane sees it (`instance.engine.Engine`)."""
+"""SGLang's scheduler as the data plane sees it (`instance.agent.engine.Engine`)."""
 
 from __future__ import annotations
 

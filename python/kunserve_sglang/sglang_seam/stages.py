@@ -37,7 +37,7 @@ class Stages(Protocol):
     def run(
         self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
     ) -> Hidden:
-        """As `instance.engine.Engine.run_stage`."""
+        """As `instance.agent.engine.Engine.run_stage`."""
         ...
 
     def captured(self, batch: StageBatch, layers: LayerRange) -> bool:

@@ -11,7 +11,7 @@ from kunserve_sglang.simulation.cluster_profile import Profile
 
 
 class Costs:
-    """`policy.cost_model` over all layers, and the owner's part of a step.
+    """`core.cost_model` over all layers, and the owner's part of a step.
 
     A run of decode steps has a closed form: every step reads one token more of each request.
     """

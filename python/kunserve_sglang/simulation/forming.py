@@ -1,4 +1,4 @@
-"""What owners of a group send round next, by `policy.formation` as in the real thing."""
+"""What owners of a group send round next, by `execution.formation` as in the real thing."""
 
 from __future__ import annotations
 

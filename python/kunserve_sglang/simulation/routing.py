@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from kunserve_sglang.policy.dispatch import POLICIES, Candidate, DispatchPolicy, Pool
+from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.policy.dispatch import POLICIES, Candidate, Pool
 
 _FEW = 32
 """The most candidates that the policy itself looks at; with more, columns do the same."""

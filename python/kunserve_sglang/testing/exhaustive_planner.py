@@ -14,29 +14,29 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Stages:
-    """What a plan costs: stages that requests pass (one request an instance), and at most."""
+class StageCounts:
+    """Stages that requests pass (one request an instance), and those of the longest pipeline."""
 
     passed: int
     longest: int
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class MergeOutcome:
     """A way to merge: the slots it gains and what it costs."""
 
     gained: int
-    stages: Stages
+    stages: StageCounts
 
 
-def stages_of(groups: Sequence[Layout], merged: Sequence[Layout]) -> Stages:
+def stages_of(groups: Sequence[Layout], merged: Sequence[Layout]) -> StageCounts:
     """Of a cluster with these `groups`, of which the `merged` ones are new."""
-    return Stages(
+    return StageCounts(
         sum(len(g.members) ** 2 for g in groups), max((len(g.members) for g in merged), default=0)
     )
 
 
-def every_outcome(state: ClusterState, largest: int) -> list[Outcome]:
+def every_outcome(state: ClusterState, largest: int) -> list[MergeOutcome]:
     """All set partitions of the groups into groups of at most `largest`; at most 8 groups."""
     groups = state.groups()
     if len(groups) > 8:
@@ -57,8 +57,8 @@ def every_outcome(state: ClusterState, largest: int) -> list[Outcome]:
         if max(sizes) > largest or None in after:
             continue
         merged = [size for size, part in zip(sizes, partition, strict=True) if len(part) > 1]
-        stages = Stages(sum(size**2 for size in sizes), max(merged, default=0))
-        found.append(Outcome(sum(s for s in after if s is not None) - before, stages))
+        stages = StageCounts(sum(size**2 for size in sizes), max(merged, default=0))
+        found.append(MergeOutcome(sum(s for s in after if s is not None) - before, stages))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Tensors between instances (data plane). Control messages travel apart, see `router.hub`."""
+"""Tensors between instances (data plane). Control messages travel apart, see `control.hub`."""
 
 from kunserve_sglang.transport.data import DataPlane, Packet
 from kunserve_sglang.transport.plane import HostAwareDataPlane

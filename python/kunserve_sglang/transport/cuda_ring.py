@@ -106,6 +106,6 @@ class _CudaReader:
 
 
 def _settle(device: torch.device) -> None:
-    """What this thread has asked of the device has happened."""
+    """Wait until the device has done what this thread asked of it."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -18,7 +18,7 @@ import torch.distributed
 from kunserve_sglang.core.errors import PeerLost
 
 c10d: Any = torch.distributed
-"""Not all that it has is in its types, nor in its builds for CPUs."""
+"""Untyped: its type stubs and its builds for CPUs lack some of what is used here."""
 
 Store = Any
 

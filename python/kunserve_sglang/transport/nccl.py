@@ -45,7 +45,7 @@ ROOM_BYTES = 16 << 20
 _CLOSE_S = 5.0
 _LAST_WORD_MS = 200
 _ENDS = (PeerLost, RuntimeError)
-"""What ends one lane, and not the thread of all; torch says so where a GPU has no memory left."""
+"""Errors that end one lane only; torch raises the second if a GPU is out of memory."""
 
 _CPU = torch.device("cpu")
 
@@ -95,8 +95,8 @@ class NcclDataPlane:
         """
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets = PacketSockets(self._context, keys)
-        self._inbox = _Inbox(self._sockets, news, Rendezvous(host), device)
-        self._outboxes = Outboxes(lambda address: _Outbox(self._sockets, address, device))
+        self._inbox = _LaneInbox(self._sockets, news, Rendezvous(host), device)
+        self._outboxes = Outboxes(lambda address: _LaneOutbox(self._sockets, address, device))
         self.address = msgspec.json.encode(self._inbox.address).decode()
 
     def connect(self, peers: Mapping[int, str]) -> None:
@@ -131,7 +131,7 @@ class _Leaving:
     ready: torch.cuda.Event | None
 
 
-class _Outbox:
+class _LaneOutbox:
     """Sender's end of a lane, with the thread that passes packets on."""
 
     def __init__(self, sockets: PacketSockets, address: str, device: torch.device) -> None:
@@ -203,13 +203,13 @@ class _Outbox:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrived:
+class _ArrivedPacket:
     header: bytes
     specs: tuple[TensorSpec, ...]
     memory: torch.Tensor
 
 
-class _Inbox:
+class _LaneInbox:
     """Receiver's end of all lanes, with the thread that takes packets in, in the order sent."""
 
     def __init__(
@@ -221,7 +221,7 @@ class _Inbox:
         self._rendezvous = rendezvous
         self._device = device
         self._lanes: dict[str, Lane] = {}
-        self._packets: deque[_Arrived] = deque()
+        self._packets: deque[_ArrivedPacket] = deque()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self.arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
@@ -290,5 +290,5 @@ class _Inbox:
                 memory = memory.cpu()
         with self._lock:
             self._waiting_bytes += news.nbytes
-        self._packets.append(_Arrived(news.header, news.specs, memory))
+        self._packets.append(_ArrivedPacket(news.header, news.specs, memory))
         os.eventfd_write(self.arrived, 1)

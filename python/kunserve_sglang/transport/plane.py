@@ -141,7 +141,7 @@ class HostAwareDataPlane:
 
 
 def _nccl(path: str, tcp: str, keys: MemberKeys | None, device: torch.device) -> NcclDataPlane:
-    """Listening to other hosts only where TCP does."""
+    """An NCCL plane; it listens to other hosts only if TCP does."""
     if tcp and keys:
         host = tcp.removeprefix("tcp://").rpartition(":")[0]
         return NcclDataPlane(f"tcp://{host}:*", keys=keys, device=device, host=host.strip("[]"))

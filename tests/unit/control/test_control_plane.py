@@ -15,10 +15,14 @@ from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.events import Event
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Transition, TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
+from kunserve_sglang.core.settings import (
+    ClusterConfig,
+    DispatchPolicy,
+    ExchangeMode,
+    OverloadPolicy,
+)
 from kunserve_sglang.policy.controller import Controller
 from kunserve_sglang.policy.decision import Decision
-from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.state import ClusterState
 from kunserve_sglang.policy.transition_request import (

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmark.gpu import memory
-from benchmark.gpu.check import Bench, Findings
 from kunserve_sglang.core.keys import new_keys
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.settings import Transport
@@ -19,11 +16,10 @@ from kunserve_sglang.instance.pipeline.request_table import MirroredRows
 from kunserve_sglang.instance.pipeline.sent_rows import DeviceSentRows, sent_rows
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore, layer_bytes
-from kunserve_sglang.memory import PhysicalPagePool, devices, open_pool
+from kunserve_sglang.memory import PhysicalPagePool, open_pool
 from kunserve_sglang.transport import HostAwareDataPlane, nccl, plane
 from tests.support.emulated_gpu import emulated_gpu
 from tests.support.emulated_tensors import DEVICE, EmulatedDevice, Refused, on_device
-from tests.support.limits import many_open_files
 from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
 
 PAGE = 4096
@@ -224,12 +220,3 @@ def test_packets_arrive_on_the_device(
             assert torch.equal(got.cpu(), wanted.cpu())
     a.close()
     b.close()
-
-
-@pytest.mark.parametrize("check", [memory.conservation, memory.leak, memory.parameters])
-def test_checks_for_gpus_keep_the_devices_apart(
-    gpu: EmulatedDevice,  # noqa: ARG001
-    check: Callable[[Bench, Findings], None],
-) -> None:
-    with many_open_files():
-        check(Bench(partial(devices.CudaDevice, 0), DEVICE, 256 * PAGE), Findings())

@@ -15,7 +15,7 @@ from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.restoring import RestoreCost, cheapest_first, split, splits
 from kunserve_sglang.policy.state import ClusterState
-from kunserve_sglang.testing.exhaustive_planner import Outcome, every_outcome, stages_of
+from kunserve_sglang.testing.exhaustive_planner import MergeOutcome, every_outcome, stages_of
 from tests.support.clusters import alone, carried_out, cluster, profile, with_load
 
 
@@ -285,7 +285,7 @@ def test_members_that_disagree_on_their_group_are_left_alone() -> None:
         drop(half, None, 0, 2)
 
 
-def enough(outcomes: list[Outcome], tokens: int) -> Outcome:
+def enough(outcomes: list[MergeOutcome], tokens: int) -> MergeOutcome:
     return min((o for o in outcomes if o.gained >= tokens), key=lambda o: o.stages)
 
 

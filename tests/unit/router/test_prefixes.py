@@ -15,8 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kunserve_sglang.core.blocks import BLOCK_TOKENS, block_hashes
-from kunserve_sglang.core.settings import PromptFormat
-from kunserve_sglang.policy.dispatch import DispatchPolicy
+from kunserve_sglang.core.settings import DispatchPolicy, PromptFormat
 from kunserve_sglang.router.proxy.prefix_index import Prompt
 from kunserve_sglang.router.proxy.prompts import PromptReader
 from tests.support.mock_worker import Background, Canned, MockWorker

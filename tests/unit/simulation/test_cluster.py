@@ -15,8 +15,13 @@ from kunserve_sglang.core.cost_model import CostModel, Work
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, MicroBatches, OverloadPolicy
-from kunserve_sglang.policy.dispatch import DispatchPolicy
+from kunserve_sglang.core.settings import (
+    ClusterConfig,
+    DispatchPolicy,
+    ExchangeMode,
+    MicroBatches,
+    OverloadPolicy,
+)
 from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult
 from kunserve_sglang.simulation import instances as instances_module
 from kunserve_sglang.simulation.cluster_profile import HostCost, Links, StepCost

@@ -158,7 +158,7 @@ def test_a_packet_that_has_not_been_counted_yet_is_not_there(tmp_path: Path) -> 
     here = plane(tmp_path, "here", None)
     assert here._nccl is not None
     inbox = here._nccl._inbox
-    inbox._packets.append(nccl._Arrived(b"soon", (), torch.empty(0, dtype=torch.uint8)))
+    inbox._packets.append(nccl._ArrivedPacket(b"soon", (), torch.empty(0, dtype=torch.uint8)))
     assert here.receive() is None
     os.eventfd_write(inbox.arrived, 1)
     assert received(here).header == b"soon"

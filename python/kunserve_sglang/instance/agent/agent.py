@@ -53,7 +53,7 @@ BUSY = ("own layers", "peer's layers", "finish", "schedule")
 
 
 class Agent:
-    """State machine of one instance (DESIGN: modes of an instance)."""
+    """State machine of one instance; its states are `messages.Mode`."""
 
     def __init__(self, body: Body, *, peer_timeout_s: float) -> None:
         self._body = body
@@ -172,7 +172,7 @@ class Agent:
         )
 
     def check_pages(self) -> None:
-        """Invariant 3; raises `InternalError`."""
+        """Check that no page is lost (invariant 3); raises `InternalError`."""
         pages = self.pages()
         if pages.parameters + pages.kv + pages.free != pages.total:
             raise InternalError(f"pages are not conserved: {pages}")

@@ -89,7 +89,7 @@ def ranked_control(open_link: Callable[[], Control], ranks: Ranks) -> Control:
 
 
 class RankedPlane:
-    """The data plane of one rank (DESIGN: `DataPlane`).
+    """The data plane of one rank: a `transport.DataPlane` whose packets all ranks see alike.
 
     A packet has arrived when its part is there on every rank; all then get it at the same place of
     their program. The parts of a packet have one header, since all ranks of its sender agree on

@@ -2,7 +2,7 @@
 
 A buffer is reserved once for `owners * stride` slots and cut into one sub-range an owner, the
 instance's own at offset 0. A stage finds slot `i` of owner `j` at `base(j) + i`, so slot ids are
-the owner's everywhere and never change (DESIGN section 2).
+the owner's everywhere and never change.
 """
 
 from __future__ import annotations

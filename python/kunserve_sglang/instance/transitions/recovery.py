@@ -1,4 +1,4 @@
-"""What a member does when its group has come apart (DESIGN section 1, failure).
+"""What a member does when its group has come apart.
 
 The layers that others held are gone with them, or with their way here, and so is the KV of all
 requests in those layers. Every survivor becomes a full replica again by itself, with the dropped
