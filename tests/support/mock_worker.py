@@ -22,6 +22,7 @@ from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfil
 from kunserve_sglang.core.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Attainable,
     Commit,
     Done,
     Hello,
@@ -356,6 +357,8 @@ class MockInstance:
         if isinstance(message, Welcome):
             self._follows = True
             self._cache_log.begin(self.cached)
+            return None
+        if isinstance(message, Attainable):
             return None
         if isinstance(message, Prepare):
             after = message.transition.after

@@ -34,7 +34,7 @@ _MAX_FAILURES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _ContainedStep:
     """What was done, in words that go on after "while", and for which requests."""
 
     name: str
@@ -49,8 +49,8 @@ class Containment:
         self._scheduler = scheduler
         self._suspects: Suspects[Any] = Suspects()
         self._in_a_row = 0
-        self._step: _Step | None = None
-        self._failed: _Step | None = None
+        self._step: _ContainedStep | None = None
+        self._failed: _ContainedStep | None = None
 
     @contextlib.contextmanager
     def doing(self, name: str, requests: list[Any]) -> Iterator[None]:
@@ -61,7 +61,7 @@ class Containment:
         if self._step is not None:
             yield
             return
-        self._step, self._failed = _Step(name, list(requests)), None
+        self._step, self._failed = _ContainedStep(name, list(requests)), None
         try:
             yield
         except Exception as error:
