@@ -95,9 +95,12 @@ def _dequantise(gguf: Path, target: Path) -> None:
             raise ModelError(f"run `make env` first: {error}") from error
 
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(target)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         model.save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # The file does not say; what transformers takes instead is too large for JSON.
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.save_pretrained(target)
 
 
 def _publish(made: Path, model: Path) -> None:
