@@ -22,7 +22,7 @@ from kunserve_sglang.core.processes import (
     this_host,
     within_reach,
 )
-from kunserve_sglang.core.settings import InstanceConfig
+from kunserve_sglang.core.settings import InstanceConfig, shared_settings
 from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.fleet import Fleet
@@ -124,11 +124,7 @@ class Joiner:
             owners=membership.owners,
             cpus=cpus,
             gpu=gpu,
-            overload_policy=membership.overload_policy,
-            micro_batches=membership.micro_batches,
-            transport=membership.transport,
-            stage_graph_max_bs=membership.stage_graph_max_bs,
-            peer_timeout_s=membership.peer_timeout_s,
+            **shared_settings(membership),
             data_address=f"tcp://{_bracketed(data)}:*" if data else "",
             keys=membership.keys,
             host=self._options.host_id,

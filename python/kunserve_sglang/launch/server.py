@@ -20,7 +20,12 @@ from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import new_admin_key, new_keys
 from kunserve_sglang.core.processes import divide_cpus, free_port
-from kunserve_sglang.core.settings import ClusterConfig, InstanceConfig, PromptFormat
+from kunserve_sglang.core.settings import (
+    ClusterConfig,
+    InstanceConfig,
+    PromptFormat,
+    shared_settings,
+)
 from kunserve_sglang.core.sglang_flags import api_key_only, wanted_device
 from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.fleet import Fleet
@@ -105,11 +110,7 @@ class Supervisor:
             owners=config.largest_group,
             cpus=cpus,
             gpu=gpu,
-            overload_policy=config.overload_policy,
-            micro_batches=config.micro_batches,
-            transport=config.transport,
-            stage_graph_max_bs=config.stage_graph_max_bs,
-            peer_timeout_s=config.peer_timeout_s,
+            **shared_settings(config),
             data_address=f"tcp://{config.data_host}:*" if keys else "",
             keys=keys.members if keys else None,
             admin_key=self._instance_admin_key,
