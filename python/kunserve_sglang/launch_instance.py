@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kunserve_sglang.api.client import RouterClient
-from kunserve_sglang.api.errors import CommandError
+from kunserve_sglang.api.errors import CallError
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.launch.instance import Joiner, JoinOptions
 from kunserve_sglang.launch.lifecycle import add_budget_flag, end_with, memory_budget
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         options = build_options(flags, sglang_argv)
         return Joiner(RouterClient(flags.router, flags.admin_api_key), options, sglang_argv).run()
 
-    end_with(join, CommandError)
+    end_with(join, CallError)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import NoReturn
 import msgspec
 
 from kunserve_sglang.core.settings import (
-    STAGE_GRAPH_MAX_BS,
     ClusterConfig,
     DispatchPolicy,
     ExchangeMode,
@@ -24,6 +23,8 @@ from kunserve_sglang.core.settings import (
 )
 from kunserve_sglang.launch.lifecycle import add_budget_flag, end_with, memory_budget
 from kunserve_sglang.launch.server import Supervisor
+
+_DEFAULTS = ClusterConfig()
 
 
 def kunserve_parser() -> argparse.ArgumentParser:
@@ -36,19 +37,19 @@ def kunserve_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("KunServe")
-    group.add_argument("--host", default="127.0.0.1", help="address of the router")
-    group.add_argument("--port", type=int, default=30000, help="port of the router")
+    group.add_argument("--host", default=_DEFAULTS.host, help="address of the router")
+    group.add_argument("--port", type=int, default=_DEFAULTS.port, help="port of the router")
     group.add_argument(
         "--num-instances",
         type=int,
-        default=2,
+        default=_DEFAULTS.num_instances,
         help="full model copies to start; 0: only the router, for SGLang servers that are added "
         "with POST /workers and instances that join (launch_instance)",
     )
     group.add_argument(
         "--dispatch",
         choices=[p.value for p in DispatchPolicy],
-        default=ClusterConfig().dispatch.value,
+        default=_DEFAULTS.dispatch,
         help="which instance gets a request: by turns, the least loaded, or the one with the least "
         "product of tokens to prefill and batch size",
     )
@@ -56,28 +57,31 @@ def kunserve_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--overload-policy",
         choices=[p.value for p in OverloadPolicy],
-        default=OverloadPolicy.DROP.value,
+        default=_DEFAULTS.overload_policy,
         help="drop parameters when KV memory runs out, or let requests queue",
     )
     group.add_argument(
         "--drop-threshold",
         type=float,
-        default=0.95,
+        default=_DEFAULTS.drop_threshold,
         help="drop when demand exceeds this share of the KV capacity",
     )
     group.add_argument(
         "--restore-threshold",
         type=float,
-        default=0.5,
+        default=_DEFAULTS.restore_threshold,
         help="restore when demand is below this share of the full-replica capacity",
     )
     group.add_argument(
-        "--max-group-size", type=int, default=8, help="most instances that may cooperate"
+        "--max-group-size",
+        type=int,
+        default=_DEFAULTS.max_group_size,
+        help="most instances that may cooperate",
     )
     group.add_argument(
         "--join-room",
         type=int,
-        default=0,
+        default=_DEFAULTS.join_room,
         help="so many instances that join later may be in a group beside all started here",
     )
     group.add_argument(
@@ -95,27 +99,27 @@ def kunserve_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--micro-batches",
         choices=[m.value for m in MicroBatches],
-        default=MicroBatches.LOOKAHEAD.value,
+        default=_DEFAULTS.micro_batches,
         help="in a group: as many as keep all stages busy, of equal time, or one an owner",
     )
     group.add_argument(
         "--transport",
         choices=[t.value for t in Transport],
-        default=Transport.AUTO.value,
+        default=_DEFAULTS.transport,
         help="how tensors travel between instances: by the fastest way for each pair, or always in "
         "one way (nccl is not encrypted)",
     )
     group.add_argument(
         "--stage-graph-max-bs",
         type=int,
-        default=STAGE_GRAPH_MAX_BS,
+        default=_DEFAULTS.stage_graph_max_bs,
         help="requests in the largest decode step of a group's stages that is captured as a CUDA "
         "graph; 0: none (GPUs only)",
     )
     group.add_argument(
         "--exchange",
         choices=[m.value for m in ExchangeMode],
-        default=ExchangeMode.COORDINATED.value,
+        default=_DEFAULTS.exchange,
         help="move KV and parameters while serving goes on, or while the group stands still",
     )
     group.add_argument(
@@ -127,13 +131,13 @@ def kunserve_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-queued",
         type=int,
-        default=10_000,
+        default=_DEFAULTS.max_queued,
         help="requests that the router holds back before it answers 429",
     )
     group.add_argument(
         "--queue-timeout-s",
         type=float,
-        default=600.0,
+        default=_DEFAULTS.queue_timeout_s,
         help="how long the router holds a request back before it answers 503",
     )
     group.add_argument(
@@ -147,30 +151,12 @@ def kunserve_parser() -> argparse.ArgumentParser:
 
 
 def build_config(flags: argparse.Namespace, sglang_argv: Sequence[str]) -> ClusterConfig:
-    """Raises `ConfigurationError` for values that make no sense."""
-    return ClusterConfig(
-        num_instances=flags.num_instances,
-        host=flags.host,
-        port=flags.port,
-        dispatch=DispatchPolicy(flags.dispatch),
-        memory_budget=memory_budget(flags, sglang_argv),
-        overload_policy=OverloadPolicy(flags.overload_policy),
-        drop_threshold=flags.drop_threshold,
-        restore_threshold=flags.restore_threshold,
-        max_group_size=flags.max_group_size,
-        join_room=flags.join_room,
-        control_address=flags.control_address,
-        tpot_limit_ms=flags.tpot_limit_ms,
-        micro_batches=MicroBatches(flags.micro_batches),
-        transport=Transport(flags.transport),
-        stage_graph_max_bs=flags.stage_graph_max_bs,
-        exchange=ExchangeMode(flags.exchange),
-        max_in_flight=flags.max_in_flight,
-        max_queued=flags.max_queued,
-        queue_timeout_s=flags.queue_timeout_s,
-        admin_api_key=flags.admin_api_key,
-        read_api_key=flags.read_api_key,
-    )
+    """Raises `ConfigurationError` for values that make no sense.
+
+    A flag is called as the field that it sets, so none is named here.
+    """
+    given = {**vars(flags), "memory_budget": memory_budget(flags, sglang_argv)}
+    return msgspec.convert(given, ClusterConfig)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

@@ -1,39 +1,21 @@
-"""What can go wrong for a command, and what the shell is told of it."""
+"""What a call of the router can raise."""
 
 from __future__ import annotations
-
-from enum import IntEnum
 
 from kunserve_sglang.core.errors import KunServeError
 
 
-class Exit(IntEnum):
-    """Statuses of the process; 130 is what shells expect of one that Ctrl-C has ended."""
-
-    OK = 0
-    REFUSED = 1
-    USAGE = 2
-    UNREACHABLE = 3
-    INTERRUPTED = 130
+class CallError(KunServeError):
+    """The call has not succeeded; one line says why."""
 
 
-class CommandError(KunServeError):
-    """Ends the command with one line on stderr and `exit`."""
-
-    exit = Exit.REFUSED
-
-
-class Refused(CommandError):
+class Refused(CallError):
     """The router has answered, and it says no."""
 
 
-class Usage(CommandError):
-    """The command line makes no sense; the router was not asked."""
-
-    exit = Exit.USAGE
+class Usage(CallError):
+    """The call makes no sense as it was given; the router was not asked."""
 
 
-class Unreachable(CommandError):
+class Unreachable(CallError):
     """Nobody answered in time, or not a KunServe router."""
-
-    exit = Exit.UNREACHABLE

@@ -16,7 +16,7 @@ from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.messages import Mode, Pages, Slots, TransitionKind
-from kunserve_sglang.core.settings import MicroBatches, OverloadPolicy, Transport
+from kunserve_sglang.core.settings import SharedSettings
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.monitor import Thresholds
 
@@ -217,7 +217,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     other_data: TraceDetails
 
 
-class Membership(msgspec.Struct, frozen=True, kw_only=True):
+class Membership(SharedSettings, frozen=True, kw_only=True):
     """What an instance that joins has to know; its number is its own from now on.
 
     On `host`, where `control_address` can be reached, it uses that; elsewhere `control_tcp`, with
@@ -235,11 +235,6 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None
     instance_admin_key: str
     owners: int
-    overload_policy: OverloadPolicy
-    micro_batches: MicroBatches
-    transport: Transport
-    stage_graph_max_bs: int
-    peer_timeout_s: float
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 from kunserve_sglang import __version__
 from kunserve_sglang.api.client import RouterClient
-from kunserve_sglang.api.errors import CommandError, Exit
+from kunserve_sglang.api.errors import CallError
 from kunserve_sglang.cli.commands import COMMANDS
 from kunserve_sglang.cli.session import Session
+from kunserve_sglang.cli.status import Exit, exit_after
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 
@@ -57,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = build_parser().parse_args(argv)
     try:
         session = Session(_client(flags, os.environ), raw=flags.json)
-    except CommandError as error:
+    except CallError as error:
         print(f"kunserve: {error}", file=sys.stderr)
-        return error.exit
+        return exit_after(error)
     try:
         flags.run(session, flags)
-    except CommandError as error:
+    except CallError as error:
         session.warn(str(error))
-        return error.exit
+        return exit_after(error)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:

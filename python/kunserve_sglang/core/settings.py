@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -20,9 +21,6 @@ KunServe is opt-in: without this variable the plugin does nothing and SGLang is 
 
 LEAVE_SIGNAL = signal.SIGUSR1
 """Tells an instance's main process, by its scheduler, that it has left the cluster."""
-
-STAGE_GRAPH_MAX_BS = 64
-"""Requests in the largest decode step of a stage that is captured as a CUDA graph."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -81,7 +79,27 @@ class PromptFormat(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
 
 
-class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
+class SharedSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What all instances of a cluster go by, those that join it included.
+
+    A field that is added here reaches every instance: whoever passes settings on passes these on
+    as a whole, with `shared_settings`. `stage_graph_max_bs` is the number of requests in the
+    largest decode step of a stage that is captured as a CUDA graph.
+    """
+
+    overload_policy: OverloadPolicy = OverloadPolicy.DROP
+    micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
+    transport: Transport = Transport.AUTO
+    stage_graph_max_bs: int = 64
+    peer_timeout_s: float = 60.0
+
+
+def shared_settings(settings: SharedSettings) -> dict[str, Any]:
+    """By name, as arguments of any other type that has them."""
+    return {name: getattr(settings, name) for name in SharedSettings.__struct_fields__}
+
+
+class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
     """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity.
 
     Without instances there is just a router, for plain SGLang servers that are added to it and for
@@ -94,15 +112,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 30000
     dispatch: DispatchPolicy = DispatchPolicy.LMETRIC
     memory_budget: int = 0
-    overload_policy: OverloadPolicy = OverloadPolicy.DROP
     drop_threshold: float = 0.95
     restore_threshold: float = 0.5
     max_group_size: int = 8
     join_room: int = 0
     tpot_limit_ms: float | None = None
-    micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
-    transport: Transport = Transport.AUTO
-    stage_graph_max_bs: int = STAGE_GRAPH_MAX_BS
     exchange: ExchangeMode = ExchangeMode.COORDINATED
     max_in_flight: int | None = None
     max_queued: int = 10_000
@@ -113,7 +127,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     vote_timeout_s: float = 10.0
     exchange_timeout_s: float = 60.0
     transfer_timeout_s: float = 600.0
-    peer_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.num_instances < 0:
@@ -160,7 +173,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         return "127.0.0.1" if self.transport is Transport.TCP else ""
 
 
-class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
+class InstanceConfig(SharedSettings, frozen=True, kw_only=True):
     """What one instance must know; travels in `KUNSERVE_INSTANCE` as JSON.
 
     `owners` is the largest group the instance can join; `cpus` the cores of its scheduler (empty:
@@ -180,11 +193,6 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpus: tuple[int, ...] = ()
     gpu: int = 0
     page_bytes: int = 0
-    overload_policy: OverloadPolicy = OverloadPolicy.DROP
-    micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
-    transport: Transport = Transport.AUTO
-    stage_graph_max_bs: int = STAGE_GRAPH_MAX_BS
-    peer_timeout_s: float = 60.0
     data_address: str = ""
     keys: MemberKeys | None = None
     host: str = ""

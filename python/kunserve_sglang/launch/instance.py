@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kunserve_sglang.api.client import RouterClient
-from kunserve_sglang.api.errors import CommandError, Refused
+from kunserve_sglang.api.errors import CallError, Refused
 from kunserve_sglang.api.types import ClusterStatus, JoinBody, Membership, Workers
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.processes import (
@@ -22,10 +22,11 @@ from kunserve_sglang.core.processes import (
     this_host,
     within_reach,
 )
-from kunserve_sglang.core.settings import InstanceConfig
+from kunserve_sglang.core.settings import InstanceConfig, shared_settings
+from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.fleet import Fleet
-from kunserve_sglang.launch.lifecycle import GRACE_S, StopSignals, wait_until_ready, wanted_device
+from kunserve_sglang.launch.lifecycle import GRACE_S, StopSignals, wait_until_ready
 
 _POLL_INTERVAL_S = 0.5
 _POLL_S = 0.1
@@ -60,7 +61,7 @@ class Joiner:
     def run(self) -> int:
         """Serve until a signal, or until all have left; returns the exit status.
 
-        Raises `ConfigurationError` or `CommandError` if the router does not take them.
+        Raises `ConfigurationError` or `CallError` if the router does not take them.
         """
         self._router.call("status")  # nobody there? Better known before the imports.
         folder = tempfile.mkdtemp(prefix="kunserve-")
@@ -123,11 +124,7 @@ class Joiner:
             owners=membership.owners,
             cpus=cpus,
             gpu=gpu,
-            overload_policy=membership.overload_policy,
-            micro_batches=membership.micro_batches,
-            transport=membership.transport,
-            stage_graph_max_bs=membership.stage_graph_max_bs,
-            peer_timeout_s=membership.peer_timeout_s,
+            **shared_settings(membership),
             data_address=f"tcp://{_bracketed(data)}:*" if data else "",
             keys=membership.keys,
             host=self._options.host_id,
@@ -169,7 +166,7 @@ class Joiner:
         """Number and address of those that the router sends requests to."""
         try:
             status = self._router.call("status").read(ClusterStatus)
-        except CommandError:
+        except CallError:
             return {}  # it may be away for a moment
         ours = self._fleet.numbers
         return {i.id: i.url for i in status.instances if i.id in ours and i.serving}
@@ -200,7 +197,7 @@ class Joiner:
                         self._router.call("drain", path={"id": str(number)}, query=query)
                 except Refused as error:
                     step.update(str(error))  # a transition, perhaps: it will be over one day
-                except CommandError as error:
+                except CallError as error:
                     self._console.error(f"not drained: {error}")
                     return
                 self._fleet.wait(_POLL_INTERVAL_S)

@@ -15,6 +15,7 @@ import psutil
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.processes import kill_descendants
 from kunserve_sglang.core.settings import format_size, parse_size
+from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.launch.console import Console, Step
 
 _MEMORY_SHARE = 0.5
@@ -33,14 +34,6 @@ def add_budget_flag(group: argparse._ArgumentGroup) -> None:
         help="parameters + KV of one instance, e.g. 448MiB (default: half of the free memory, "
         "divided among the instances; on a GPU SGLang's --mem-fraction-static of what is free)",
     )
-
-
-def wanted_device(sglang_argv: Sequence[str]) -> str:
-    """Where instances are to run: SGLang's `--device`, `cpu` without it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device", default="cpu")
-    device: str = parser.parse_known_args(sglang_argv)[0].device
-    return device
 
 
 def memory_budget(flags: argparse.Namespace, sglang_argv: Sequence[str]) -> int:

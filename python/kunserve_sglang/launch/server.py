@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import http.client
-import json
 import os
 import shutil
 import socket
@@ -13,8 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
 
+from msgspec import UNSET
+
+from kunserve_sglang.api.client import RouterClient
+from kunserve_sglang.api.errors import CallError
+from kunserve_sglang.api.types import ClusterStatus, InstanceStatus
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import new_admin_key, new_keys
@@ -24,13 +25,16 @@ from kunserve_sglang.core.settings import (
     DispatchPolicy,
     InstanceConfig,
     PromptFormat,
+    shared_settings,
 )
+from kunserve_sglang.core.sglang_flags import api_key_only, wanted_device
 from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.fleet import Fleet
-from kunserve_sglang.launch.lifecycle import GRACE_S, StopSignals, wait_until_ready, wanted_device
+from kunserve_sglang.launch.lifecycle import GRACE_S, StopSignals, wait_until_ready
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 
 _POLL_S = 0.1
+_STATUS_TIMEOUT_S = 5.0
 
 
 class Supervisor:
@@ -53,7 +57,7 @@ class Supervisor:
         Raises `ConfigurationError` before anything was started.
         """
         alone = not self._config.num_instances
-        api_key = _api_key_only(self._argv) if alone else None
+        api_key = api_key_only(self._argv) if alone else None
         _check_port_free(self._config.host, self._config.port)
         self._folder = tempfile.mkdtemp(prefix="kunserve-")
         self._fleet = Fleet(self._folder, self._console)
@@ -106,11 +110,7 @@ class Supervisor:
             owners=config.largest_group,
             cpus=cpus,
             gpu=gpu,
-            overload_policy=config.overload_policy,
-            micro_batches=config.micro_batches,
-            transport=config.transport,
-            stage_graph_max_bs=config.stage_graph_max_bs,
-            peer_timeout_s=config.peer_timeout_s,
+            **shared_settings(config),
             data_address=f"tcp://{config.data_host}:*" if keys else "",
             keys=keys.members if keys else None,
             admin_key=self._instance_admin_key,
@@ -154,17 +154,17 @@ class Supervisor:
     def _ready(self, step: Step) -> bool:
         """Whether the router answers and all instances are serving; then it says so."""
         total = self._config.num_instances
-        status = self._ask("/kunserve/status")
-        own = [i for i in status["instances"] if not i["plain"]] if status else []
-        serving = [i for i in own if i["serving"]]
+        status = self._status()
+        own = [i for i in status.instances if not i.plain] if status else []
+        serving = [i for i in own if i.serving]
         step.update(f"{len(own)} of {total} loaded, {len(serving)} serving")
         if status is None or len(serving) < total:
             return False
         self._announce(own)
         return True
 
-    def _announce(self, instances: list[dict[str, Any]]) -> None:
-        slots = [i["slots"]["capacity"] for i in instances if "slots" in i]
+    def _announce(self, instances: list[InstanceStatus]) -> None:
+        slots = [i.slots.capacity for i in instances if i.slots is not UNSET]
         config = self._config
         about = (
             f"{config.num_instances} instances, {max(slots, default=0):,} token slots each, "
@@ -195,19 +195,13 @@ class Supervisor:
             return f"the router ended with status {self._router.returncode}"
         return self._fleet.failure()
 
-    def _ask(self, path: str) -> dict[str, Any] | None:
+    def _status(self) -> ClusterStatus | None:
         host = "127.0.0.1" if self._config.host == "0.0.0.0" else self._config.host
-        connection = http.client.HTTPConnection(host, self._config.port, timeout=5)
+        router = RouterClient(f"{host}:{self._config.port}", self._config.read_api_key)
         try:
-            key = self._config.read_api_key
-            headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
-            connection.request("GET", path, headers=headers)
-            answer: dict[str, Any] = json.loads(connection.getresponse().read())
-        except (OSError, http.client.HTTPException, json.JSONDecodeError):
+            return router.call("status", timeout_s=_STATUS_TIMEOUT_S).read(ClusterStatus)
+        except CallError:
             return None  # not up yet; the caller asks again
-        finally:
-            connection.close()
-        return answer
 
     # -- stop ------------------------------------------------------------------------------------
 
@@ -226,20 +220,6 @@ class Supervisor:
             if self._router is not None:
                 self._router.wait(5)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _api_key_only(argv: list[str]) -> str | None:
-    """The one flag of SGLang's that a router without instances has a use for.
-
-    Raises `ConfigurationError` for any other.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--api-key")
-    flags, rest = parser.parse_known_args(argv)
-    if rest:
-        raise ConfigurationError(f"{rest[0]}: with --num-instances 0 there is no instance for it")
-    api_key: str | None = flags.api_key
-    return api_key
 
 
 def _check_port_free(host: str, port: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.settings import Transport
-from kunserve_sglang.launch.lifecycle import wanted_device
+from kunserve_sglang.core.sglang_flags import wanted_device
 
 _OFF = {
     "speculative_algorithm": "speculative decoding",

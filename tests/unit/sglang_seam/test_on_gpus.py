@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.settings import ClusterConfig
-from kunserve_sglang.launch.lifecycle import memory_budget, wanted_device
+from kunserve_sglang.core.sglang_flags import wanted_device
+from kunserve_sglang.launch.lifecycle import memory_budget
 from kunserve_sglang.sglang_seam.compatibility import (
     check_server_args,
     place_on_gpus,

@@ -19,6 +19,7 @@ from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.descriptions import worker_of
 from kunserve_sglang.control.draining import Draining
 from kunserve_sglang.core.processes import this_host
+from kunserve_sglang.core.settings import shared_settings
 from kunserve_sglang.router.admin.background import Background
 from kunserve_sglang.router.http.answers import RequestError, json_answer
 from kunserve_sglang.router.http.bodies import read_body, read_timeout, read_wait, read_worker_id
@@ -77,11 +78,7 @@ class Members:
             api_key=self._config.api_key,
             instance_admin_key=self._config.instance_admin_key,
             owners=cluster.largest_group,
-            overload_policy=cluster.overload_policy,
-            micro_batches=cluster.micro_batches,
-            transport=cluster.transport,
-            stage_graph_max_bs=cluster.stage_graph_max_bs,
-            peer_timeout_s=cluster.peer_timeout_s,
+            **shared_settings(cluster),
         )
 
     async def drain(self, request: Request) -> Response:
