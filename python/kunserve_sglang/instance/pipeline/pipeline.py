@@ -16,18 +16,17 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from kunserve_sglang.core.cost_model import CostEstimate
 from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.execution.formation import PeerWork
-from kunserve_sglang.instance.agent.engine import Engine, Hidden, Segment, StageBatch
+from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.instance.agent.trace import Tracer
 from kunserve_sglang.instance.pipeline import packing, wire
 from kunserve_sglang.instance.pipeline.request_table import MirroredRows
 from kunserve_sglang.instance.pipeline.sent_rows import sent_rows
-from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.transfer.transfer import Transfer
-from kunserve_sglang.transport import DataPlane, Packet
+from kunserve_sglang.transport import Packet
 
 _NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
 _MAX_ROWS = 4352
@@ -77,33 +76,33 @@ class Pipeline:
 
     def __init__(
         self,
-        me: int,
+        body: Body,
         layout: Layout,
         *,
-        engine: Engine,
-        kv: KvStore,
-        plane: DataPlane,
         counters: PipelineCounters,
         tracer: Tracer,
-        costs: CostEstimate,
+        transfer: Callable[[], Transfer | None],
         next_piece: Callable[[], Packet | None],
-        clock: Callable[[], float],
         peer_timeout_s: float,
     ) -> None:
-        """`next_piece` gives the next packet of a transfer, or None after a moment."""
-        self.transfer: Transfer | None = None
+        """`transfer` gives what is on its way while the group serves, if anything is.
+
+        `next_piece` gives the next packet of it, or None after a moment.
+        """
+        me, engine, kv = body.instance, body.engine, body.kv
+        self._transfer = transfer
         self._me = me
         self._layout = layout
         self._position = layout.position(me)
         self._layers = layout.member(me).layers
         self._engine = engine
-        self._plane = plane
+        self._plane = body.plane
         self._counters = counters
         self._tracer = tracer
-        self._costs = costs
+        self._costs = body.costs
         self._idle_since: float | None = None
         self._next_piece = next_piece
-        self._clock = clock
+        self._clock = body.clock
         self._timeout = peer_timeout_s
         table = engine.request_table()
         rows, context = table.shape
@@ -147,9 +146,9 @@ class Pipeline:
         """
         self._round_ms = work.round_ms
         reads = None
-        if self.transfer is not None:
+        if (transfer := self._transfer()) is not None:
             reads = self._sent.slots(batch.rows, batch.seq_lens)
-            self.transfer.take_along(reads)
+            transfer.take_along(reads)
         batch, delta = self._sent.difference(batch)
         packed, described = packing.pack(batch, delta)
         self._progress = self._clock()
@@ -211,9 +210,9 @@ class Pipeline:
         hidden = wire.hidden_of(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
-        if self.transfer is not None:
+        if (transfer := self._transfer()) is not None:
             reads = peer.mirror.slots(batch.rows, batch.seq_lens)
-            self.transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
+            transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
         with self._measured("peer's layers", header, batch):
             hidden = self._engine.run_stage(
                 batch, peer.mirror.table, peer.mirror.base, self._layers, hidden
@@ -244,9 +243,9 @@ class Pipeline:
     def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""
         if position == self._position:
-            if self.transfer is not None and own.reads is not None:
+            if (transfer := self._transfer()) is not None and own.reads is not None:
                 writes = own.batch.out_slots
-                self.transfer.before_run(self._me, own.reads, writes, self._next_piece)
+                transfer.before_run(self._me, own.reads, writes, self._next_piece)
             with self._measured("own layers", own.header, own.batch):
                 hidden = own.segment(self._layers, hidden)
             position += 1
