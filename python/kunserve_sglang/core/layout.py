@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
+from kunserve_sglang.core.errors import InternalError
+
 _IDLE_PART = 16
 """An owner that needs no slots keeps its equal share divided by this."""
 
@@ -231,6 +233,14 @@ def parameter_loads(before: Sequence[Layout], after: Sequence[Layout]) -> list[P
                 turns[source] += 1
                 loads.append(ParameterLoad(layer, source, member.instance))
     return sorted(loads, key=lambda p: (p.layer, p.target))
+
+
+def layout_of(layouts: tuple[Layout, ...], instance: int) -> Layout:
+    """The layout that `instance` is in; raises `InternalError` if it is in none."""
+    for layout in layouts:
+        if instance in layout.ids:
+            return layout
+    raise InternalError(f"instance {instance} takes no part in the transition")
 
 
 def leaving_pages(memory: MemoryProfile, me: int, before: Layout, after: Layout) -> int:

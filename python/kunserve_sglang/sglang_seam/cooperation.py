@@ -68,13 +68,13 @@ class Cooperation:
         try:
             return self._work(began)
         except PeerLost as error:
-            scheduler.agent.strand(str(error))
+            scheduler.agent.leave_group(str(error))
             return False
 
     def _work(self, began: float) -> bool:
         scheduler = self._scheduler
         collected = launched = False
-        if not scheduler.paused and not scheduler.agent.stranded:
+        if not scheduler.paused and not scheduler.agent.abandoned:
             if not self._entered:
                 self._enter()
             collected = self._collect()
@@ -258,7 +258,7 @@ class Cooperation:
 
     def _rest(self) -> None:
         scheduler = self._scheduler
-        if scheduler.agent.stranded:
+        if scheduler.agent.abandoned:
             scheduler.wait_for_events(_WAIT_MS)
             return
         scheduler.agent.pipeline.begin_idle()

@@ -219,7 +219,7 @@ class KunServeScheduler(upstream.Scheduler):
         try:
             self.quiesce()
         except PeerLost as error:
-            self.agent.strand(str(error))
+            self.agent.leave_group(str(error))
         super().pause_generation(recv_req)
 
     def overlap(self, on: bool) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kunserve_sglang.core.cost_model import CostEstimate
-from kunserve_sglang.core.layout import MemoryProfile
+from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
+from kunserve_sglang.core.messages import Pages
 from kunserve_sglang.instance.agent.control import Control
 from kunserve_sglang.instance.agent.engine import Engine
 from kunserve_sglang.instance.store.kv_store import KvStore
@@ -34,3 +36,29 @@ class Body:
     costs: CostEstimate
     clock: Callable[[], float] = time.monotonic
     rank: int = 0
+
+    def pages(self) -> Pages:
+        """What the memory of this instance is used for."""
+        return Pages(
+            parameters=self.parameters.pages,
+            kv=self.kv.pages,
+            free=self.pool.free,
+            total=self.pool.total,
+        )
+
+    def check_pages(self) -> None:
+        """No page is lost or in use twice; raises `InternalError`."""
+        pages = self.pages()
+        if pages.parameters + pages.kv + pages.free != pages.total:
+            raise InternalError(f"pages are not conserved: {pages}")
+
+    def alone(self, epoch: int) -> Layout:
+        """The layout, of this epoch, in which this instance has all layers and no group."""
+        layers = LayerRange(0, self.engine.layer_count)
+        member = Member(
+            instance=self.instance,
+            layers=layers,
+            capacity=self.profile.capacity(layers, 1),
+            address=self.plane.address,
+        )
+        return Layout(epoch=epoch, members=(member,))

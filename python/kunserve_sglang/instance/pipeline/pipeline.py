@@ -12,27 +12,25 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from kunserve_sglang.core.cost_model import CostEstimate
 from kunserve_sglang.core.errors import InternalError, KunServeError, PeerLost, StageFailed
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.execution.formation import PeerWork
-from kunserve_sglang.instance.agent.engine import Engine, Hidden, Segment, StageBatch
+from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.instance.agent.trace import Tracer
 from kunserve_sglang.instance.pipeline import packing, wire
 from kunserve_sglang.instance.pipeline.request_table import MirroredRows
 from kunserve_sglang.instance.pipeline.sent_rows import sent_rows
-from kunserve_sglang.instance.store.kv_store import KvStore
+from kunserve_sglang.instance.pipeline.under_way import OwnBatch, Peer, PipelineCounters
 from kunserve_sglang.instance.transfer.transfer import Transfer
-from kunserve_sglang.transport import DataPlane, Packet
+from kunserve_sglang.transport import Packet
 
 logger = logging.getLogger(__name__)
 
-_NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
 _MAX_ROWS = 4352
 """Of SGLang's request table, by itself, for any budget: owners may have more rows than this one."""
 
@@ -40,86 +38,51 @@ _SILENT_ROUNDS = 3
 """An owner that has sent nothing for so many rounds has no work."""
 
 
-@dataclass(slots=True)
-class PipelineCounters:
-    """Since start: micro-batches of this owner and of others, and time lost in bubbles.
-
-    A bubble is time in which this stage waited although the group had a micro-batch on its way.
-    """
-
-    own: int = 0
-    foreign: int = 0
-    bubble_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _OwnBatch:
-    """`described`: what of its description does not fit the header (`packing.pack`).
-
-    `reads`: slots that its requests hold, noted while KV is on its way.
-    """
-
-    header: wire.MicroBatch
-    batch: StageBatch
-    described: list[torch.Tensor]
-    segment: Segment
-    reads: torch.Tensor | None
-    result: Hidden | None = None
-
-
-@dataclass(slots=True)
-class _Peer:
-    mirror: MirroredRows
-    sequence: int = -1
-    arrived: float = 0.0
-    work: PeerWork = _NO_WORK
-
-
 class Pipeline:
     """One member's part of a group, for one epoch."""
 
     def __init__(
         self,
-        me: int,
+        body: Body,
         layout: Layout,
         *,
-        engine: Engine,
-        kv: KvStore,
-        plane: DataPlane,
         counters: PipelineCounters,
         tracer: Tracer,
-        costs: CostEstimate,
+        transfer: Callable[[], Transfer | None],
         next_piece: Callable[[], Packet | None],
-        clock: Callable[[], float],
         peer_timeout_s: float,
     ) -> None:
-        """`next_piece` gives the next packet of a transfer, or None after a moment."""
-        self.transfer: Transfer | None = None
+        """`transfer` gives what is on its way while the group serves, if anything is.
+
+        `next_piece` gives the next packet of it, or None after a moment.
+        """
+        me, engine, kv = body.instance, body.engine, body.kv
+        self._transfer = transfer
         self._me = me
         self._layout = layout
         self._position = layout.position(me)
         self._layers = layout.member(me).layers
         self._engine = engine
-        self._plane = plane
+        self._plane = body.plane
         self._counters = counters
         self._tracer = tracer
-        self._costs = costs
+        self._costs = body.costs
         self._idle_since: float | None = None
         self._next_piece = next_piece
-        self._clock = clock
+        self._clock = body.clock
         self._timeout = peer_timeout_s
         table = engine.request_table()
         rows, context = table.shape
         rows = max(rows, _MAX_ROWS)
         self._sent = sent_rows(table)
         self._peers = {
-            m.instance: _Peer(MirroredRows(rows, context, kv.base(m.instance), table.device))
+            m.instance: Peer(MirroredRows(rows, context, kv.base(m.instance), table.device))
             for m in layout.members
             if m.instance != me
         }
         self._sequence = 0
         self._round_ms = 0.0
-        self._own: deque[_OwnBatch] = deque()
+        self._own: deque[OwnBatch] = deque()
         self._progress = self._clock()
 
     @property
@@ -150,9 +113,9 @@ class Pipeline:
         """
         self._round_ms = work.round_ms
         reads = None
-        if self.transfer is not None:
+        if (transfer := self._transfer()) is not None:
             reads = self._sent.slots(batch.rows, batch.seq_lens)
-            self.transfer.take_along(reads)
+            transfer.take_along(reads)
         batch, delta = self._sent.difference(batch)
         packed, described = packing.pack(batch, delta)
         self._progress = self._clock()
@@ -169,7 +132,7 @@ class Pipeline:
             cost_ms=work.batch_ms,
             round_ms=work.round_ms,
         )
-        own = _OwnBatch(header, batch, described, segment, reads)
+        own = OwnBatch(header, batch, described, segment, reads)
         self._sequence += 1
         self._counters.own += 1
         self._own.append(own)
@@ -217,9 +180,9 @@ class Pipeline:
         hidden = wire.hidden_of(header, packet.tensors)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
-        if self.transfer is not None:
+        if (transfer := self._transfer()) is not None:
             reads = peer.mirror.slots(batch.rows, batch.seq_lens)
-            self.transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
+            transfer.before_run(batch.owner, reads, batch.out_slots, self._next_piece)
 
         def run(hidden: Hidden) -> Hidden:
             table, base = peer.mirror.table, peer.mirror.base
@@ -250,12 +213,12 @@ class Pipeline:
         own.header = msgspec.structs.replace(own.header, failed=header.failed)
         self._pass_on(own, header.position, wire.hidden_of(header, packet.tensors))
 
-    def _pass_on(self, own: _OwnBatch, position: int, hidden: Hidden) -> None:
+    def _pass_on(self, own: OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""
         if position == self._position:
-            if self.transfer is not None and own.reads is not None:
+            if (transfer := self._transfer()) is not None and own.reads is not None:
                 writes = own.batch.out_slots
-                self.transfer.before_run(self._me, own.reads, writes, self._next_piece)
+                transfer.before_run(self._me, own.reads, writes, self._next_piece)
 
             def run(hidden: Hidden) -> Hidden:
                 return own.segment(self._layers, hidden)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from kunserve_sglang.core.errors import InternalError, PeerLost, TransitionTimeout
-from kunserve_sglang.core.layout import Layout, kv_moves, parameter_loads
+from kunserve_sglang.core.layout import Layout, kv_moves, layout_of, parameter_loads
 from kunserve_sglang.core.messages import Transition, TransitionStats
 from kunserve_sglang.instance.agent.body import Body
 from kunserve_sglang.instance.pipeline import wire
@@ -275,11 +275,3 @@ def map_capacities(body: Body, layout: Layout) -> None:
     for member in layout.members:
         for layer in layout.member(body.instance).layers:
             body.kv.resize(layer, member.instance, member.capacity)
-
-
-def layout_of(layouts: tuple[Layout, ...], instance: int) -> Layout:
-    """The layout that `instance` is in; raises `InternalError` if it is in none."""
-    for layout in layouts:
-        if instance in layout.ids:
-            return layout
-    raise InternalError(f"instance {instance} takes no part in the transition")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from kunserve_sglang.core.layout import Layout, arriving_pages, leaving_pages
+from kunserve_sglang.core.layout import Layout, arriving_pages, layout_of, leaving_pages
 from kunserve_sglang.core.messages import Transition
 from kunserve_sglang.instance.agent.body import Body
-from kunserve_sglang.instance.transitions.exchange import layout_of
 
 
 def objection(body: Body, layout: Layout, transition: Transition) -> str:

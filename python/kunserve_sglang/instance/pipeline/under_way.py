@@ -1,0 +1,51 @@
+"""What a pipeline keeps of micro-batches: its own until they are back, others' by their owner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kunserve_sglang.execution.formation import PeerWork
+from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
+from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+
+_NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
+
+
+@dataclass(slots=True)
+class PipelineCounters:
+    """Since start: micro-batches of this owner and of others, and time lost in bubbles.
+
+    A bubble is time in which this stage waited although the group had a micro-batch on its way.
+    """
+
+    own: int = 0
+    foreign: int = 0
+    bubble_s: float = 0.0
+
+
+@dataclass(slots=True)
+class OwnBatch:
+    """`described`: what of its description does not fit the header (`packing.pack`).
+
+    `reads`: slots that its requests hold, noted while KV is on its way.
+    """
+
+    header: wire.MicroBatch
+    batch: StageBatch
+    described: list[torch.Tensor]
+    segment: Segment
+    reads: torch.Tensor | None
+    result: Hidden | None = None
+
+
+@dataclass(slots=True)
+class Peer:
+    """What an owner has told of its table, and of its work."""
+
+    mirror: MirroredRows
+    sequence: int = -1
+    arrived: float = 0.0
+    work: PeerWork = _NO_WORK

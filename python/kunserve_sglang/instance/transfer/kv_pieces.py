@@ -1,0 +1,195 @@
+"""KV rows that change hands, in pieces small enough to let activations pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kunserve_sglang.core.layout import LayerRange, Move
+from kunserve_sglang.instance.pipeline import packing, wire
+from kunserve_sglang.instance.store.kv_store import KvStore
+from kunserve_sglang.transport import DataPlane
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """`pending`: slots whose rows the target does not have, bool by slot."""
+
+    move: Move
+    pending: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """`awaited`: slots whose rows are on their way, bool by slot."""
+
+    move: Move
+    awaited: torch.Tensor
+    ended: bool = False
+
+
+class KvPieces:
+    """One member's side: which rows are left to send, and which arrive here."""
+
+    def __init__(
+        self,
+        me: int,
+        moves: Iterable[Move],
+        *,
+        taken: Mapping[int, torch.Tensor],
+        serving: LayerRange,
+        store: KvStore,
+        plane: DataPlane,
+        piece_bytes: int,
+    ) -> None:
+        """`taken` are the slots of each owner that have rows to move; `serving` the layers that
+        this member runs until all is done.
+        """
+        self._me = me
+        self._serving = serving
+        self._store = store
+        self._plane = plane
+        self._piece_bytes = piece_bytes
+        moves = list(moves)
+        self._outgoing = [_Outgoing(m, self._mask(taken[m.owner])) for m in moves if m.source == me]
+        self._incoming = {
+            (m.owner, m.layers): _Incoming(m, self._mask(taken[m.owner]))
+            for m in moves
+            if m.target == me
+        }
+        self.sent_bytes = 0
+
+    @property
+    def arriving(self) -> list[Move]:
+        """What comes to this member."""
+        return [i.move for i in self._incoming.values()]
+
+    @property
+    def leaving(self) -> list[Move]:
+        """What goes away from here."""
+        return [o.move for o in self._outgoing]
+
+    @property
+    def leaving_for_good(self) -> list[Move]:
+        """Of that, what nobody reads here meanwhile."""
+        return [move for move in self.leaving if not self._serves(move)]
+
+    @property
+    def unsent(self) -> bool:
+        """Rows are left to send."""
+        return any(bool(o.pending.any()) for o in self._outgoing)
+
+    @property
+    def due(self) -> bool:
+        """Rows are on their way here."""
+        return any(bool(i.awaited.any()) for i in self._incoming.values())
+
+    @property
+    def unended(self) -> list[Move]:
+        """Moves to this member whose last rows have not come."""
+        return [i.move for i in self._incoming.values() if not i.ended]
+
+    # -- leaving ---------------------------------------------------------------------------------
+
+    def take_along(self, epoch: int, slots: torch.Tensor) -> None:
+        """Send the rows of these own slots now."""
+        for out in self._outgoing:
+            if out.move.owner == self._me:
+                self._send_rows(epoch, out, torch.unique(slots[out.pending[slots]]))
+
+    def unsent_bytes(self, slots: torch.Tensor) -> int:
+        """Bytes that `take_along` would send for these slots."""
+        return sum(
+            int(out.pending[slots].sum()) * self._row_bytes(out.move)
+            for out in self._outgoing
+            if out.move.owner == self._me
+        )
+
+    def rewritten(self, owner: int, slots: torch.Tensor) -> None:
+        """Rows of these slots change here, after a copy of them may have left."""
+        for out in self._outgoing:
+            if out.move.owner == owner and self._serves(out.move):
+                out.pending[slots] = True
+
+    def send(self, epoch: int, room: int) -> bool:
+        """Send a piece to somebody for whom there is so much `room` (bytes); false if none went."""
+        for out in self._outgoing:
+            if self._plane.room(out.move.target) >= room:
+                slots = torch.nonzero(out.pending).flatten()
+                if len(slots):
+                    count = max(1, self._piece_bytes // self._row_bytes(out.move))
+                    self._send_rows(epoch, out, slots[:count])
+                    return True
+        return False
+
+    def send_rest(self, epoch: int, taken: Mapping[int, torch.Tensor]) -> None:
+        """Send all rows that are missing of the slots in `taken`; nothing is written any more."""
+        for out in self._outgoing:
+            out.pending &= self._mask(taken[out.move.owner])
+            self._send_rows(epoch, out, torch.nonzero(out.pending).flatten(), last=True)
+
+    # -- arriving --------------------------------------------------------------------------------
+
+    def awaited(self, owner: int, reads: torch.Tensor, writes: torch.Tensor) -> Iterator[None]:
+        """Yields as long as rows that a micro-batch of `owner` reads here are on their way.
+
+        What it writes is not waited for.
+        """
+        for incoming in self._incoming.values():
+            if incoming.move.owner != owner or not self._serves(incoming.move):
+                continue
+            incoming.awaited[writes] = False
+            while bool(incoming.awaited[reads].any()):
+                yield
+
+    def receive(self, header: wire.KvRows, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep rows that have arrived."""
+        incoming = self._incoming[header.owner, header.layers]
+        *beside, k, v = tensors
+        slots = packing.integers_of(header.slots, [t.cpu() for t in beside])
+        if self._serves(incoming.move):
+            # What a micro-batch has written here since is newer than what was on its way.
+            fresh = torch.nonzero(incoming.awaited[slots]).flatten()
+            if len(fresh) < len(slots):
+                slots, there = slots[fresh], fresh.to(k.device, non_blocking=True)
+                k, v = k.index_select(1, there), v.index_select(1, there)
+        self._store.scatter(header.layers, header.owner, slots, k, v)
+        incoming.awaited[slots] = False
+        incoming.ended = header.last
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _send_rows(
+        self, epoch: int, out: _Outgoing, slots: torch.Tensor, *, last: bool = False
+    ) -> None:
+        if not len(slots) and not last:
+            return
+        move = out.move
+        k, v = self._store.gather(move.layers, move.owner, slots)
+        inline, beside = packing.inlined(slots)
+        header = wire.KvRows(
+            sender=self._me,
+            epoch=epoch,
+            owner=move.owner,
+            layers=move.layers,
+            slots=inline,
+            last=last,
+        )
+        self._plane.send(move.target, wire.encode(header), [*beside, k, v])
+        out.pending[slots] = False
+        self.sent_bytes += k.nbytes + v.nbytes
+
+    def _serves(self, move: Move) -> bool:
+        """Whether micro-batches run these layers here while the transfer goes on."""
+        return len(move.layers.common(self._serving)) > 0
+
+    def _row_bytes(self, move: Move) -> int:
+        shape = self._store.shape
+        return len(move.layers) * (shape.key_row_bytes + shape.value_row_bytes)
+
+    def _mask(self, slots: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(self._store.stride, dtype=torch.bool)
+        mask[slots] = True
+        return mask

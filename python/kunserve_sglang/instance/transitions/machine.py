@@ -1,0 +1,166 @@
+"""The state machine of a member: follows `table.py`, and keeps what there is to remember.
+
+The participant (`participant.py`) tells it what has happened, and carries out the actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.layout import Layout, layout_of
+from kunserve_sglang.core.messages import (
+    Abort,
+    Commit,
+    Lost,
+    Mode,
+    ToInstance,
+    Transition,
+    TransitionKind,
+    TransitionStats,
+)
+from kunserve_sglang.instance.transitions.table import TABLE, Action, Event, State
+
+
+@dataclass(slots=True)
+class PendingAnswer:
+    """What the router is told at the end; no `commit` yet if a peer's data has overtaken it."""
+
+    commit: Commit | None
+    stats: TransitionStats
+
+
+class Reaction(NamedTuple):
+    """`answer`: what was pending until now; actions that answer or refuse speak of it."""
+
+    actions: tuple[Action, ...]
+    answer: PendingAnswer | None
+
+
+class Machine:
+    """A member's state, its layout, and what it has to remember of what is under way."""
+
+    def __init__(self, layout: Layout, *, instance: int) -> None:
+        self.state = State.INDEPENDENT
+        self.layout = layout
+        self.under_way: Transition | None = None
+        """Voted for, or being carried out."""
+        self.growth: Transition | None = None
+        """Larger capacities that are mapped and wait for the decision to use them."""
+        self.fetching: tuple[Layout, ...] = ()
+        """Layouts for which parameters and KV are fetched ahead."""
+        self.pending: PendingAnswer | None = None
+        self._following = False
+        self._me = instance
+
+    @property
+    def mode(self) -> Mode:
+        """What others are told of the state."""
+        if self.state is State.RECOVERING:
+            return Mode.RECOVERING
+        if self.under_way is not None:
+            restoring = self.under_way.kind is TransitionKind.RESTORE
+            return Mode.RESTORING if restoring else Mode.PREPARING
+        if self.state is State.FETCHING:
+            return Mode.RESTORING
+        return Mode.COOPERATIVE if self.layout.cooperative else Mode.INDEPENDENT
+
+    def meaning_of(self, message: ToInstance) -> Event:
+        """Whether a command is about what this member is in, and which part of it."""
+        if isinstance(message, Lost):
+            involved = self.layout.cooperative or self.state is State.RECOVERING
+            known = involved and message.broken == self.layout.epoch
+            return Event.LOST if known else Event.UNKNOWN_LOSS
+        if not isinstance(message, Commit | Abort):
+            return Event.UNRELATED
+        commit = isinstance(message, Commit)
+        if self.under_way is not None:
+            if self.under_way.epoch == message.epoch:
+                return Event.COMMITTED if commit else Event.ABORTED
+        elif self.growth is not None and self.growth.epoch == message.epoch:
+            return Event.GROWTH_COMMITTED if commit else Event.GROWTH_ABORTED
+        elif not commit and self.fetching and self.layout.epoch == message.epoch:
+            return Event.FETCH_ABORTED
+        return Event.UNKNOWN_COMMIT if commit else Event.UNKNOWN_ABORT
+
+    def happen(
+        self,
+        event: Event,
+        *,
+        transition: Transition | None = None,
+        answer: PendingAnswer | None = None,
+        layout: Layout | None = None,
+    ) -> Reaction:
+        """Go to the next state; returns what is to be done.
+
+        `transition` is what was prepared or objected to; `answer` comes with whatever ends an
+        exchange; `layout` is that after a recovery. Raises `InternalError`, and changes
+        nothing, if this cannot happen in this state.
+        """
+        step = TABLE[self.state].get(event)
+        if step is None:
+            raise InternalError(f"a member that is {self.state} cannot have {event}")
+        if answer is not None:
+            self.pending = answer
+        pending = self.pending
+        if Action.LEAVE_GROUP in step.actions:
+            self._forget()
+        else:
+            self._remember(event, transition, layout)
+        stays = step.target is State.AT_REST
+        self.state = self._rest() if stays else step.target
+        return Reaction(step.actions, pending)
+
+    def _rest(self) -> State:
+        if self.fetching:
+            return State.FETCHING
+        if self._following:
+            return State.FOLLOWING
+        return State.COOPERATIVE if self.layout.cooperative else State.INDEPENDENT
+
+    def _remember(self, event: Event, transition: Transition | None, layout: Layout | None) -> None:
+        match event:
+            case Event.GROWTH_PREPARED:
+                self.growth = transition
+            case Event.PREPARED:
+                self.under_way, self.growth = transition, None
+            case Event.OBJECTED if transition is not None and not only_grows(transition):
+                self.growth = None
+            case Event.GROWTH_COMMITTED if self.growth is not None:
+                self.layout, self.growth = layout_of(self.growth.after, self._me), None
+            case Event.GROWTH_ABORTED:
+                self.growth = None
+            case Event.UNKNOWN_COMMIT:
+                self.growth = None  # the router has gone on without it
+            case Event.COMMITTED | Event.OVERTAKEN:
+                self.pending = None  # what was on its way becomes a part of this exchange
+            case Event.ABORTED | Event.UNDECIDED:
+                self.under_way = None
+            case Event.TIMED_OUT:
+                self.under_way, self.pending = None, None
+            case Event.EXCHANGED if self.under_way is not None:
+                self._exchanged(self.under_way)
+            case Event.ARRIVED:
+                self._following, self.pending = False, None
+            case Event.FETCHED_IN_VAIN | Event.FETCH_ABORTED:
+                self.fetching, self.pending = (), None
+            case Event.RECOVERED if layout is not None:
+                self.layout = layout
+
+    def _forget(self) -> None:
+        self.under_way, self.growth, self.pending = None, None, None
+        self.fetching, self._following = (), False
+
+    def _exchanged(self, transition: Transition) -> None:
+        self.layout = layout_of(transition.after, self._me)
+        self.fetching = transition.ahead
+        self._following = transition.live and not transition.ahead
+        self.under_way = None
+        if not (transition.live or transition.ahead):
+            self.pending = None  # nothing is left to wait for
+
+
+def only_grows(transition: Transition) -> bool:
+    """Nobody has to stop for it."""
+    return transition.grows and not transition.ahead

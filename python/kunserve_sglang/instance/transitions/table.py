@@ -1,0 +1,161 @@
+"""The states of a member, what can happen in each of them, and what is to be done then."""
+
+from __future__ import annotations
+
+from enum import StrEnum, auto
+from typing import NamedTuple
+
+
+class State(StrEnum):
+    """What a member is doing, or does next.
+
+    No member is ever `AT_REST`: as a target it stands for whichever of the first four fits what
+    the machine remembers.
+    """
+
+    INDEPENDENT = auto()
+    COOPERATIVE = auto()
+    FOLLOWING = auto()
+    """In the new layout, while KV still follows its layers."""
+    FETCHING = auto()
+    """Cooperative, with what the next layouts need on its way here, or here already."""
+    VOTED = auto()
+    EXCHANGING = auto()
+    RECOVERING = auto()
+    """Layers are missing, and there is no group to run with until the router has spoken."""
+    AT_REST = auto()
+
+
+class Event(StrEnum):
+    """What can happen to a member.
+
+    An `UNKNOWN` message is late, repeated, or about an epoch in which this member takes no part.
+    """
+
+    # What a message means (`Machine.meaning_of`), or what came of a `Prepare`.
+    GROWTH_PREPARED = auto()
+    PREPARED = auto()
+    OBJECTED = auto()
+    FETCHED_IN_VAIN = auto()
+    COMMITTED = auto()
+    GROWTH_COMMITTED = auto()
+    UNKNOWN_COMMIT = auto()
+    ABORTED = auto()
+    GROWTH_ABORTED = auto()
+    FETCH_ABORTED = auto()
+    UNKNOWN_ABORT = auto()
+    LOST = auto()
+    UNKNOWN_LOSS = auto()
+    UNRELATED = auto()
+    # What this member notices by itself.
+    OVERTAKEN = auto()
+    """Data of a peer that has committed came before the router's decision."""
+    UNDECIDED = auto()
+    EXCHANGED = auto()
+    TIMED_OUT = auto()
+    ARRIVED = auto()
+    PEER_LOST = auto()
+    RECOVERED = auto()
+
+
+class Action(StrEnum):
+    """What a member does; `participant.py` says how."""
+
+    VOTE_YES = auto()
+    VOTE_NO = auto()
+    ACKNOWLEDGE = auto()
+    REFUSE = auto()
+    AWAIT_COMMIT = auto()
+    """A peer's data has overtaken the router's decision: wait for it, to be able to answer."""
+    ANSWER = auto()
+    """Tell the router that all is done, unless something is still on its way."""
+    REFUSE_PENDING = auto()
+    MAP_GROWTH = auto()
+    UNMAP_GROWTH = auto()
+    USE_GROWTH = auto()
+    EXCHANGE = auto()
+    ADOPT = auto()
+    RELEASE_LEFT = auto()
+    CANCEL_FETCH = auto()
+    LEAVE_GROUP = auto()
+    RELOAD = auto()
+    PUBLISH = auto()
+
+
+class Step(NamedTuple):
+    """The next state, and what is to be done in it, in this order."""
+
+    target: State
+    actions: tuple[Action, ...] = ()
+
+
+S, E, A = State, Event, Action
+
+_ABANDON = (A.CANCEL_FETCH, A.REFUSE_PENDING)
+_GIVE_UP = (A.REFUSE_PENDING, A.LEAVE_GROUP, A.PUBLISH)
+_ADOPT = (A.ADOPT, A.PUBLISH, A.AWAIT_COMMIT, A.ANSWER, A.PUBLISH)
+
+_UNKNOWN = {
+    E.UNKNOWN_COMMIT: Step(S.AT_REST, (A.REFUSE,)),
+    E.UNKNOWN_ABORT: Step(S.AT_REST, (A.ACKNOWLEDGE,)),
+    E.UNKNOWN_LOSS: Step(S.AT_REST),
+}
+_SERVING = _UNKNOWN | {
+    E.OBJECTED: Step(S.AT_REST, (A.VOTE_NO,)),
+    E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
+}
+_ABLE = _SERVING | {
+    E.PREPARED: Step(S.VOTED, (A.VOTE_YES, A.PUBLISH)),
+    E.GROWTH_PREPARED: Step(S.AT_REST, (A.MAP_GROWTH, A.VOTE_YES)),
+    E.GROWTH_COMMITTED: Step(S.AT_REST, (A.USE_GROWTH, A.PUBLISH, A.ACKNOWLEDGE)),
+    E.GROWTH_ABORTED: Step(S.AT_REST, (A.UNMAP_GROWTH, A.ACKNOWLEDGE)),
+}
+_LOST = {E.LOST: Step(S.RECOVERING, (*_GIVE_UP, A.RELOAD))}
+
+TABLE: dict[State, dict[Event, Step]] = {
+    S.INDEPENDENT: _ABLE,
+    S.COOPERATIVE: _ABLE | _LOST,
+    S.FETCHING: _ABLE
+    | _LOST
+    | {
+        E.FETCHED_IN_VAIN: Step(S.AT_REST, _ABANDON),
+        E.FETCH_ABORTED: Step(S.AT_REST, (*_ABANDON, A.ACKNOWLEDGE)),
+        E.ARRIVED: Step(S.AT_REST, (A.PUBLISH, A.ANSWER)),
+    },
+    S.FOLLOWING: _SERVING
+    | _LOST
+    | {E.ARRIVED: Step(S.AT_REST, (A.RELEASE_LEFT, A.PUBLISH, A.ANSWER))},
+    S.VOTED: {
+        E.COMMITTED: Step(S.EXCHANGING, (A.REFUSE_PENDING, A.EXCHANGE)),
+        E.OVERTAKEN: Step(S.EXCHANGING, (A.REFUSE_PENDING, A.EXCHANGE)),
+        E.ABORTED: Step(S.AT_REST, (A.ACKNOWLEDGE, A.PUBLISH)),
+        E.UNDECIDED: Step(S.AT_REST, (A.PUBLISH,)),
+        E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
+        # The router repeats LOST, and nothing else concerns who waits for one decision.
+        E.LOST: Step(S.VOTED),
+        E.UNKNOWN_COMMIT: Step(S.VOTED),
+        E.UNKNOWN_ABORT: Step(S.VOTED),
+        E.UNKNOWN_LOSS: Step(S.VOTED),
+        E.UNRELATED: Step(S.VOTED),
+    },
+    S.EXCHANGING: {  # reads no commands
+        E.EXCHANGED: Step(S.AT_REST, _ADOPT),
+        E.TIMED_OUT: Step(S.AT_REST, (A.REFUSE_PENDING, A.PUBLISH)),
+        E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
+    },
+    S.RECOVERING: {
+        E.OBJECTED: Step(S.RECOVERING, (A.VOTE_NO,)),
+        E.UNKNOWN_COMMIT: Step(S.RECOVERING, (A.REFUSE,)),
+        E.UNKNOWN_ABORT: Step(S.RECOVERING, (A.ACKNOWLEDGE,)),
+        E.UNKNOWN_LOSS: Step(S.RECOVERING),
+        E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
+        E.LOST: Step(S.RECOVERING, (A.RELOAD,)),
+        E.RECOVERED: Step(S.INDEPENDENT, (A.ADOPT, A.PUBLISH)),
+    },
+}
+
+OBJECTIONS = {
+    S.RECOVERING: "its group has come apart",
+    S.FOLLOWING: "an exchange is still under way",
+}
+"""States in which no transition can begin, and what the router is told then."""

@@ -1,0 +1,322 @@
+"""The state machine of a member, in random orders of all that can happen to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.layout import LayerRange, Layout, Member
+from kunserve_sglang.core.messages import (
+    Abort,
+    Commit,
+    Lost,
+    Mode,
+    Prepare,
+    Transition,
+    TransitionKind,
+    TransitionStats,
+)
+from kunserve_sglang.instance.transitions.machine import (
+    Machine,
+    PendingAnswer,
+    Reaction,
+    only_grows,
+)
+from kunserve_sglang.instance.transitions.table import OBJECTIONS, TABLE, Action, Event, State
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "member.md"
+ME, PEER, LAYERS = 0, 1, 4
+
+MODES = {
+    State.INDEPENDENT: {Mode.INDEPENDENT},
+    State.COOPERATIVE: {Mode.COOPERATIVE},
+    State.FOLLOWING: {Mode.COOPERATIVE},
+    State.FETCHING: {Mode.RESTORING},
+    State.VOTED: {Mode.PREPARING, Mode.RESTORING},
+    State.EXCHANGING: {Mode.PREPARING, Mode.RESTORING},
+    State.RECOVERING: {Mode.RECOVERING},
+}
+MOVES_LAYOUT = {Event.EXCHANGED, Event.GROWTH_COMMITTED, Event.RECOVERED}
+TAKES_BACK = {Event.ABORTED, Event.UNDECIDED, Event.TIMED_OUT}
+NOTICED = [
+    Event.OVERTAKEN,
+    Event.UNDECIDED,
+    Event.EXCHANGED,
+    Event.TIMED_OUT,
+    Event.ARRIVED,
+    Event.PEER_LOST,
+]
+
+
+def alone(instance: int, epoch: int, capacity: int = 10) -> Layout:
+    member = Member(instance=instance, layers=LayerRange(0, LAYERS), capacity=capacity, address="")
+    return Layout(epoch=epoch, members=(member,))
+
+
+def pair(epoch: int, capacity: int = 20) -> Layout:
+    halves = (LayerRange(0, 2), LayerRange(2, LAYERS))
+    members = tuple(
+        Member(instance=i, layers=layers, capacity=capacity, address="")
+        for i, layers in zip((ME, PEER), halves, strict=True)
+    )
+    return Layout(epoch=epoch, members=members)
+
+
+def solos(epoch: int) -> tuple[Layout, ...]:
+    return alone(ME, epoch), alone(PEER, epoch)
+
+
+def candidates(now: Layout, epoch: int) -> list[Transition]:
+    """What a router may plan from this layout."""
+    drop, restore = TransitionKind.DROP, TransitionKind.RESTORE
+    if not now.cooperative:
+        before, after = (now, alone(PEER, now.epoch)), (pair(epoch),)
+        larger = (alone(ME, epoch, now.member(ME).capacity + 1),)
+        return [
+            Transition(epoch=epoch, kind=drop, before=before, after=after),
+            Transition(epoch=epoch, kind=drop, before=before, after=after, live=True),
+            Transition(epoch=epoch, kind=drop, before=(now,), after=larger),
+        ]
+    larger = (pair(epoch, now.member(ME).capacity + 1),)
+    return [
+        Transition(epoch=epoch, kind=drop, before=(now,), after=larger),
+        Transition(epoch=epoch, kind=restore, before=(now,), after=solos(epoch)),
+        Transition(
+            epoch=epoch, kind=restore, before=(now,), after=(pair(epoch, 5),), ahead=solos(epoch)
+        ),
+    ]
+
+
+@dataclass
+class Walk:
+    """One member, and what is checked after each step of it."""
+
+    machine: Machine = field(default_factory=lambda: Machine(alone(ME, 0), instance=ME))
+    rest: tuple[State, Layout, tuple[Layout, ...]] | None = None
+    owed: list[PendingAnswer] = field(default_factory=list)
+
+    def happen(
+        self,
+        event: Event,
+        *,
+        transition: Transition | None = None,
+        answer: PendingAnswer | None = None,
+        layout: Layout | None = None,
+    ) -> Reaction:
+        machine = self.machine
+        was = (machine.state, machine.layout, machine.fetching)
+        if event is Event.PREPARED:
+            self.rest = was
+        if answer is not None:
+            self.owed.append(answer)
+        reaction = machine.happen(event, transition=transition, answer=answer, layout=layout)
+        now = (machine.state, machine.layout, machine.fetching)
+
+        assert machine.mode in MODES[machine.state]
+        assert event in MOVES_LAYOUT or machine.layout == was[1]
+        if event in TAKES_BACK:
+            assert now == self.rest
+        if event in (Event.GROWTH_PREPARED, Event.GROWTH_ABORTED):
+            assert now == was
+        if event is Event.PEER_LOST or (event is Event.LOST and was[0] is not State.VOTED):
+            assert machine.state is State.RECOVERING
+            assert (machine.pending, machine.growth, machine.under_way) == (None, None, None)
+        self._settle(reaction)
+        if Action.RELOAD in reaction.actions:
+            self.happen(Event.RECOVERED, layout=alone(ME, machine.layout.epoch + 1))
+            assert machine.mode is Mode.INDEPENDENT
+        return reaction
+
+    def _settle(self, reaction: Reaction) -> None:
+        """What is owed is answered once, or something is left that will make it be answered."""
+        gone = [answer for answer in self.owed if answer is not self.machine.pending]
+        for answer in gone:
+            assert answer is reaction.answer
+            assert {Action.ANSWER, Action.REFUSE_PENDING} & set(reaction.actions)
+            self.owed.remove(answer)
+        if self.machine.pending is not None:
+            assert self.machine.pending in self.owed
+            moving = {State.FOLLOWING, State.FETCHING}
+            at_rest = self.rest[0] if self.machine.under_way and self.rest else self.machine.state
+            assert at_rest in moving
+
+    def prepare(self, transition: Transition, *, willing: bool) -> None:
+        """As the participant does it."""
+        machine = self.machine
+        message = Prepare(call=1, transition=transition, decision_s=1.0)
+        if machine.state is State.VOTED:
+            self.happen(machine.meaning_of(message))
+            return
+        if machine.fetching and machine.fetching != transition.after:
+            self.happen(Event.FETCHED_IN_VAIN)
+        if machine.state in OBJECTIONS or not willing:
+            self.happen(Event.OBJECTED, transition=transition)
+        elif only_grows(transition):
+            self.happen(Event.GROWTH_PREPARED, transition=transition)
+        else:
+            self.happen(Event.PREPARED, transition=transition)
+
+
+def plan(walk: Walk, data: st.DataObject, epoch: int, *, willing: bool) -> None:
+    machine = walk.machine
+    plans = candidates(machine.layout, epoch)
+    if machine.fetching:
+        before, after = (machine.layout,), machine.fetching
+        switch = TransitionKind.RESTORE
+        plans.append(Transition(epoch=epoch, kind=switch, before=before, after=after))
+    walk.prepare(data.draw(st.sampled_from(plans)), willing=willing)
+
+
+def proceed(walk: Walk, data: st.DataObject) -> None:
+    """What comes next if nothing goes wrong."""
+    machine = walk.machine
+    if machine.state is State.EXCHANGING:
+        notice(walk, Event.EXCHANGED)
+    elif aim := machine.under_way or machine.growth:
+        walk.happen(machine.meaning_of(Commit(call=2, epoch=aim.epoch, deadline_s=1.0)))
+    elif machine.pending is not None:
+        notice(walk, Event.ARRIVED)
+    else:
+        plan(walk, data, machine.layout.epoch + 1, willing=True)
+
+
+def step(walk: Walk, data: st.DataObject) -> None:
+    """Anything at all: a command of any epoch, a plan, or something that the member notices."""
+    machine = walk.machine
+    what = data.draw(st.sampled_from(["proceed", "proceed", "plan", "command", "notice"]))
+    reads = machine.state is not State.EXCHANGING
+    epoch = machine.layout.epoch + data.draw(st.integers(-1, 2))
+    if what == "proceed":
+        proceed(walk, data)
+    elif what == "plan" and reads:
+        willing = data.draw(st.booleans()) and epoch > machine.layout.epoch
+        plan(walk, data, epoch, willing=willing)
+    elif what == "command" and reads:
+        aims = [epoch, machine.layout.epoch]
+        if aim := machine.under_way or machine.growth:
+            aims.append(aim.epoch)
+        epoch = data.draw(st.sampled_from(aims))
+        commands: list[Commit | Abort | Lost] = [
+            Commit(call=2, epoch=epoch, deadline_s=1.0),
+            Abort(call=3, epoch=epoch, reason="no"),
+            Lost(broken=epoch, epoch=epoch + 1, instances=(PEER,)),
+        ]
+        walk.happen(machine.meaning_of(data.draw(st.sampled_from(commands))))
+    else:
+        possible = [
+            event
+            for event in NOTICED
+            if event in TABLE[machine.state]
+            and (event is not Event.ARRIVED or machine.pending is not None)
+        ]
+        if possible:
+            notice(walk, data.draw(st.sampled_from(possible)))
+
+
+def notice(walk: Walk, event: Event) -> None:
+    answer = None
+    if walk.machine.state is State.EXCHANGING:
+        commit = Commit(call=4, epoch=walk.machine.layout.epoch, deadline_s=1.0)
+        answer = PendingAnswer(commit, TransitionStats())
+    walk.happen(event, answer=answer)
+
+
+def carry_out(walk: Walk, transition: Transition) -> None:
+    """All but the arrival of what moves while serving."""
+    walk.prepare(transition, willing=True)
+    walk.happen(walk.machine.meaning_of(Commit(call=5, epoch=transition.epoch, deadline_s=1.0)))
+    notice(walk, Event.EXCHANGED)
+
+
+def begun(start: State) -> Walk:
+    """A member that has come to this state by what a router plans."""
+    walk = Walk()
+    if start is not State.INDEPENDENT:
+        stop, live, _ = candidates(walk.machine.layout, 1)
+        carry_out(walk, live if start is State.FOLLOWING else stop)
+    if start is State.FETCHING:
+        carry_out(walk, candidates(walk.machine.layout, 2)[-1])
+    if start is State.RECOVERING:
+        notice(walk, Event.PEER_LOST)
+    assert walk.machine.state is start
+    return walk
+
+
+STARTS = [s for s in State if s not in (State.VOTED, State.EXCHANGING, State.AT_REST)]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_order_of_events_leads_from_state_to_state(start: State, data: st.DataObject) -> None:
+    walk = begun(start)
+    for _ in range(data.draw(st.integers(1, 20))):
+        step(walk, data)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@settings(deadline=None)
+@given(data=st.data())
+def test_whatever_came_before_a_loss_ends_independent(start: State, data: st.DataObject) -> None:
+    walk = begun(start)
+    for _ in range(data.draw(st.integers(0, 20))):
+        step(walk, data)
+    machine = walk.machine
+    if machine.state is State.EXCHANGING:
+        notice(walk, Event.TIMED_OUT)
+    elif machine.state is State.VOTED:
+        notice(walk, Event.UNDECIDED)
+    broken = machine.layout.epoch
+    walk.happen(machine.meaning_of(Lost(broken=broken, epoch=broken + 1, instances=(PEER,))))
+    assert machine.state is State.INDEPENDENT
+    assert not walk.owed
+
+
+@pytest.mark.parametrize(
+    ("state", "event"), [(s, e) for s, steps in TABLE.items() for e in Event if e not in steps]
+)
+def test_what_cannot_happen_is_an_error_and_changes_nothing(state: State, event: Event) -> None:
+    machine = Machine(alone(ME, 3), instance=ME)
+    machine.state = state
+    with pytest.raises(InternalError, match=event):
+        machine.happen(event)
+    assert (machine.state, machine.layout) == (state, alone(ME, 3))
+
+
+def test_the_table_speaks_of_all_states_events_and_actions() -> None:
+    steps = [step for steps in TABLE.values() for step in steps.values()]
+    assert set(TABLE) == set(State) - {State.AT_REST}
+    assert {event for steps in TABLE.values() for event in steps} == set(Event)
+    assert {action for step in steps for action in step.actions} == set(Action)
+
+
+def picture() -> str:
+    """The table as a diagram of what changes the state, and as a list of everything."""
+    edges: dict[tuple[State, State], list[Event]] = {}
+    for state, steps in TABLE.items():
+        for event, (target, _) in steps.items():
+            if target is not state:
+                edges.setdefault((state, target), []).append(event)
+    edges = {e: events for e, events in edges.items() if e[1] is not State.AT_REST or passes(e[0])}
+    lines = ["```mermaid", "stateDiagram-v2", "    [*] --> independent"]
+    for (state, target), events in edges.items():
+        lines.append(f"    {state} --> {target}: {', '.join(events)}")
+    lines += ["```", "", "| state | event | next state | actions |", "|---|---|---|---|"]
+    for state, steps in TABLE.items():
+        for event, (target, actions) in steps.items():
+            lines.append(f"| {state} | {event} | {target} | {', '.join(actions)} |")
+    return "\n".join(lines)
+
+
+def passes(state: State) -> bool:
+    """Whether coming to rest can lead to another state than this one."""
+    return state not in (State.INDEPENDENT, State.COOPERATIVE)
+
+
+def test_the_document_shows_the_table() -> None:
+    assert picture() in DOCUMENT.read_text(), f"{DOCUMENT.name} should contain:\n{picture()}"
