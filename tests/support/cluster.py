@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from kunserve_sglang.api.events import Event, Outcome
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
-from kunserve_sglang.control.events import Event, Outcome
 from kunserve_sglang.control.upstream import REFUSED
 from kunserve_sglang.core.messages import TransitionKind, to_json_types
 from kunserve_sglang.core.processes import free_port

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from kunserve_sglang.control.events import Event, Outcome
+from kunserve_sglang.api.events import Event, Outcome
 from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from tests.support.cluster import READY_S, ScriptedCluster

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from kunserve_sglang.control.events import Event
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.layout import LayerRange

@@ -10,10 +10,11 @@ from typing import Any
 
 import msgspec
 
+from kunserve_sglang.api.events import Event, Outcome
 from kunserve_sglang.api.types import ClusterStatus, Policy
 from kunserve_sglang.control.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.control.descriptions import status_of
-from kunserve_sglang.control.events import Event, EventLog, Outcome, declined
+from kunserve_sglang.control.events import EventLog, declined
 from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
 from kunserve_sglang.control.registry import Instance, Registry

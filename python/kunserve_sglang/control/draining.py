@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 
+from kunserve_sglang.api.events import Outcome
 from kunserve_sglang.control.control_plane import ControlPlane
-from kunserve_sglang.control.events import Outcome
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.core.errors import TransientError
 

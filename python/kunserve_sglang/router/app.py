@@ -19,7 +19,6 @@ from kunserve_sglang.api.calls import CALLS, Access
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
 from kunserve_sglang.control.draining import DrainTimeout, NotDrained
-from kunserve_sglang.control.health import Probes
 from kunserve_sglang.control.hub import NoAnswer
 from kunserve_sglang.core.routes import SERVER_ROUTES, Handling
 from kunserve_sglang.policy.dispatch import POLICIES
@@ -33,6 +32,7 @@ from kunserve_sglang.router.admin.docs import Docs
 from kunserve_sglang.router.admin.fanout import Fanout
 from kunserve_sglang.router.admin.members import Members
 from kunserve_sglang.router.admin.metrics import Metrics
+from kunserve_sglang.router.admin.probes import Probes
 from kunserve_sglang.router.admin.tracing import TraceRunning, Tracing
 from kunserve_sglang.router.http.answers import Code, RequestError, error_answer, retry_later
 from kunserve_sglang.router.http.asgi import run_asgi

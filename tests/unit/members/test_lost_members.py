@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kunserve_sglang.control.events import Outcome
+from kunserve_sglang.api.events import Outcome
 from kunserve_sglang.core.messages import TransitionKind
 from tests.support.cluster import ScriptedCluster
 from tests.support.member import Action, Add, Gate, Output

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kunserve_sglang.control.events import Outcome
+from kunserve_sglang.api.events import Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
 from tests.support.greedy_reference import greedy
 from tests.support.identity import play_into_a_drop, small_cluster

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kunserve_sglang.control.events import Outcome
+from kunserve_sglang.api.events import Outcome
 from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.core.settings import Transport
 from tests.support.cluster import READY_S, ScriptedCluster

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kunserve_sglang.control.events import Outcome
+from kunserve_sglang.api.events import Outcome
 from kunserve_sglang.core.messages import TransitionKind
 from tests.support.cluster import ScriptedCluster
 from tests.support.member import Output

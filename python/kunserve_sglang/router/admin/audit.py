@@ -13,7 +13,7 @@ import msgspec
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kunserve_sglang.control.events import Outcome
+from kunserve_sglang.api.events import Outcome
 from kunserve_sglang.router.admin.access import Keys
 
 logger = logging.getLogger("kunserve.audit")

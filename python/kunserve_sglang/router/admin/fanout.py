@@ -13,10 +13,11 @@ from starlette.responses import Response
 from kunserve_sglang.api.calls import Access
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.registry import Instance
-from kunserve_sglang.control.upstream import Question, Reply, ask, ask_all, credentials, question_of
+from kunserve_sglang.control.upstream import Question, Reply, ask, ask_all, credentials
 from kunserve_sglang.router.admin.access import Holder, Keys
 from kunserve_sglang.router.admin.exposition import merge_expositions
 from kunserve_sglang.router.http.answers import error_answer, json_answer, retry_later
+from kunserve_sglang.router.http.questions import question_of
 from kunserve_sglang.router.settings import RouterConfig
 
 _ACTION_TIMEOUT_S = 300.0

@@ -12,8 +12,9 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kunserve_sglang.api.events import Event, Outcome
 from kunserve_sglang.control.control_plane import ControlPlane
-from kunserve_sglang.control.events import Event, EventLog, Outcome
+from kunserve_sglang.control.events import EventLog
 from kunserve_sglang.control.upstream import Question, ask_all, credentials
 from kunserve_sglang.core.blocks import BLOCK_TOKENS
 from kunserve_sglang.core.messages import Mode, Status, TransitionKind

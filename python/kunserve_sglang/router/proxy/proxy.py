@@ -8,17 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kunserve_sglang.control.registry import Instance, Registry
-from kunserve_sglang.control.upstream import (
-    BACKPRESSURE,
-    REFUSED,
-    BusyAnswer,
-    is_refusal,
-)
+from kunserve_sglang.control.upstream import REFUSED, is_refusal
 from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.http.answers import error_answer, retry_later
 from kunserve_sglang.router.http.client_request import Exchange
 from kunserve_sglang.router.http.heads import Headers, answer_headers, request_head
 from kunserve_sglang.router.http.outbound import BrokenOff, InstanceConnections
+from kunserve_sglang.router.proxy.busy import BACKPRESSURE, BusyAnswer
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight
 from kunserve_sglang.router.proxy.latency import Latency, StreamTimer
 from kunserve_sglang.router.proxy.request_queue import RequestQueue, TurnedAway
