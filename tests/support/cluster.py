@@ -25,6 +25,7 @@ from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, InstanceC
 from kunserve_sglang.policy.dispatch import DispatchPolicy
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
+from kunserve_sglang.router.proxy.traffic import Traffic
 from tests.support.member import Action, Gate, Output, serve
 from tests.support.waiting import until
 
@@ -60,6 +61,7 @@ class ControlThread:
 
     async def _main(self, config: ClusterConfig, address: str) -> None:
         self.plane = ControlPlane(config, address)
+        self.traffic = self.plane.front = Traffic(self.plane.registry, config)
         self.plane.auto = False
         self._task = asyncio.ensure_future(self.plane.run())
         self._ready.set()

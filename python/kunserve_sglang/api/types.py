@@ -18,7 +18,7 @@ from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.messages import Mode, Pages, Slots, TransitionKind
 from kunserve_sglang.core.settings import MicroBatches, OverloadPolicy, Transport
 from kunserve_sglang.policy.decision import Decision
-from kunserve_sglang.policy.monitor import Thresholds
+from kunserve_sglang.policy.thresholds import Thresholds
 
 Ids = Annotated[list[int], Meta(min_length=1, description="Instances, by id.")]
 Tokens = Annotated[int, Meta(gt=0, description="Token slots to gain, at least.")]

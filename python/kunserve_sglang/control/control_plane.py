@@ -15,6 +15,7 @@ from kunserve_sglang.api.types import ClusterStatus, Policy
 from kunserve_sglang.control.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.control.descriptions import status_of
 from kunserve_sglang.control.events import EventLog, declined
+from kunserve_sglang.control.front import Front, NoFront
 from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
 from kunserve_sglang.control.registry import Instance, Registry
@@ -30,16 +31,13 @@ from kunserve_sglang.core.messages import (
 )
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
 from kunserve_sglang.policy.decision import Decision
-from kunserve_sglang.policy.dispatch import DispatchPolicy
-from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
+from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.queueing import with_held
 from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.state import ClusterState
-from kunserve_sglang.router.proxy.latency import Latency
-from kunserve_sglang.router.proxy.prefix_index import PrefixIndex
-from kunserve_sglang.router.proxy.request_queue import RequestQueue
+from kunserve_sglang.policy.thresholds import Thresholds
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,8 @@ _RETRY_S = 1.0
 class ControlPlane:
     """Registry, monitor, planner and coordinator, wired together.
 
-    `auto` says whether the monitor acts by itself; plans asked for by hand always run.
+    `auto` says whether the monitor acts by itself; plans asked for by hand always run. `front` is
+    to be set, before `run`, by whoever brings requests to the instances.
     """
 
     def __init__(
@@ -61,10 +60,7 @@ class ControlPlane:
         self.config = config
         self.registry = Registry(config.num_instances)
         self.events = EventLog()
-        self.latency = Latency()
-        self.queue = RequestQueue(self.registry, config)
-        # Instances report their caches only to a router that asks for it.
-        self.prefixes = PrefixIndex() if config.dispatch is DispatchPolicy.LMETRIC else None
+        self.front: Front = NoFront()
         self.hub = ControlHub(address, tcp=config.control_address, keys=keys)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.losses = Losses(self.registry, self.hub, self.coordinator)
@@ -88,7 +84,7 @@ class ControlPlane:
     def state(self) -> ClusterState:
         """The cluster for the policies; what the router holds back counts as waiting."""
         plain = sum(i.capacity for i in self.registry.available() if i.plain)
-        return with_held(self.registry.snapshot(), len(self.queue), plain)
+        return with_held(self.registry.snapshot(), self.front.held(), plain)
 
     def plan(
         self,
@@ -217,8 +213,8 @@ class ControlPlane:
             epoch=self.registry.latest_epoch,
             policy=self.policy(),
             transition=self.coordinator.running,
-            latency=self.latency.summary(),
-            queue=self.queue.status(),
+            latency=self.front.latency_summary(),
+            queue=self.front.queue_status(),
             instances=[status_of(i) for _, i in sorted(self.registry.instances.items())],
         )
 
@@ -231,25 +227,23 @@ class ControlPlane:
                 "instance %d at %s: %d token slots", hello.instance, hello.url, hello.capacity
             )
         instance = self.registry.instances[hello.instance]
-        lost_track = self.prefixes is not None and not self.prefixes.in_step(instance)
-        return Welcome(version=PROTOCOL_VERSION, report_cache=lost_track)
+        return Welcome(version=PROTOCOL_VERSION, report_cache=self.front.wants_cache(instance))
 
     def _on_status(self, status: Status) -> None:
         self.registry.status(status)
-        self.queue.let_in()  # it may be running more than before, and so take more
+        self.front.room_changed()  # it may be running more than before, and so take more
 
     def _on_cache(self, report: CacheReport) -> None:
         instance = self.registry.instances.get(report.instance)
-        if self.prefixes is not None and instance is not None:
-            self.prefixes.report(instance, report)
+        if instance is not None:
+            self.front.cache_reported(instance, report)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             self.registry.mark_silent()
-            self.queue.let_in()  # an instance may have come, or come back
-            if self.prefixes is not None:
-                self.prefixes.keep(self.registry.instances)
+            self.front.room_changed()  # an instance may have come, or come back
+            self.front.known(self.registry.instances)
             now = time.monotonic()
             need = self.monitor.observe(now, self.state())
             if need is None or now < self._retry_after or not self._may_act_on(need):

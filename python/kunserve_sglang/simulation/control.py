@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
-from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor, Thresholds
+from kunserve_sglang.policy.monitor import DropNeeded, Need, OverloadMonitor
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.shares import SkewedGroup, plan_rebalance
 from kunserve_sglang.policy.staging import STEPS, staged
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.thresholds import Thresholds
 
 RETRY_S = 1.0
 """As `router.control_plane`: the pause after a plan that could not be made or was refused."""

@@ -27,7 +27,7 @@ def plain() -> Iterator[MockWorker]:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that serve are asked all the time, and have little time to answer."""
     monkeypatch.setattr(health, "_INTERVAL_S", 0.02)
-    monkeypatch.setattr(health, "_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(health, "HEALTH_TIMEOUT_S", 0.05)
 
 
 @pytest.fixture

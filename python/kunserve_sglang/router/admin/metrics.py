@@ -20,6 +20,7 @@ from kunserve_sglang.core.blocks import BLOCK_TOKENS
 from kunserve_sglang.core.messages import Mode, Status, TransitionKind
 from kunserve_sglang.router.admin.exposition import merge_expositions
 from kunserve_sglang.router.proxy.proxy import ProxyStats
+from kunserve_sglang.router.proxy.traffic import Traffic
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -61,8 +62,9 @@ class _Totals:
 class ControlPlaneCollector(Collector):
     """Reads the control plane when it is scraped, so nothing has to be kept up to date."""
 
-    def __init__(self, control: ControlPlane, stats: ProxyStats) -> None:
+    def __init__(self, control: ControlPlane, traffic: Traffic, stats: ProxyStats) -> None:
         self._control = control
+        self._traffic = traffic
         self._stats = stats
         self._totals = _Totals(control.events)
 
@@ -153,7 +155,7 @@ class ControlPlaneCollector(Collector):
         )
 
     def _prefixes(self) -> Iterator[Metric]:
-        prefixes = self._control.prefixes
+        prefixes = self._traffic.prefixes
         if prefixes is None:
             return
         size = _gauge("prefix_index_tokens", "Tokens known to be cached, in blocks.", "instance")
@@ -170,7 +172,7 @@ class ControlPlaneCollector(Collector):
         )
 
     def _queue(self) -> Iterator[Metric]:
-        queue = self._control.queue
+        queue = self._traffic.queue
         yield GaugeMetricFamily(
             "kunserve:queued_requests", "Requests that the router holds back.", value=len(queue)
         )
@@ -180,7 +182,7 @@ class ControlPlaneCollector(Collector):
         yield shed
 
     def _histograms(self) -> Iterator[Metric]:
-        latency, queue = self._control.latency, self._control.queue
+        latency, queue = self._traffic.latency, self._traffic.queue
         for histogram in (latency.ttft_seconds, latency.tpot_seconds, queue.wait_seconds):
             for metric in histogram.collect():
                 # The text format has no place for the time of creation but one more metric.
@@ -194,6 +196,7 @@ class Metrics:
     def __init__(
         self,
         control: ControlPlane,
+        traffic: Traffic,
         session: aiohttp.ClientSession,
         stats: ProxyStats,
         api_key: str | None,
@@ -202,7 +205,7 @@ class Metrics:
         self._control = control
         self._session = session
         self._own = CollectorRegistry()
-        self._own.register(ControlPlaneCollector(control, stats))
+        self._own.register(ControlPlaneCollector(control, traffic, stats))
 
     async def scrape(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         available = self._control.registry.available()
