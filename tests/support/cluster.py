@@ -18,7 +18,6 @@ from typing import Any
 from kunserve_sglang.api.events import Event, Outcome
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
-from kunserve_sglang.control.upstream import REFUSED
 from kunserve_sglang.core.messages import TransitionKind, to_json_types
 from kunserve_sglang.core.processes import free_port
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, InstanceConfig, Transport
@@ -276,7 +275,9 @@ class ScriptedCluster:
         """What the router finds out when it asks there."""
 
         async def work(plane: ControlPlane) -> None:
-            plane.registry.instances[member].lost = REFUSED
+            liveness = plane.registry.instances[member].liveness
+            liveness.serves()  # a port that was never open refuses nothing
+            liveness.refuses()
 
         self.control.call(work)
 

@@ -12,7 +12,6 @@ import msgspec
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.upstream import (
     HEALTH_TIMEOUT_S,
-    REFUSED,
     Question,
     ask,
     credentials,
@@ -81,28 +80,25 @@ class HealthWatch:
                 await asyncio.sleep(_TICK_S)
 
     def _is_due(self, watch: _Watch) -> bool:
-        return not watch.instance.alive or time.monotonic() >= watch.due
+        return not watch.instance.liveness.alive or time.monotonic() >= watch.due
 
     def _is_suspect(self, instance: Instance) -> bool:
         suspected = time.monotonic() < self._registry.suspected_until
-        return suspected and instance.alive and not instance.plain
+        return suspected and instance.liveness.alive and not instance.plain
 
     async def _ask(self, watch: _Watch) -> None:
         instance = watch.instance
         reply = await ask(self._session, instance, self._question, HEALTH_TIMEOUT_S)
         if reply.status == 200:
-            if instance.plain and not instance.alive:
+            if instance.plain and not instance.liveness.alive:
                 instance.capacity = await self._capacity(instance)
-            instance.serving = True
-            if instance.lost == REFUSED:
-                instance.lost = ""
-        elif reply.error == REFUSED and instance.serving:
-            # Before it has served, its HTTP server is just not up yet.
-            instance.lost = REFUSED
+            instance.liveness.serves()
+        elif reply.refused and instance.liveness.served:
+            instance.liveness.refuses()
         elif reply.error:
             await self._look(watch)
         if reply.status:
-            instance.seen = time.monotonic()
+            instance.liveness.heard(time.monotonic())
         watch.due = time.monotonic() + _INTERVAL_S
         watch.asking = False
 
@@ -111,9 +107,9 @@ class HealthWatch:
         instance = watch.instance
         reply = await ask(self._session, instance, self._presence, _PRESENCE_TIMEOUT_S)
         if reply.status:
-            instance.seen = time.monotonic()
-        elif reply.error == REFUSED and instance.serving:
-            instance.lost = REFUSED
+            instance.liveness.heard(time.monotonic())
+        elif reply.refused:
+            instance.liveness.refuses()
         watch.looking = False
 
     async def _capacity(self, instance: Instance) -> int:

@@ -12,9 +12,6 @@ from yarl import URL
 
 from kunserve_sglang.control.registry import Instance
 
-REFUSED = "connection refused"
-"""Why an instance is lost when nobody listens at its address any more."""
-
 CONNECT_TIMEOUT_S = 5.0
 
 KEEP_ALIVE_S = 3.0
@@ -73,13 +70,17 @@ def credentials(api_key: str | None) -> list[tuple[str, str]]:
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What one instance answered; status 0 and an `error` if there was no answer."""
+    """What one instance answered; status 0 and an `error` if there was no answer.
+
+    `refused` says that nobody listens at its address.
+    """
 
     instance: int
     status: int = 0
     content_type: str = ""
     body: bytes = b""
     error: str = ""
+    refused: bool = False
 
     @property
     def ok(self) -> bool:
@@ -114,8 +115,9 @@ async def ask(
     except TimeoutError:
         return Reply(instance=instance.number, error=f"did not answer within {timeout_s:g} s")
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        reason = REFUSED if is_refusal(error) else f"could not be asked: {error}"
-        return Reply(instance=instance.number, error=reason)
+        refused = is_refusal(error)
+        reason = "connection refused" if refused else f"could not be asked: {error}"
+        return Reply(instance=instance.number, error=reason, refused=refused)
 
 
 async def ask_all(

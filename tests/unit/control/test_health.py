@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kunserve_sglang.control import health, registry
+from kunserve_sglang.control import health, liveness
 from tests.support.mock_worker import Background, Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
@@ -49,7 +49,7 @@ def test_an_instance_in_a_long_step_is_not_lost(
     router = start_router(1)
     busy = router.instances[0]
     busy.reporting = False
-    monkeypatch.setattr(registry, "_SILENT_AFTER_S", 0.5)
+    monkeypatch.setattr(liveness, "SILENT_AFTER_S", 0.5)
     keeps_busy(busy.worker)
     asked = len(busy.worker.requests("/model_info"))
     until(lambda: len(busy.worker.requests("/model_info")) > asked + 20)

@@ -86,7 +86,7 @@ class ControlPlaneCollector(Collector):
         mode = _gauge("instance_mode", "1 for the mode that it is in.", "instance", "mode")
         flight = _gauge("requests_in_flight", "Requests sent and not yet answered.", "instance")
         for number, instance in sorted(self._control.registry.instances.items()):
-            up.add_metric([str(number)], float(instance.alive))
+            up.add_metric([str(number)], float(instance.liveness.alive))
             flight.add_metric([str(number)], instance.in_flight)
             for candidate in Mode:
                 mode.add_metric([str(number), candidate], float(instance.mode is candidate))

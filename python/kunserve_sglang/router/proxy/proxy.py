@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kunserve_sglang.control.registry import Instance, Registry
-from kunserve_sglang.control.upstream import REFUSED, is_refusal
+from kunserve_sglang.control.upstream import is_refusal
 from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.http.answers import error_answer, retry_later
 from kunserve_sglang.router.http.client_request import ClientRequest
@@ -115,7 +115,7 @@ class Proxy:
             connection = await self._connections.get(instance.url)
         except OSError as error:
             if is_refusal(error):
-                instance.lost = REFUSED
+                instance.liveness.refuses()
             logger.warning("instance %d: %s", instance.number, error)
             return False
         relay = _Relay(request, self._latency)
