@@ -29,9 +29,10 @@ from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from kunserve_sglang.core.cuts import best_cut
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.policy.monitor import OverloadMonitor, Thresholds
+from kunserve_sglang.policy.monitor import OverloadMonitor
 from kunserve_sglang.policy.planner import NoPlan, Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.thresholds import Thresholds
 from kunserve_sglang.policy.transition_request import DropRequest, RestoreRequest
 from kunserve_sglang.testing.exhaustive_planner import every_outcome, stages_of
 

@@ -17,10 +17,9 @@ from typing import Any
 
 import msgspec
 
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
-from kunserve_sglang.control.events import Event
-from kunserve_sglang.control.upstream import REFUSED
 from kunserve_sglang.core.messages import TransitionKind, to_json_types
 from kunserve_sglang.core.processes import free_port
 from kunserve_sglang.core.settings import (
@@ -33,6 +32,7 @@ from kunserve_sglang.core.settings import (
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.transition_request import REQUEST_TYPES, Outcome, RestoreRequest
+from kunserve_sglang.router.proxy.traffic import Traffic
 from tests.support.member import Action, Gate, Output, serve
 from tests.support.waiting import until
 
@@ -68,6 +68,7 @@ class ControlThread:
 
     async def _main(self, config: ClusterConfig, address: str) -> None:
         self.plane = ControlPlane(config, address)
+        self.traffic = self.plane.front = Traffic(self.plane.registry, config)
         self.plane.controller.auto = False
         self._task = asyncio.ensure_future(self.plane.run())
         self._ready.set()
@@ -317,7 +318,9 @@ class ScriptedCluster:
         """What the router finds out when it asks there."""
 
         async def work(plane: ControlPlane) -> None:
-            plane.registry.instances[member].lost = REFUSED
+            liveness = plane.registry.instances[member].liveness
+            liveness.serves()  # a port that was never open refuses nothing
+            liveness.refuses()
 
         self.control.call(work)
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 
-from kunserve_sglang.control.events import Event
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.policy.transition_request import Outcome

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.api.types import (
     DRAIN_TIMEOUT_S,
     AcceptedPlan,
@@ -30,7 +31,6 @@ from kunserve_sglang.api.types import (
     WorkerId,
     Workers,
 )
-from kunserve_sglang.control.events import Event
 
 
 class Access(StrEnum):

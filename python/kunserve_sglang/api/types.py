@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from kunserve_sglang.control.events import Event
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.messages import Mode, Pages, Slots, TransitionKind
 from kunserve_sglang.core.settings import SharedSettings
 from kunserve_sglang.policy.decision import Decision
-from kunserve_sglang.policy.monitor import Thresholds
+from kunserve_sglang.policy.thresholds import Thresholds
 
 Ids = Annotated[list[int], Meta(min_length=1, description="Instances, by id.")]
 Tokens = Annotated[int, Meta(gt=0, description="Token slots to gain, at least.")]

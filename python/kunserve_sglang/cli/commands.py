@@ -13,6 +13,7 @@ from msgspec import UNSET
 
 from kunserve_sglang.api.client import Answer
 from kunserve_sglang.api.errors import Refused, Usage
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.api.types import (
     DRAIN_TIMEOUT_S,
     AcceptedPlan,
@@ -39,7 +40,6 @@ from kunserve_sglang.cli.views import (
     plan_view,
     policy_view,
 )
-from kunserve_sglang.control.events import Event
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import format_size
 from kunserve_sglang.policy.transition_request import Outcome

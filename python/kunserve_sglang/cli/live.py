@@ -12,10 +12,10 @@ from rich.text import Text
 
 from kunserve_sglang.api.client import Answer
 from kunserve_sglang.api.errors import Unreachable
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.api.types import ClusterStatus, Events
 from kunserve_sglang.cli.session import Session
 from kunserve_sglang.cli.views import cluster_view, event_line
-from kunserve_sglang.control.events import Event
 
 
 def watch(session: Session, interval_s: float, count: int | None) -> None:

@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.api.types import ClusterStatus, InstanceStatus, PlanAnswer, Policy, Worker
 from kunserve_sglang.cli.bar import Legend, MemoryBar, memory_shares
-from kunserve_sglang.control.events import Event
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.messages import Mode
 from kunserve_sglang.core.settings import format_size

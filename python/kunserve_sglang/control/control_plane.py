@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.api.types import ClusterStatus, Policy
 from kunserve_sglang.control.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.control.descriptions import status_of
-from kunserve_sglang.control.events import Event, EventLog, declined
+from kunserve_sglang.control.events import EventLog, declined
+from kunserve_sglang.control.front import Front, NoFront
 from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
 from kunserve_sglang.control.registry import Instance, Registry
@@ -26,16 +28,13 @@ from kunserve_sglang.core.messages import (
     Status,
     Welcome,
 )
-from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
+from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.controller import WATCH_INTERVAL_S, Controller
 from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.queueing import with_held
 from kunserve_sglang.policy.state import ClusterState
 from kunserve_sglang.policy.transition_request import RestoreRequest, TransitionRequest
-from kunserve_sglang.router.proxy.latency import Latency
-from kunserve_sglang.router.proxy.prefix_index import PrefixIndex
-from kunserve_sglang.router.proxy.request_queue import RequestQueue
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,8 @@ logger = logging.getLogger(__name__)
 class ControlPlane:
     """Registry, controller and coordinator, wired together.
 
-    The controller asks for transitions by itself; those asked for by hand always run.
+    The controller asks for transitions by itself; those asked for by hand always run. `front` is
+    to be set, before `run`, by whoever brings requests to the instances.
     """
 
     def __init__(
@@ -53,10 +53,7 @@ class ControlPlane:
         self.config = config
         self.registry = Registry(config.num_instances)
         self.events = EventLog()
-        self.latency = Latency()
-        self.queue = RequestQueue(self.registry, config)
-        # Instances report their caches only to a router that asks for it.
-        self.prefixes = PrefixIndex() if config.dispatch is DispatchPolicy.LMETRIC else None
+        self.front: Front = NoFront()
         self.hub = ControlHub(address, tcp=config.control_address, keys=keys)
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.losses = Losses(self.registry, self.hub, self.coordinator)
@@ -80,7 +77,7 @@ class ControlPlane:
     def state(self) -> ClusterState:
         """The cluster for the policies; what the router holds back counts as waiting."""
         plain = sum(i.capacity for i in self.registry.available() if i.plain)
-        return with_held(self.registry.snapshot(), len(self.queue), plain)
+        return with_held(self.registry.snapshot(), self.front.held(), plain)
 
     def plan(self, request: TransitionRequest) -> Plan:
         """What the request would do now; changes nothing. Raises `NoPlan`."""
@@ -153,8 +150,8 @@ class ControlPlane:
             epoch=self.registry.latest_epoch,
             policy=self.policy(),
             transition=self.coordinator.running,
-            latency=self.latency.summary(),
-            queue=self.queue.status(),
+            latency=self.front.latency_summary(),
+            queue=self.front.queue_status(),
             instances=[status_of(i) for _, i in sorted(self.registry.instances.items())],
         )
 
@@ -167,25 +164,23 @@ class ControlPlane:
                 "instance %d at %s: %d token slots", hello.instance, hello.url, hello.capacity
             )
         instance = self.registry.instances[hello.instance]
-        lost_track = self.prefixes is not None and not self.prefixes.in_step(instance)
-        return Welcome(version=PROTOCOL_VERSION, report_cache=lost_track)
+        return Welcome(version=PROTOCOL_VERSION, report_cache=self.front.wants_cache(instance))
 
     def _on_status(self, status: Status) -> None:
         self.registry.status(status)
-        self.queue.let_in()  # it may be running more than before, and so take more
+        self.front.room_changed()  # it may be running more than before, and so take more
 
     def _on_cache(self, report: CacheReport) -> None:
         instance = self.registry.instances.get(report.instance)
-        if self.prefixes is not None and instance is not None:
-            self.prefixes.report(instance, report)
+        if instance is not None:
+            self.front.cache_reported(instance, report)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             self.registry.mark_silent()
-            self.queue.let_in()  # an instance may have come, or come back
-            if self.prefixes is not None:
-                self.prefixes.keep(self.registry.instances)
+            self.front.room_changed()  # an instance may have come, or come back
+            self.front.known(self.registry.instances)
             await self.look()
 
     async def look(self) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from kunserve_sglang.control.events import Event, EventLog
+from kunserve_sglang.api.events import Event
+from kunserve_sglang.control.events import EventLog
 from kunserve_sglang.control.hub import ControlHub, NoAnswer
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Abort, Commit, Done, Prepare, Transition, Vote

@@ -30,11 +30,11 @@ def status_of(instance: Instance) -> InstanceStatus:
         url=instance.url,
         plain=instance.plain,
         mode=instance.mode,
-        serving=instance.serving,
+        serving=instance.liveness.served,
         in_flight=instance.in_flight,
         draining=instance.draining,
         layer_count=UNSET if hello is None else hello.layer_count,
-        lost=instance.lost or UNSET,
+        lost=instance.liveness.loss or UNSET,
     )
     if status is None:
         return described

@@ -50,7 +50,8 @@ class Draining:
 
     async def _split_group(self, instance: Instance) -> None:
         """Others run with its layers, and it with theirs: everybody becomes independent first."""
-        if instance.lost or instance.status is None or not instance.status.layout.cooperative:
+        status = instance.status
+        if instance.liveness.lost or status is None or not status.layout.cooperative:
             return
         event = await self._control.split(instance.number)
         if event.status is not Outcome.COMMITTED:
@@ -60,7 +61,7 @@ class Draining:
 
     async def _wait_until_idle(self, instance: Instance, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while not (instance.idle or instance.lost):
+        while not (instance.idle or instance.liveness.lost):
             if time.monotonic() >= deadline:
                 raise DrainTimeout(
                     f"{instance.in_flight} requests are still under way on instance "

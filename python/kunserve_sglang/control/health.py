@@ -1,4 +1,4 @@
-"""Who can take requests: a watch over the instances, and the probes of orchestrators."""
+"""Who can take requests: a watch over the instances."""
 
 from __future__ import annotations
 
@@ -8,28 +8,20 @@ from dataclasses import dataclass
 
 import aiohttp
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
 
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.upstream import (
-    REFUSED,
+    HEALTH_TIMEOUT_S,
     Question,
     ask,
-    ask_all,
     credentials,
-    question_of,
 )
-from kunserve_sglang.router.http.answers import json_answer, retry_later
 
 _TICK_S = 0.25
 """How often an instance is asked that does not serve yet, or not any more."""
 
 _INTERVAL_S = 5.0
 """How often one that serves is asked."""
-
-_TIMEOUT_S = 30.0
-"""Above the 20 s that SGLang takes to find itself unhealthy."""
 
 _PRESENCE_TIMEOUT_S = 5.0
 
@@ -88,28 +80,25 @@ class HealthWatch:
                 await asyncio.sleep(_TICK_S)
 
     def _is_due(self, watch: _Watch) -> bool:
-        return not watch.instance.alive or time.monotonic() >= watch.due
+        return not watch.instance.liveness.alive or time.monotonic() >= watch.due
 
     def _is_suspect(self, instance: Instance) -> bool:
         suspected = time.monotonic() < self._registry.suspected_until
-        return suspected and instance.alive and not instance.plain
+        return suspected and instance.liveness.alive and not instance.plain
 
     async def _ask(self, watch: _Watch) -> None:
         instance = watch.instance
-        reply = await ask(self._session, instance, self._question, _TIMEOUT_S)
+        reply = await ask(self._session, instance, self._question, HEALTH_TIMEOUT_S)
         if reply.status == 200:
-            if instance.plain and not instance.alive:
+            if instance.plain and not instance.liveness.alive:
                 instance.capacity = await self._capacity(instance)
-            instance.serving = True
-            if instance.lost == REFUSED:
-                instance.lost = ""
-        elif reply.error == REFUSED and instance.serving:
-            # Before it has served, its HTTP server is just not up yet.
-            instance.lost = REFUSED
+            instance.liveness.serves()
+        elif reply.refused and instance.liveness.served:
+            instance.liveness.refuses()
         elif reply.error:
             await self._look(watch)
         if reply.status:
-            instance.seen = time.monotonic()
+            instance.liveness.heard(time.monotonic())
         watch.due = time.monotonic() + _INTERVAL_S
         watch.asking = False
 
@@ -118,63 +107,15 @@ class HealthWatch:
         instance = watch.instance
         reply = await ask(self._session, instance, self._presence, _PRESENCE_TIMEOUT_S)
         if reply.status:
-            instance.seen = time.monotonic()
-        elif reply.error == REFUSED and instance.serving:
-            instance.lost = REFUSED
+            instance.liveness.heard(time.monotonic())
+        elif reply.refused:
+            instance.liveness.refuses()
         watch.looking = False
 
     async def _capacity(self, instance: Instance) -> int:
         """Token slots of a plain server; 0 if it does not say."""
-        reply = await ask(self._session, instance, self._about, _TIMEOUT_S)
+        reply = await ask(self._session, instance, self._about, HEALTH_TIMEOUT_S)
         try:
             return msgspec.json.decode(reply.body, type=_ServerInfo).max_total_num_tokens
         except msgspec.DecodeError:
             return 0
-
-
-class Probes:
-    """`/health`, `/health_generate`, `/liveness`, `/readiness`."""
-
-    def __init__(self, registry: Registry, session: aiohttp.ClientSession) -> None:
-        self._registry = registry
-        self._session = session
-
-    @property
-    def _wanted(self) -> int:
-        draining = [i for i in self._registry.instances.values() if i.draining]
-        return len(self._registry.expected) - len(draining)
-
-    async def health(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
-        """Whether the cluster can serve at all."""
-        available = len(self._registry.available())
-        if not available:
-            return self._too_few(available)
-        return json_answer({"status": "ok", "available": available, "expected": self._wanted})
-
-    async def health_generate(self, request: Request) -> Response:
-        """Whether every available instance generates."""
-        instances = self._registry.available()
-        if not instances:
-            return self._too_few(0)
-        question = await question_of(request)
-        replies = await ask_all(self._session, instances, question, _TIMEOUT_S)
-        for reply in replies:
-            if reply.status != 200:
-                return retry_later("unhealthy", reply.failure)
-        return json_answer({"status": "ok", "available": len(instances)})
-
-    async def liveness(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
-        """The router runs, whatever its instances do."""
-        return json_answer({"status": "ok"})
-
-    async def readiness(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
-        """Whether the cluster is complete."""
-        available = len(self._registry.available())
-        if available < max(1, self._wanted):
-            return self._too_few(available)
-        return json_answer({"status": "ok", "available": available, "expected": self._wanted})
-
-    def _too_few(self, available: int) -> Response:
-        return retry_later(
-            "not_ready", f"{available} of {self._wanted} instances can take requests"
-        )

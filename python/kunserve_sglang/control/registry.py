@@ -7,13 +7,9 @@ import time
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from kunserve_sglang.control.liveness import Liveness, State
 from kunserve_sglang.core.messages import Hello, Mode, Status
 from kunserve_sglang.policy.state import ClusterState, InstanceState
-
-_SILENT_AFTER_S = 60.0
-"""A status record comes with every step; a step of a large prefill on a CPU takes seconds."""
-
-_SILENT = f"silent for {_SILENT_AFTER_S:.0f} s"
 
 _SUSPECT_S = 3.0
 """A process that ends closes its control connection first, and its HTTP port soon after."""
@@ -24,7 +20,7 @@ FIRST_WORKER = 1000
 
 @dataclass(slots=True)
 class Instance:
-    """One instance. `serving` once its HTTP server answers; `in_flight` counts our requests.
+    """One instance; `in_flight` counts our requests.
 
     A `draining` one gets no new requests and is in no plan: it is about to leave.
 
@@ -37,9 +33,7 @@ class Instance:
     hello: Hello | None = None
     capacity: int = 0
     status: Status | None = None
-    seen: float = field(default_factory=time.monotonic)
-    serving: bool = False
-    lost: str = ""
+    liveness: Liveness = field(default_factory=lambda: Liveness(time.monotonic()))
     draining: bool = False
     in_flight: int = 0
 
@@ -51,20 +45,15 @@ class Instance:
     @property
     def mode(self) -> Mode:
         if self.plain:
-            return Mode.INDEPENDENT if self.alive else Mode.DEAD
-        if self.lost or self.status is None:
+            return Mode.INDEPENDENT if self.liveness.alive else Mode.DEAD
+        if self.liveness.lost or self.status is None:
             return Mode.DEAD
         return self.status.mode
 
     @property
-    def alive(self) -> bool:
-        """Whether it answers, as far as we know."""
-        return self.serving and not self.lost
-
-    @property
     def available(self) -> bool:
         """Whether it can take requests."""
-        return self.serving and not self.lost and not self.draining
+        return self.liveness.state is State.SERVING and not self.draining
 
     @property
     def idle(self) -> bool:
@@ -106,7 +95,7 @@ class Registry:
                 message.instance, message.url, message, message.capacity
             )
         else:
-            known.seen = time.monotonic()
+            known.liveness.heard(time.monotonic())
         return True
 
     def new_number(self) -> int | None:
@@ -152,9 +141,7 @@ class Registry:
         known = self.instances.get(message.instance)
         if known is not None:
             known.status = message
-            known.seen = time.monotonic()
-            if known.lost == _SILENT:
-                known.lost = ""
+            known.liveness.reports(time.monotonic())
 
     def suspect(self) -> None:
         """Somebody's control connection has ended: look who is still there, for a while."""
@@ -164,10 +151,8 @@ class Registry:
         """Instances that have not been heard of for long are lost until they speak again."""
         now = time.monotonic()
         for instance in self.instances.values():
-            if instance.plain or instance.lost:
-                continue
-            if now - instance.seen > _SILENT_AFTER_S:
-                instance.lost = _SILENT
+            if not instance.plain:
+                instance.liveness.check_silence(now)
 
     def available(self) -> list[Instance]:
         """Instances that can take requests, by number."""
@@ -191,7 +176,7 @@ class Registry:
                     costs=i.hello.costs,
                 )
                 for i in sorted(self.instances.values(), key=lambda i: i.number)
-                if i.hello is not None and i.status is not None and not i.lost
+                if i.hello is not None and i.status is not None and not i.liveness.lost
                 if i.mode is not Mode.RECOVERING
                 if draining or not i.draining
             )

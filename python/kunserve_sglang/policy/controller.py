@@ -11,11 +11,12 @@ from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
 from kunserve_sglang.policy.attainable import attainable
 from kunserve_sglang.policy.decision import Decision, NoPlan
-from kunserve_sglang.policy.monitor import OverloadMonitor, Thresholds
+from kunserve_sglang.policy.monitor import OverloadMonitor
 from kunserve_sglang.policy.planner import Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.shares import plan_rebalance
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.thresholds import Thresholds
 from kunserve_sglang.policy.transition_request import (
     DropRequest,
     Outcome,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import msgspec
-
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.restoring import Split, cheapest_first, splits
 from kunserve_sglang.policy.shares import skewed
 from kunserve_sglang.policy.state import ClusterState, InstanceState
+from kunserve_sglang.policy.thresholds import Thresholds
 from kunserve_sglang.policy.transition_request import (
     DropRequest,
     RebalanceRequest,
@@ -31,22 +30,6 @@ _FLAP_FACTOR = 6
 _MAX_PATIENCE = 8
 """A drop within `_FLAP_FACTOR` cool-downs of a restore shows that the restore was too early: the
 next one waits twice as long as the last did, but not more than `_MAX_PATIENCE` cool-downs."""
-
-
-class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
-    """Fractions of KV capacity, and times in seconds.
-
-    A condition must hold for its `hold_s`; nothing is restored within `cooldown_s` of a drop, and
-    longer if the last restore turned out to be too early. `lead_s` is how far ahead demand is
-    extrapolated: about as long as it takes to notice and to drop.
-    """
-
-    drop: float = 0.95
-    restore: float = 0.5
-    drop_hold_s: float = 0.2
-    restore_hold_s: float = 3.0
-    cooldown_s: float = 5.0
-    lead_s: float = 1.0
 
 
 class _Outlook:

@@ -19,7 +19,6 @@ from kunserve_sglang.api.calls import CALLS, Access
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
 from kunserve_sglang.control.draining import DrainTimeout, NotDrained
-from kunserve_sglang.control.health import Probes
 from kunserve_sglang.control.hub import NoAnswer
 from kunserve_sglang.core.routes import SERVER_ROUTES, Handling
 from kunserve_sglang.policy.dispatch import POLICIES
@@ -33,14 +32,16 @@ from kunserve_sglang.router.admin.docs import Docs
 from kunserve_sglang.router.admin.fanout import Fanout
 from kunserve_sglang.router.admin.members import Members
 from kunserve_sglang.router.admin.metrics import Metrics
+from kunserve_sglang.router.admin.probes import Probes
 from kunserve_sglang.router.admin.tracing import TraceRunning, Tracing
 from kunserve_sglang.router.http.answers import Code, RequestError, error_answer, retry_later
 from kunserve_sglang.router.http.asgi import run_asgi
-from kunserve_sglang.router.http.client_request import Exchange
+from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.http.door import Door
 from kunserve_sglang.router.http.outbound import InstanceConnections
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher
 from kunserve_sglang.router.proxy.proxy import Proxy
+from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig
 
 if TYPE_CHECKING:
@@ -71,20 +72,20 @@ class RouterApp:
         )
         self._starlette.router.redirect_slashes = False
 
-    async def __call__(self, exchange: Exchange) -> None:
-        way = self._door.way(exchange.scope)
+    async def __call__(self, request: ClientRequest) -> None:
+        way = self._door.way(request.scope)
         if way == "forward":
-            await self._proxy(exchange)
+            await self._proxy(request)
             return
         if way != "answer":
-            exchange.answer(way)
+            request.answer(way)
             return
         try:
-            await run_asgi(self._starlette, exchange)
+            await run_asgi(self._starlette, request)
         except asyncio.CancelledError:
             # Only the end of the router cancels a call; this is for one that has no answer yet.
-            if not exchange.started:
-                exchange.answer(retry_later("router_stopping", "the router is stopping"))
+            if not request.started:
+                request.answer(retry_later("router_stopping", "the router is stopping"))
 
     async def close(self) -> None:
         """To be called when no request is under way any more."""
@@ -94,30 +95,31 @@ class RouterApp:
 def build_app(
     config: RouterConfig,
     control: ControlPlane,
+    traffic: Traffic,
     session: aiohttp.ClientSession,
     connections: InstanceConnections,
 ) -> RouterApp:
     keys = Keys(config)
-    dispatcher = Dispatcher(control.registry, control.prefixes, _prompt_reader(config, control))
+    dispatcher = Dispatcher(control.registry, traffic.prefixes, _prompt_reader(config, traffic))
     policy = POLICIES[config.cluster.dispatch]
-    proxy = Proxy(control.registry, connections, policy, control.latency, control.queue, dispatcher)
+    proxy = Proxy(control.registry, connections, policy, traffic.latency, traffic.queue, dispatcher)
     docs = Docs(keys)
     background = Background()
     admin, members = Admin(control, background), Members(control, config, background)
     routes = [
         *_probe_routes(Probes(control.registry, session)),
         *_admin_routes(admin, members, Tracing(control), docs, keys),
-        *_fanout_routes(Fanout(control, session, config, keys), keys),
+        *_fanout_routes(Fanout(control, traffic.prefixes, session, config, keys), keys),
         Route("/docs", docs.page),
-        Route("/metrics", Metrics(control, session, proxy.stats, config.api_key).scrape),
+        Route("/metrics", Metrics(control, traffic, session, proxy.stats, config.api_key).scrape),
         *dashboard_routes(),
     ]
     return RouterApp(routes, proxy, background)
 
 
-def _prompt_reader(config: RouterConfig, control: ControlPlane) -> PromptReader | None:
+def _prompt_reader(config: RouterConfig, traffic: Traffic) -> PromptReader | None:
     """For a router that keeps an index of prefixes; no other loads a tokenizer."""
-    if control.prefixes is None:
+    if traffic.prefixes is None:
         return None
     from kunserve_sglang.router.proxy.prompts import PromptReader
 

@@ -16,6 +16,7 @@ from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.router.app import build_app
 from kunserve_sglang.router.http.inbound import HttpServer
 from kunserve_sglang.router.http.outbound import InstanceConnections
+from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig
 
 logger = logging.getLogger(__name__)
@@ -47,17 +48,18 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
     except zmq.ZMQError as error:
         where = config.cluster.control_address or config.control_address
         raise ConfigurationError(f"cannot bind {where}: {error}") from error
+    traffic = control.front = Traffic(control.registry, config.cluster)
     try:
         connections = InstanceConnections()
         async with open_session() as session, asyncio.TaskGroup() as tasks:
-            app = build_app(config, control, session, connections)
+            app = build_app(config, control, traffic, session, connections)
             http = HttpServer(app)
             watch = HealthWatch(control.registry, session, config.api_key)
             background = [tasks.create_task(control.run()), tasks.create_task(watch.run())]
             await http.start(listener, _BACKLOG)
             logger.info("router at http://%s:%d", *listener.getsockname()[:2])
             await stop.wait()
-            control.queue.close()
+            traffic.queue.close()
             await http.stop(_GRACE_S)
             await app.close()
             connections.close()

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.control_plane import ControlPlane
-from kunserve_sglang.control.events import Event
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Transition, TransitionKind
 from kunserve_sglang.core.settings import (

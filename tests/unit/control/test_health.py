@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kunserve_sglang.control import health, registry
+from kunserve_sglang.control import health, liveness
 from tests.support.mock_worker import Background, Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
@@ -27,7 +27,7 @@ def plain() -> Iterator[MockWorker]:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that serve are asked all the time, and have little time to answer."""
     monkeypatch.setattr(health, "_INTERVAL_S", 0.02)
-    monkeypatch.setattr(health, "_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(health, "HEALTH_TIMEOUT_S", 0.05)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_an_instance_in_a_long_step_is_not_lost(
     router = start_router(1)
     busy = router.instances[0]
     busy.reporting = False
-    monkeypatch.setattr(registry, "_SILENT_AFTER_S", 0.5)
+    monkeypatch.setattr(liveness, "SILENT_AFTER_S", 0.5)
     keeps_busy(busy.worker)
     asked = len(busy.worker.requests("/model_info"))
     until(lambda: len(busy.worker.requests("/model_info")) > asked + 20)

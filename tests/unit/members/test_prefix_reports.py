@@ -31,15 +31,15 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def index_of(cluster: ScriptedCluster) -> PrefixIndex:
-    index = cluster.control.plane.prefixes
+    index = cluster.control.traffic.prefixes
     assert index is not None
     return index
 
 
-async def _differences(plane: ControlPlane, member: int, cached: set[int]) -> str:
+async def _differences(
+    plane: ControlPlane, index: PrefixIndex, member: int, cached: set[int]
+) -> str:
     """What the index does not know, or knows too much, of this cache."""
-    index = plane.prefixes
-    assert index is not None
     instance = plane.registry.instances[member]
     if not index.in_step(instance):
         return "out of step"
@@ -51,9 +51,9 @@ async def _differences(plane: ControlPlane, member: int, cached: set[int]) -> st
 
 def wait_until_known(cluster: ScriptedCluster, member: int) -> set[int]:
     """Returns what is cached there once the index knows it, and nothing else."""
-    cached = cluster.cached(member)
+    cached, index = cluster.cached(member), index_of(cluster)
     cluster.wait_until(
-        lambda _: not cluster.control.call(lambda plane: _differences(plane, member, cached))
+        lambda _: not cluster.control.call(lambda plane: _differences(plane, index, member, cached))
     )
     return cached
 
@@ -74,9 +74,8 @@ def test_a_router_that_has_lost_track_is_told_all_anew(pair: ScriptedCluster) ->
     pair.play(random_scripts(710, len(MEMBERS), ()))
     before = [wait_until_known(pair, member) for member in MEMBERS]
 
-    async def forget(plane: ControlPlane) -> None:
-        assert plane.prefixes is not None
-        plane.prefixes.keep(())
+    async def forget(_: ControlPlane) -> None:
+        index_of(pair).keep(())
 
     pair.control.call(forget)
     assert [wait_until_known(pair, member) for member in MEMBERS] == before

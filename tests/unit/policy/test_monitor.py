@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.policy.monitor import OverloadMonitor, Thresholds
+from kunserve_sglang.policy.monitor import OverloadMonitor
 from kunserve_sglang.policy.planner import NoPlan, plan_drop, plan_restore
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.thresholds import Thresholds
 from kunserve_sglang.policy.transition_request import DropRequest, RestoreRequest
 from tests.support.clusters import carried_out, cluster, with_load
 

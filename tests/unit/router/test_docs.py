@@ -23,6 +23,7 @@ from kunserve_sglang.router.admin.openapi import build_document
 from kunserve_sglang.router.app import build_app
 from kunserve_sglang.router.http.answers import ERROR_TYPES, Code
 from kunserve_sglang.router.http.outbound import InstanceConnections
+from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig
 from tests.support.mock_worker import MODEL
 from tests.support.places import ROOT
@@ -80,9 +81,10 @@ def test_every_route_is_described(tmp_path: Path) -> None:
 
     async def routes() -> set[tuple[str, str]]:
         control = ControlPlane(config.cluster, config.control_address)
+        traffic = Traffic(control.registry, config.cluster)
         try:
             async with open_session() as session:
-                app = build_app(config, control, session, InstanceConnections())
+                app = build_app(config, control, traffic, session, InstanceConnections())
         finally:
             control.close()
         return {

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kunserve_sglang.control.upstream import QUEUE_FULL
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.router.proxy.busy import QUEUE_FULL
 from tests.support.mock_worker import CAPACITY, Canned
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until

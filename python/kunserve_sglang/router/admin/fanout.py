@@ -13,10 +13,12 @@ from starlette.responses import Response
 from kunserve_sglang.api.calls import Access
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.registry import Instance
-from kunserve_sglang.control.upstream import Question, Reply, ask, ask_all, credentials, question_of
+from kunserve_sglang.control.upstream import Question, Reply, ask, ask_all, credentials
 from kunserve_sglang.router.admin.access import Holder, Keys
 from kunserve_sglang.router.admin.exposition import merge_expositions
 from kunserve_sglang.router.http.answers import error_answer, json_answer, retry_later
+from kunserve_sglang.router.http.questions import question_of
+from kunserve_sglang.router.proxy.prefix_index import PrefixIndex
 from kunserve_sglang.router.settings import RouterConfig
 
 _ACTION_TIMEOUT_S = 300.0
@@ -37,6 +39,7 @@ class Fanout:
     def __init__(
         self,
         control: ControlPlane,
+        prefixes: PrefixIndex | None,
         session: aiohttp.ClientSession,
         config: RouterConfig,
         keys: Keys,
@@ -45,6 +48,7 @@ class Fanout:
         self._to_any = credentials(config.api_key)
         self._keys = keys
         self._control = control
+        self._prefixes = prefixes
         self._session = session
 
     async def to_all(self, request: Request) -> Response:
@@ -65,8 +69,8 @@ class Fanout:
         )
         if not replies:
             return _nobody()
-        if question.path == "/flush_cache" and self._control.prefixes is not None:
-            self._control.prefixes.flushed()
+        if question.path == "/flush_cache" and self._prefixes is not None:
+            self._prefixes.flushed()
         for reply in replies:
             if not reply.ok:
                 return error_answer(502, "instance_failed", reply.failure)

@@ -12,14 +12,16 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.control_plane import ControlPlane
-from kunserve_sglang.control.events import Event, EventLog
+from kunserve_sglang.control.events import EventLog
 from kunserve_sglang.control.upstream import Question, ask_all, credentials
 from kunserve_sglang.core.blocks import BLOCK_TOKENS
 from kunserve_sglang.core.messages import Mode, Status, TransitionKind
 from kunserve_sglang.policy.transition_request import Outcome
 from kunserve_sglang.router.admin.exposition import merge_expositions
 from kunserve_sglang.router.proxy.proxy import ProxyStats
+from kunserve_sglang.router.proxy.traffic import Traffic
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -61,8 +63,9 @@ class _Totals:
 class ControlPlaneCollector(Collector):
     """Reads the control plane when it is scraped, so nothing has to be kept up to date."""
 
-    def __init__(self, control: ControlPlane, stats: ProxyStats) -> None:
+    def __init__(self, control: ControlPlane, traffic: Traffic, stats: ProxyStats) -> None:
         self._control = control
+        self._traffic = traffic
         self._stats = stats
         self._totals = _Totals(control.events)
 
@@ -84,7 +87,7 @@ class ControlPlaneCollector(Collector):
         mode = _gauge("instance_mode", "1 for the mode that it is in.", "instance", "mode")
         flight = _gauge("requests_in_flight", "Requests sent and not yet answered.", "instance")
         for number, instance in sorted(self._control.registry.instances.items()):
-            up.add_metric([str(number)], float(instance.alive))
+            up.add_metric([str(number)], float(instance.liveness.alive))
             flight.add_metric([str(number)], instance.in_flight)
             for candidate in Mode:
                 mode.add_metric([str(number), candidate], float(instance.mode is candidate))
@@ -153,7 +156,7 @@ class ControlPlaneCollector(Collector):
         )
 
     def _prefixes(self) -> Iterator[Metric]:
-        prefixes = self._control.prefixes
+        prefixes = self._traffic.prefixes
         if prefixes is None:
             return
         size = _gauge("prefix_index_tokens", "Tokens known to be cached, in blocks.", "instance")
@@ -170,7 +173,7 @@ class ControlPlaneCollector(Collector):
         )
 
     def _queue(self) -> Iterator[Metric]:
-        queue = self._control.queue
+        queue = self._traffic.queue
         yield GaugeMetricFamily(
             "kunserve:queued_requests", "Requests that the router holds back.", value=len(queue)
         )
@@ -180,7 +183,7 @@ class ControlPlaneCollector(Collector):
         yield shed
 
     def _histograms(self) -> Iterator[Metric]:
-        latency, queue = self._control.latency, self._control.queue
+        latency, queue = self._traffic.latency, self._traffic.queue
         for histogram in (latency.ttft_seconds, latency.tpot_seconds, queue.wait_seconds):
             for metric in histogram.collect():
                 # The text format has no place for the time of creation but one more metric.
@@ -194,6 +197,7 @@ class Metrics:
     def __init__(
         self,
         control: ControlPlane,
+        traffic: Traffic,
         session: aiohttp.ClientSession,
         stats: ProxyStats,
         api_key: str | None,
@@ -202,7 +206,7 @@ class Metrics:
         self._control = control
         self._session = session
         self._own = CollectorRegistry()
-        self._own.register(ControlPlaneCollector(control, stats))
+        self._own.register(ControlPlaneCollector(control, traffic, stats))
 
     async def scrape(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
         available = self._control.registry.available()

@@ -6,20 +6,20 @@ import asyncio
 
 from starlette.types import ASGIApp, Message
 
-from kunserve_sglang.router.http.client_request import Exchange
+from kunserve_sglang.router.http.client_request import ClientRequest
 
 
-async def run_asgi(app: ASGIApp, exchange: Exchange) -> None:
+async def run_asgi(app: ASGIApp, request: ClientRequest) -> None:
     """A client that leaves does not end the call: what it has begun is carried through."""
     left = asyncio.Event()
-    exchange.on_gone = left.set
+    request.on_gone = left.set
     read = False
 
     async def receive() -> Message:
         nonlocal read
         if not read:
             read = True
-            return {"type": "http.request", "body": exchange.body, "more_body": False}
+            return {"type": "http.request", "body": request.body, "more_body": False}
         await left.wait()
         return {"type": "http.disconnect"}
 
@@ -28,10 +28,10 @@ async def run_asgi(app: ASGIApp, exchange: Exchange) -> None:
             headers = list(message.get("headers", ()))
             if any(b"\n" in value or b"\r" in value for _, value in headers):
                 raise ValueError("a header of an answer has more than one line")
-            exchange.start(message["status"], headers)
+            request.start(message["status"], headers)
         else:
-            exchange.write(message.get("body", b""))
+            request.write(message.get("body", b""))
             if not message.get("more_body", False):
-                exchange.end()
+                request.end()
 
-    await app(exchange.scope, receive, send)
+    await app(request.scope, receive, send)

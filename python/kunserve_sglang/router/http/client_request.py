@@ -29,11 +29,11 @@ class Connection(Protocol):
     transport: asyncio.Transport
     congested: bool
 
-    def answered(self, exchange: Exchange) -> None:
+    def answered(self, request: ClientRequest) -> None:
         """All of the answer is written."""
 
 
-class Exchange:
+class ClientRequest:
     """One request, read whole, and the state of its answer.
 
     `scope` is that of ASGI. `refusal` is what the last instance without room has said. `gone` says

@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
+from kunserve_sglang.control.upstream import target
+
 Headers = Sequence[tuple[bytes, bytes]]
 
 BODILESS = frozenset({204, 304})
@@ -59,16 +61,6 @@ def request_head(scope: Scope, body: bytes, url: str) -> bytes:
 def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """An instance's headers, names in lower case, as they go to the client."""
     return _without(headers, _HOP_BY_HOP)
-
-
-def target(path: bytes, query: bytes) -> bytes:
-    """The target of a request line.
-
-    Raises `ValueError` unless `path` is absolute: any other could name another host.
-    """
-    if not path.startswith(b"/"):
-        raise ValueError(f"{path!r} is no absolute path")
-    return path + b"?" + query if query else path
 
 
 def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:

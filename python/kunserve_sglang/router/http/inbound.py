@@ -16,7 +16,7 @@ import httptools
 from starlette.types import Scope
 
 from kunserve_sglang.router.http.answers import Code, error_answer
-from kunserve_sglang.router.http.client_request import Exchange
+from kunserve_sglang.router.http.client_request import ClientRequest
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _SWEEP_S = 5.0
 _CANCEL_S = 0.5
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
+Handler = Callable[[ClientRequest], Coroutine[Any, Any, None]]
 
 
 class HttpServer:
@@ -80,8 +80,8 @@ class ClientConnection(asyncio.Protocol):
         self.quiet_since = server.loop.time()
         self._server = server
         self._parser = httptools.HttpRequestParser(self)
-        self._exchange: Exchange | None = None
-        self._waiting: deque[Exchange] = deque()
+        self._current: ClientRequest | None = None
+        self._waiting: deque[ClientRequest] = deque()
         self._closing = False
         self._head_bytes = 0
         self._reading_head = False
@@ -100,14 +100,14 @@ class ClientConnection(asyncio.Protocol):
         self._server.connections.discard(self)
         self._closing = True
         self._waiting.clear()
-        if self._exchange is not None:
-            self._exchange.leave()
-            self._exchange = None
+        if self._current is not None:
+            self._current.leave()
+            self._current = None
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self._exchange is None:
+        if self._current is None:
             self.quiet_since = self._server.loop.time()
         if self._reading_head:
             self._head_bytes += len(data)
@@ -126,18 +126,18 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.congested = True
-        if self._exchange is not None:
-            self._exchange.congested(True)
+        if self._current is not None:
+            self._current.congested(True)
 
     def resume_writing(self) -> None:
         self.congested = False
-        if self._exchange is not None:
-            self._exchange.congested(False)
+        if self._current is not None:
+            self._current.congested(False)
 
     def finish(self) -> None:
         """Close as soon as the request under way, if there is one, has its answer."""
         self._refuse_more()
-        if self._exchange is None:
+        if self._current is None:
             self.transport.close()
 
     def _without_upgrade(self, rest: bytes) -> bytes:
@@ -158,16 +158,16 @@ class ClientConnection(asyncio.Protocol):
     def _refuse_more(self) -> None:
         self._closing = True
         self._waiting.clear()
-        if self._exchange is not None:
-            self._exchange.keep_alive = False
+        if self._current is not None:
+            self._current.keep_alive = False
 
     def _refuse(self, status: int, code: Code, message: str) -> None:
         """For what cannot be parsed; not if an answer is under way, which must stay readable."""
-        busy = self._exchange is not None
+        busy = self._current is not None
         self._refuse_more()
         if not busy:
             scope = {"method": "GET", "http_version": "1.1"}
-            refused = self._exchange = Exchange(self, scope, b"", keep_alive=False)
+            refused = self._current = ClientRequest(self, scope, b"", keep_alive=False)
             refused.answer(error_answer(status, code, message))
 
     # --- what the parser finds ---
@@ -191,7 +191,7 @@ class ClientConnection(asyncio.Protocol):
         if self._parser.should_upgrade():
             return
         if any(n == b"expect" and v.lower() == b"100-continue" for n, v in self._headers):
-            self._owes_continue = self._exchange is not None
+            self._owes_continue = self._current is not None
             if not self._owes_continue:
                 self.transport.write(_CONTINUE)
 
@@ -204,11 +204,11 @@ class ClientConnection(asyncio.Protocol):
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         scope = self._scope()
         keep_alive = scope["http_version"] == "1.1" and self._parser.should_keep_alive()
-        exchange = Exchange(self, scope, body, keep_alive=keep_alive)
-        if self._exchange is None:
-            self._begin(exchange)
+        request = ClientRequest(self, scope, body, keep_alive=keep_alive)
+        if self._current is None:
+            self._begin(request)
         elif not self._closing:
-            self._waiting.append(exchange)
+            self._waiting.append(request)
             self.transport.pause_reading()
 
     def _scope(self) -> Scope:
@@ -230,26 +230,26 @@ class ClientConnection(asyncio.Protocol):
 
     # --- one request after the other ---
 
-    def _begin(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def _begin(self, request: ClientRequest) -> None:
+        self._current = request
         self.quiet_since = float("inf")
-        task = self._server.loop.create_task(self._server.handler(exchange))
+        task = self._server.loop.create_task(self._server.handler(request))
         self._server.tasks.add(task)
-        task.add_done_callback(lambda task: self._handled(exchange, task))
+        task.add_done_callback(lambda task: self._handled(request, task))
 
-    def _handled(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
+    def _handled(self, request: ClientRequest, task: asyncio.Task[None]) -> None:
         self._server.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s failed", exchange.scope["path"], exc_info=error)
-        if not exchange.ended and not exchange.gone:
+            logger.error("%s failed", request.scope["path"], exc_info=error)
+        if not request.ended and not request.gone:
             # Half an answer must not look like a whole one.
             self.transport.close()
 
-    def answered(self, exchange: Exchange) -> None:
+    def answered(self, request: ClientRequest) -> None:
         """All of the current request's answer is written."""
-        self._exchange = None
+        self._current = None
         self.quiet_since = self._server.loop.time()
-        if self._closing or not exchange.keep_alive:
+        if self._closing or not request.keep_alive:
             self._closing = True
             self.transport.close()
         elif self._waiting:

@@ -8,17 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kunserve_sglang.control.registry import Instance, Registry
-from kunserve_sglang.control.upstream import (
-    BACKPRESSURE,
-    REFUSED,
-    BusyAnswer,
-    is_refusal,
-)
+from kunserve_sglang.control.upstream import is_refusal
 from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.http.answers import error_answer, retry_later
-from kunserve_sglang.router.http.client_request import Exchange
+from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.http.heads import Headers, answer_headers, request_head
 from kunserve_sglang.router.http.outbound import BrokenOff, InstanceConnections
+from kunserve_sglang.router.proxy.busy import BACKPRESSURE, BusyAnswer
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight
 from kunserve_sglang.router.proxy.latency import Latency, StreamTimer
 from kunserve_sglang.router.proxy.request_queue import RequestQueue, TurnedAway
@@ -63,47 +59,47 @@ class Proxy:
         self._queue = queue
         self._dispatcher = dispatcher
 
-    async def __call__(self, exchange: Exchange) -> None:
+    async def __call__(self, request: ClientRequest) -> None:
         task = asyncio.current_task()
         assert task is not None
-        exchange.on_gone = task.cancel
-        exchange.arrived = self._latency.clock()
+        request.on_gone = task.cancel
+        request.arrived = self._latency.clock()
         try:
-            await self._serve(exchange)
+            await self._serve(request)
         except asyncio.CancelledError:
-            if exchange.gone:
+            if request.gone:
                 self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
-            elif not exchange.started:
+            elif not request.started:
                 # Only the end of the router cancels us otherwise, and only after a grace.
-                exchange.answer(retry_later("router_stopping", "the router is stopping"))
+                request.answer(retry_later("router_stopping", "the router is stopping"))
         else:
-            self.stats.answers[exchange.status] += 1
+            self.stats.answers[request.status] += 1
 
-    async def _serve(self, exchange: Exchange) -> None:
+    async def _serve(self, request: ClientRequest) -> None:
         """Send the request when it is its turn, or say why it is not sent."""
         # Whoever is let in has to go at once, so what takes time comes before.
-        weight = await self._dispatcher.weigh(exchange.scope["path"], exchange.body)
+        weight = await self._dispatcher.weigh(request.scope["path"], request.body)
         try:
-            async with self._queue.admitted(exchange.scope):
-                await self._dispatch(exchange, weight)
+            async with self._queue.admitted(request.scope):
+                await self._dispatch(request, weight)
         except TurnedAway as refusal:
-            exchange.answer(refusal.answer)
+            request.answer(refusal.answer)
 
-    async def _dispatch(self, exchange: Exchange, weight: Weight) -> None:
+    async def _dispatch(self, request: ClientRequest, weight: Weight) -> None:
         """Try instances until one has taken the request."""
-        policy = first if exchange.scope["path"] in _SAME_EVERYWHERE else self._policy
+        policy = first if request.scope["path"] in _SAME_EVERYWHERE else self._policy
         tried: set[int] = set()
         while (instance := self._next(policy, weight, tried)) is not None:
             self.stats.retries += bool(tried)
             with self._dispatcher.under_way(instance, weight):
-                if await self._relay(instance, exchange):
+                if await self._relay(instance, request):
                     return
             tried.add(instance.number)
-        if exchange.refusal is not None:
-            exchange.answer(exchange.refusal)
+        if request.refusal is not None:
+            request.answer(request.refusal)
             return
         known = len(self._registry.instances)
-        exchange.answer(
+        request.answer(
             retry_later("no_instance", f"none of {known} instances can take requests now")
         )
 
@@ -112,27 +108,27 @@ class Proxy:
         pick = self._dispatcher.pick
         return pick(policy, weight, tried | self._queue.full()) or pick(policy, weight, tried)
 
-    async def _relay(self, instance: Instance, exchange: Exchange) -> bool:
+    async def _relay(self, instance: Instance, request: ClientRequest) -> bool:
         """False if the instance cannot have run it, and another may be tried."""
-        request = request_head(exchange.scope, exchange.body, instance.url)
+        head = request_head(request.scope, request.body, instance.url)
         try:
             connection = await self._connections.get(instance.url)
         except OSError as error:
             if is_refusal(error):
-                instance.lost = REFUSED
+                instance.liveness.refuses()
             logger.warning("instance %d: %s", instance.number, error)
             return False
-        relay = _Relay(exchange, self._latency)
-        exchange.comes_from(connection)
+        relay = _Relay(request, self._latency)
+        request.comes_from(connection)
         try:
-            bodiless = exchange.scope["method"] == "HEAD"
-            await connection.ask(request, exchange.body, relay, bodiless=bodiless)
+            bodiless = request.scope["method"] == "HEAD"
+            await connection.ask(head, request.body, relay, bodiless=bodiless)
             if relay.redirect:
                 message = f"instance {instance.number} answered with a redirect ({relay.redirect})"
-                exchange.answer(error_answer(502, "instance_failed", message))
-            return relay.busy is None or self._refused(relay.busy, exchange)
+                request.answer(error_answer(502, "instance_failed", message))
+            return relay.busy is None or self._refused(relay.busy, request)
         except BrokenOff as error:
-            self._broken_off(instance, exchange, error)
+            self._broken_off(instance, request, error)
             return True
         finally:
             # Unless it has all of the answer, this closes it: how an instance learns that nobody
@@ -140,19 +136,19 @@ class Proxy:
             self._connections.put(connection)
             relay.close()
 
-    def _refused(self, busy: BusyAnswer, exchange: Exchange) -> bool:
+    def _refused(self, busy: BusyAnswer, request: ClientRequest) -> bool:
         """Pass on that the instance is busy, unless another may still have room."""
-        exchange.refusal = busy.response(self._queue.retry_after_s())
+        request.refusal = busy.response(self._queue.retry_after_s())
         if busy.queue_full:
             return False
-        exchange.answer(exchange.refusal)
+        request.answer(request.refusal)
         return True
 
-    def _broken_off(self, instance: Instance, exchange: Exchange, error: BrokenOff) -> None:
-        if not exchange.started:
+    def _broken_off(self, instance: Instance, request: ClientRequest, error: BrokenOff) -> None:
+        if not request.started:
             message = f"instance {instance.number} {error}"
             logger.warning("%s", message)
-            exchange.answer(error_answer(502, "upstream_lost", message))
+            request.answer(error_answer(502, "upstream_lost", message))
             return
         # Too late for a status: the client sees its connection closed before the end.
         self.stats.cut += 1
@@ -166,10 +162,10 @@ class _Relay:
     in `redirect`, and nothing of it goes on: it names addresses that only instances know.
     """
 
-    __slots__ = ("_exchange", "_latency", "_timer", "busy", "redirect")
+    __slots__ = ("_latency", "_request", "_timer", "busy", "redirect")
 
-    def __init__(self, exchange: Exchange, latency: Latency) -> None:
-        self._exchange = exchange
+    def __init__(self, request: ClientRequest, latency: Latency) -> None:
+        self._request = request
         self._latency = latency
         self._timer: StreamTimer | None = None
         self.busy: BusyAnswer | None = None
@@ -182,9 +178,9 @@ class _Relay:
         if 300 <= status < 400 and status != 304:
             self.redirect = status
             return
-        self._exchange.start(status, answer_headers(headers))
+        self._request.start(status, answer_headers(headers))
         if status == 200 and _is_stream(headers):
-            self._timer = StreamTimer(self._latency, self._exchange.arrived)
+            self._timer = StreamTimer(self._latency, self._request.arrived)
 
     def body(self, data: bytes) -> None:
         if self._timer is not None:
@@ -192,11 +188,11 @@ class _Relay:
         if self.busy is not None:
             self.busy.body += data
         elif not self.redirect:
-            self._exchange.write(data)
+            self._request.write(data)
 
     def end(self) -> None:
         if self.busy is None and not self.redirect:
-            self._exchange.end()
+            self._request.end()
 
     def close(self) -> None:
         """However it ended."""
