@@ -16,7 +16,7 @@ SILENT_AFTER_S = 60.0
 """A status record comes with every step; a step of a large prefill on a CPU takes seconds."""
 
 
-class State(Enum):
+class LivenessState(Enum):
     """Only one that is `SERVING` answers; it was lost if `REFUSED` or `SILENT`."""
 
     STARTING = auto()
@@ -26,8 +26,8 @@ class State(Enum):
 
 
 _LOSSES = {
-    State.REFUSED: "connection refused",
-    State.SILENT: f"silent for {SILENT_AFTER_S:.0f} s",
+    LivenessState.REFUSED: "connection refused",
+    LivenessState.SILENT: f"silent for {SILENT_AFTER_S:.0f} s",
 }
 """Why an instance is lost, in the words of the admin API."""
 
@@ -39,14 +39,14 @@ class Liveness:
 
     def __init__(self, now: float) -> None:
         """`served` says whether its HTTP server has ever answered; `now` is when it was met."""
-        self.state = State.STARTING
+        self.state = LivenessState.STARTING
         self.served = False
         self._heard = now
 
     @property
     def alive(self) -> bool:
         """Whether it answers, as far as is known."""
-        return self.state is State.SERVING
+        return self.state is LivenessState.SERVING
 
     @property
     def lost(self) -> bool:
@@ -64,21 +64,21 @@ class Liveness:
     def serves(self) -> None:
         """Its HTTP server says that it can take requests."""
         self.served = True
-        if self.state is not State.SILENT:
-            self.state = State.SERVING
+        if self.state is not LivenessState.SILENT:
+            self.state = LivenessState.SERVING
 
     def refuses(self) -> None:
         """Nobody listens at its address; before it has served, its server is just not up yet."""
         if self.served:
-            self.state = State.REFUSED
+            self.state = LivenessState.REFUSED
 
     def reports(self, now: float) -> None:
         """Its scheduler has said what it does."""
         self._heard = now
-        if self.state is State.SILENT:
-            self.state = State.SERVING if self.served else State.STARTING
+        if self.state is LivenessState.SILENT:
+            self.state = LivenessState.SERVING if self.served else LivenessState.STARTING
 
     def check_silence(self, now: float) -> None:
         """Without a sign for `SILENT_AFTER_S`, it is lost."""
         if not self.lost and now - self._heard > SILENT_AFTER_S:
-            self.state = State.SILENT
+            self.state = LivenessState.SILENT

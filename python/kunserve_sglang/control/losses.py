@@ -12,7 +12,7 @@ import time
 
 from kunserve_sglang.control.coordinator import Coordinator
 from kunserve_sglang.control.hub import ControlHub
-from kunserve_sglang.control.liveness import State
+from kunserve_sglang.control.liveness import LivenessState
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.core.messages import PROTOCOL_VERSION, Lost, Mode, Welcome
 
@@ -50,7 +50,7 @@ class Losses:
         """
         gone = set(self._registry.left)
         for instance in list(self._registry.instances.values()):
-            if instance.liveness.state is State.REFUSED and not instance.plain:
+            if instance.liveness.state is LivenessState.REFUSED and not instance.plain:
                 hollow = Welcome(version=PROTOCOL_VERSION)  # means nothing to one that knows us
                 if not await self._hub.tell(instance.number, hollow):
                     gone.add(instance.number)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from kunserve_sglang.control.liveness import Liveness, State
+from kunserve_sglang.control.liveness import Liveness, LivenessState
 from kunserve_sglang.core.messages import Hello, Mode, Status
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
@@ -53,7 +53,7 @@ class Instance:
     @property
     def available(self) -> bool:
         """Whether it can take requests."""
-        return self.liveness.state is State.SERVING and not self.draining
+        return self.liveness.state is LivenessState.SERVING and not self.draining
 
     @property
     def idle(self) -> bool:

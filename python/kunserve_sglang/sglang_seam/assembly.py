@@ -14,8 +14,8 @@ from kunserve_sglang.core.layout import MemoryProfile
 from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello
 from kunserve_sglang.execution.profile import shapes, timing
 from kunserve_sglang.instance.agent.agent import Agent
-from kunserve_sglang.instance.agent.body import Body
 from kunserve_sglang.instance.agent.control import ControlLink
+from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline.profiling import load_or_measure
 from kunserve_sglang.instance.ranks.ranked import ranked_control, ranked_plane
 from kunserve_sglang.instance.ranks.ranks import Ranks
@@ -103,7 +103,7 @@ def build_agent(scheduler: KunServeScheduler) -> Agent:
         context: zmq.Context[Any] = zmq.Context(1)
         return ControlLink(context, instance.control_address, hello, instance.keys)
 
-    body = Body(
+    body = InstanceParts(
         instance=instance.instance,
         profile=profile,
         pool=runner.memory.pool,

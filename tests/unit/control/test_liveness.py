@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import pytest
 
-from kunserve_sglang.control.liveness import SILENT_AFTER_S, Liveness, State
+from kunserve_sglang.control.liveness import SILENT_AFTER_S, Liveness, LivenessState
 
 LATE = SILENT_AFTER_S + 1
 
 PATHS = [
-    ("", State.STARTING),
-    ("refuses", State.STARTING),
-    ("reports", State.STARTING),
-    ("silence", State.SILENT),
-    ("silence serves", State.SILENT),
-    ("silence refuses", State.SILENT),
-    ("silence heard", State.SILENT),
-    ("silence reports", State.STARTING),
-    ("silence serves reports", State.SERVING),
-    ("heard silence", State.STARTING),
-    ("reports silence", State.STARTING),
-    ("serves", State.SERVING),
-    ("serves refuses", State.REFUSED),
-    ("serves refuses reports", State.REFUSED),
-    ("serves refuses silence", State.REFUSED),
-    ("serves refuses serves", State.SERVING),
-    ("serves silence", State.SILENT),
-    ("serves silence reports", State.SERVING),
-    ("serves silence refuses", State.REFUSED),
-    ("serves silence refuses serves", State.SERVING),
+    ("", LivenessState.STARTING),
+    ("refuses", LivenessState.STARTING),
+    ("reports", LivenessState.STARTING),
+    ("silence", LivenessState.SILENT),
+    ("silence serves", LivenessState.SILENT),
+    ("silence refuses", LivenessState.SILENT),
+    ("silence heard", LivenessState.SILENT),
+    ("silence reports", LivenessState.STARTING),
+    ("silence serves reports", LivenessState.SERVING),
+    ("heard silence", LivenessState.STARTING),
+    ("reports silence", LivenessState.STARTING),
+    ("serves", LivenessState.SERVING),
+    ("serves refuses", LivenessState.REFUSED),
+    ("serves refuses reports", LivenessState.REFUSED),
+    ("serves refuses silence", LivenessState.REFUSED),
+    ("serves refuses serves", LivenessState.SERVING),
+    ("serves silence", LivenessState.SILENT),
+    ("serves silence reports", LivenessState.SERVING),
+    ("serves silence refuses", LivenessState.REFUSED),
+    ("serves silence refuses serves", LivenessState.SERVING),
 ]
 
 
 @pytest.mark.parametrize(("signs", "state"), PATHS, ids=[signs for signs, _ in PATHS])
-def test_signs_lead_to_a_state(signs: str, state: State) -> None:
+def test_signs_lead_to_a_state(signs: str, state: LivenessState) -> None:
     liveness = Liveness(now=0.0)
     steps = {
         "serves": liveness.serves,
@@ -46,8 +46,12 @@ def test_signs_lead_to_a_state(signs: str, state: State) -> None:
         steps[sign]()
     assert liveness.state is state
     assert liveness.served == ("serves" in signs)
-    assert liveness.alive == (state is State.SERVING)
-    assert liveness.lost == bool(liveness.loss) == (state in (State.REFUSED, State.SILENT))
+    assert liveness.alive == (state is LivenessState.SERVING)
+    assert (
+        liveness.lost
+        == bool(liveness.loss)
+        == (state in (LivenessState.REFUSED, LivenessState.SILENT))
+    )
 
 
 def test_silence_begins_after_its_time_and_not_before() -> None:

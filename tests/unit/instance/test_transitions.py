@@ -27,29 +27,35 @@ from kunserve_sglang.instance.transitions.machine import (
     Reaction,
     only_grows,
 )
-from kunserve_sglang.instance.transitions.table import OBJECTIONS, TABLE, Action, Event, State
+from kunserve_sglang.instance.transitions.table import (
+    OBJECTIONS,
+    TABLE,
+    Action,
+    MemberEvent,
+    MemberState,
+)
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "member.md"
 ME, PEER, LAYERS = 0, 1, 4
 
 MODES = {
-    State.INDEPENDENT: {Mode.INDEPENDENT},
-    State.COOPERATIVE: {Mode.COOPERATIVE},
-    State.FOLLOWING: {Mode.COOPERATIVE},
-    State.FETCHING: {Mode.RESTORING},
-    State.VOTED: {Mode.PREPARING, Mode.RESTORING},
-    State.EXCHANGING: {Mode.PREPARING, Mode.RESTORING},
-    State.RECOVERING: {Mode.RECOVERING},
+    MemberState.INDEPENDENT: {Mode.INDEPENDENT},
+    MemberState.COOPERATIVE: {Mode.COOPERATIVE},
+    MemberState.FOLLOWING: {Mode.COOPERATIVE},
+    MemberState.FETCHING: {Mode.RESTORING},
+    MemberState.VOTED: {Mode.PREPARING, Mode.RESTORING},
+    MemberState.EXCHANGING: {Mode.PREPARING, Mode.RESTORING},
+    MemberState.RECOVERING: {Mode.RECOVERING},
 }
-MOVES_LAYOUT = {Event.EXCHANGED, Event.GROWTH_COMMITTED, Event.RECOVERED}
-TAKES_BACK = {Event.ABORTED, Event.UNDECIDED, Event.TIMED_OUT}
+MOVES_LAYOUT = {MemberEvent.EXCHANGED, MemberEvent.GROWTH_COMMITTED, MemberEvent.RECOVERED}
+TAKES_BACK = {MemberEvent.ABORTED, MemberEvent.UNDECIDED, MemberEvent.TIMED_OUT}
 NOTICED = [
-    Event.OVERTAKEN,
-    Event.UNDECIDED,
-    Event.EXCHANGED,
-    Event.TIMED_OUT,
-    Event.ARRIVED,
-    Event.PEER_LOST,
+    MemberEvent.OVERTAKEN,
+    MemberEvent.UNDECIDED,
+    MemberEvent.EXCHANGED,
+    MemberEvent.TIMED_OUT,
+    MemberEvent.ARRIVED,
+    MemberEvent.PEER_LOST,
 ]
 
 
@@ -97,12 +103,12 @@ class Walk:
     """One member, and what is checked after each step of it."""
 
     machine: Machine = field(default_factory=lambda: Machine(alone(ME, 0), instance=ME))
-    rest: tuple[State, Layout, tuple[Layout, ...]] | None = None
+    rest: tuple[MemberState, Layout, tuple[Layout, ...]] | None = None
     owed: list[PendingAnswer] = field(default_factory=list)
 
     def happen(
         self,
-        event: Event,
+        event: MemberEvent,
         *,
         transition: Transition | None = None,
         answer: PendingAnswer | None = None,
@@ -110,7 +116,7 @@ class Walk:
     ) -> Reaction:
         machine = self.machine
         was = (machine.state, machine.layout, machine.fetching)
-        if event is Event.PREPARED:
+        if event is MemberEvent.PREPARED:
             self.rest = was
         if answer is not None:
             self.owed.append(answer)
@@ -121,14 +127,16 @@ class Walk:
         assert event in MOVES_LAYOUT or machine.layout == was[1]
         if event in TAKES_BACK:
             assert now == self.rest
-        if event in (Event.GROWTH_PREPARED, Event.GROWTH_ABORTED):
+        if event in (MemberEvent.GROWTH_PREPARED, MemberEvent.GROWTH_ABORTED):
             assert now == was
-        if event is Event.PEER_LOST or (event is Event.LOST and was[0] is not State.VOTED):
-            assert machine.state is State.RECOVERING
+        if event is MemberEvent.PEER_LOST or (
+            event is MemberEvent.LOST and was[0] is not MemberState.VOTED
+        ):
+            assert machine.state is MemberState.RECOVERING
             assert (machine.pending, machine.growth, machine.under_way) == (None, None, None)
         self._settle(reaction)
         if Action.RELOAD in reaction.actions:
-            self.happen(Event.RECOVERED, layout=alone(ME, machine.layout.epoch + 1))
+            self.happen(MemberEvent.RECOVERED, layout=alone(ME, machine.layout.epoch + 1))
             assert machine.mode is Mode.INDEPENDENT
         return reaction
 
@@ -141,7 +149,7 @@ class Walk:
             self.owed.remove(answer)
         if self.machine.pending is not None:
             assert self.machine.pending in self.owed
-            moving = {State.FOLLOWING, State.FETCHING}
+            moving = {MemberState.FOLLOWING, MemberState.FETCHING}
             at_rest = self.rest[0] if self.machine.under_way and self.rest else self.machine.state
             assert at_rest in moving
 
@@ -149,17 +157,17 @@ class Walk:
         """As the participant does it."""
         machine = self.machine
         message = Prepare(call=1, transition=transition, decision_s=1.0)
-        if machine.state is State.VOTED:
+        if machine.state is MemberState.VOTED:
             self.happen(machine.meaning_of(message))
             return
         if machine.fetching and machine.fetching != transition.after:
-            self.happen(Event.FETCHED_IN_VAIN)
+            self.happen(MemberEvent.FETCHED_IN_VAIN)
         if machine.state in OBJECTIONS or not willing:
-            self.happen(Event.OBJECTED, transition=transition)
+            self.happen(MemberEvent.OBJECTED, transition=transition)
         elif only_grows(transition):
-            self.happen(Event.GROWTH_PREPARED, transition=transition)
+            self.happen(MemberEvent.GROWTH_PREPARED, transition=transition)
         else:
-            self.happen(Event.PREPARED, transition=transition)
+            self.happen(MemberEvent.PREPARED, transition=transition)
 
 
 def plan(walk: Walk, data: st.DataObject, epoch: int, *, willing: bool) -> None:
@@ -175,12 +183,12 @@ def plan(walk: Walk, data: st.DataObject, epoch: int, *, willing: bool) -> None:
 def proceed(walk: Walk, data: st.DataObject) -> None:
     """What comes next if nothing goes wrong."""
     machine = walk.machine
-    if machine.state is State.EXCHANGING:
-        notice(walk, Event.EXCHANGED)
+    if machine.state is MemberState.EXCHANGING:
+        notice(walk, MemberEvent.EXCHANGED)
     elif aim := machine.under_way or machine.growth:
         walk.happen(machine.meaning_of(Commit(call=2, epoch=aim.epoch, deadline_s=1.0)))
     elif machine.pending is not None:
-        notice(walk, Event.ARRIVED)
+        notice(walk, MemberEvent.ARRIVED)
     else:
         plan(walk, data, machine.layout.epoch + 1, willing=True)
 
@@ -189,7 +197,7 @@ def step(walk: Walk, data: st.DataObject) -> None:
     """Anything at all: a command of any epoch, a plan, or something that the member notices."""
     machine = walk.machine
     what = data.draw(st.sampled_from(["proceed", "proceed", "plan", "command", "notice"]))
-    reads = machine.state is not State.EXCHANGING
+    reads = machine.state is not MemberState.EXCHANGING
     epoch = machine.layout.epoch + data.draw(st.integers(-1, 2))
     if what == "proceed":
         proceed(walk, data)
@@ -212,15 +220,15 @@ def step(walk: Walk, data: st.DataObject) -> None:
             event
             for event in NOTICED
             if event in TABLE[machine.state]
-            and (event is not Event.ARRIVED or machine.pending is not None)
+            and (event is not MemberEvent.ARRIVED or machine.pending is not None)
         ]
         if possible:
             notice(walk, data.draw(st.sampled_from(possible)))
 
 
-def notice(walk: Walk, event: Event) -> None:
+def notice(walk: Walk, event: MemberEvent) -> None:
     answer = None
-    if walk.machine.state is State.EXCHANGING:
+    if walk.machine.state is MemberState.EXCHANGING:
         commit = Commit(call=4, epoch=walk.machine.layout.epoch, deadline_s=1.0)
         answer = PendingAnswer(commit, TransitionStats())
     walk.happen(event, answer=answer)
@@ -230,30 +238,36 @@ def carry_out(walk: Walk, transition: Transition) -> None:
     """All but the arrival of what moves while serving."""
     walk.prepare(transition, willing=True)
     walk.happen(walk.machine.meaning_of(Commit(call=5, epoch=transition.epoch, deadline_s=1.0)))
-    notice(walk, Event.EXCHANGED)
+    notice(walk, MemberEvent.EXCHANGED)
 
 
-def begun(start: State) -> Walk:
+def begun(start: MemberState) -> Walk:
     """A member that has come to this state by what a router plans."""
     walk = Walk()
-    if start is not State.INDEPENDENT:
+    if start is not MemberState.INDEPENDENT:
         stop, live, _ = candidates(walk.machine.layout, 1)
-        carry_out(walk, live if start is State.FOLLOWING else stop)
-    if start is State.FETCHING:
+        carry_out(walk, live if start is MemberState.FOLLOWING else stop)
+    if start is MemberState.FETCHING:
         carry_out(walk, candidates(walk.machine.layout, 2)[-1])
-    if start is State.RECOVERING:
-        notice(walk, Event.PEER_LOST)
+    if start is MemberState.RECOVERING:
+        notice(walk, MemberEvent.PEER_LOST)
     assert walk.machine.state is start
     return walk
 
 
-STARTS = [s for s in State if s not in (State.VOTED, State.EXCHANGING, State.AT_REST)]
+STARTS = [
+    s
+    for s in MemberState
+    if s not in (MemberState.VOTED, MemberState.EXCHANGING, MemberState.AT_REST)
+]
 
 
 @pytest.mark.parametrize("start", STARTS)
 @settings(deadline=None)
 @given(data=st.data())
-def test_any_order_of_events_leads_from_state_to_state(start: State, data: st.DataObject) -> None:
+def test_any_order_of_events_leads_from_state_to_state(
+    start: MemberState, data: st.DataObject
+) -> None:
     walk = begun(start)
     for _ in range(data.draw(st.integers(1, 20))):
         step(walk, data)
@@ -262,25 +276,30 @@ def test_any_order_of_events_leads_from_state_to_state(start: State, data: st.Da
 @pytest.mark.parametrize("start", STARTS)
 @settings(deadline=None)
 @given(data=st.data())
-def test_whatever_came_before_a_loss_ends_independent(start: State, data: st.DataObject) -> None:
+def test_whatever_came_before_a_loss_ends_independent(
+    start: MemberState, data: st.DataObject
+) -> None:
     walk = begun(start)
     for _ in range(data.draw(st.integers(0, 20))):
         step(walk, data)
     machine = walk.machine
-    if machine.state is State.EXCHANGING:
-        notice(walk, Event.TIMED_OUT)
-    elif machine.state is State.VOTED:
-        notice(walk, Event.UNDECIDED)
+    if machine.state is MemberState.EXCHANGING:
+        notice(walk, MemberEvent.TIMED_OUT)
+    elif machine.state is MemberState.VOTED:
+        notice(walk, MemberEvent.UNDECIDED)
     broken = machine.layout.epoch
     walk.happen(machine.meaning_of(Lost(broken=broken, epoch=broken + 1, instances=(PEER,))))
-    assert machine.state is State.INDEPENDENT
+    assert machine.state is MemberState.INDEPENDENT
     assert not walk.owed
 
 
 @pytest.mark.parametrize(
-    ("state", "event"), [(s, e) for s, steps in TABLE.items() for e in Event if e not in steps]
+    ("state", "event"),
+    [(s, e) for s, steps in TABLE.items() for e in MemberEvent if e not in steps],
 )
-def test_what_cannot_happen_is_an_error_and_changes_nothing(state: State, event: Event) -> None:
+def test_what_cannot_happen_is_an_error_and_changes_nothing(
+    state: MemberState, event: MemberEvent
+) -> None:
     machine = Machine(alone(ME, 3), instance=ME)
     machine.state = state
     with pytest.raises(InternalError, match=event):
@@ -290,19 +309,21 @@ def test_what_cannot_happen_is_an_error_and_changes_nothing(state: State, event:
 
 def test_the_table_speaks_of_all_states_events_and_actions() -> None:
     steps = [step for steps in TABLE.values() for step in steps.values()]
-    assert set(TABLE) == set(State) - {State.AT_REST}
-    assert {event for steps in TABLE.values() for event in steps} == set(Event)
+    assert set(TABLE) == set(MemberState) - {MemberState.AT_REST}
+    assert {event for steps in TABLE.values() for event in steps} == set(MemberEvent)
     assert {action for step in steps for action in step.actions} == set(Action)
 
 
 def picture() -> str:
     """The table as a diagram of what changes the state, and as a list of everything."""
-    edges: dict[tuple[State, State], list[Event]] = {}
+    edges: dict[tuple[MemberState, MemberState], list[MemberEvent]] = {}
     for state, steps in TABLE.items():
         for event, (target, _) in steps.items():
             if target is not state:
                 edges.setdefault((state, target), []).append(event)
-    edges = {e: events for e, events in edges.items() if e[1] is not State.AT_REST or passes(e[0])}
+    edges = {
+        e: events for e, events in edges.items() if e[1] is not MemberState.AT_REST or passes(e[0])
+    }
     lines = ["```mermaid", "stateDiagram-v2", "    [*] --> independent"]
     for (state, target), events in edges.items():
         lines.append(f"    {state} --> {target}: {', '.join(events)}")
@@ -313,9 +334,9 @@ def picture() -> str:
     return "\n".join(lines)
 
 
-def passes(state: State) -> bool:
+def passes(state: MemberState) -> bool:
     """Whether coming to rest can lead to another state than this one."""
-    return state not in (State.INDEPENDENT, State.COOPERATIVE)
+    return state not in (MemberState.INDEPENDENT, MemberState.COOPERATIVE)
 
 
 def test_the_document_shows_the_table() -> None:

@@ -25,14 +25,14 @@ from kunserve_sglang.core.messages import (
     Traced,
     Welcome,
 )
-from kunserve_sglang.instance.agent.body import Body
 from kunserve_sglang.instance.agent.cache_log import CacheLog
 from kunserve_sglang.instance.agent.group_work import GroupWork
+from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline.pipeline import Pipeline
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.instance.transitions.machine import Machine
 from kunserve_sglang.instance.transitions.participant import Participant
-from kunserve_sglang.instance.transitions.table import State
+from kunserve_sglang.instance.transitions.table import MemberState
 
 _STATUS_INTERVAL_S = 0.05
 
@@ -43,7 +43,7 @@ BUSY = ("own layers", "peer's layers", "finish", "schedule")
 class Agent:
     """What the runtime sees of one instance's part in its cluster."""
 
-    def __init__(self, body: Body, *, peer_timeout_s: float) -> None:
+    def __init__(self, body: InstanceParts, *, peer_timeout_s: float) -> None:
         self._body = body
         self._speaks = body.rank == 0
         self._machine = Machine(body.alone(epoch=0), instance=body.instance)
@@ -93,7 +93,7 @@ class Agent:
     @property
     def abandoned(self) -> bool:
         """Layers are missing, and there is no group to run with until the router has spoken."""
-        return self._machine.state is State.RECOVERING
+        return self._machine.state is MemberState.RECOVERING
 
     def leave_group(self, reason: str) -> None:
         """The group has come apart: nothing that is in flight will ever return."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import Layout
-from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.agent.trace import Tracer
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.pipeline.pipeline import Pipeline
@@ -25,7 +25,7 @@ class GroupWork:
 
     def __init__(
         self,
-        body: Body,
+        body: InstanceParts,
         *,
         check_for_losses: Callable[[], None],
         peer_timeout_s: float,

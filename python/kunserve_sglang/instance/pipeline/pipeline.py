@@ -19,8 +19,8 @@ import torch
 from kunserve_sglang.core.errors import InternalError, KunServeError, PeerLost, StageFailed
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.execution.formation import PeerWork
-from kunserve_sglang.instance.agent.body import Body
 from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
+from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.agent.trace import Tracer
 from kunserve_sglang.instance.pipeline import packing, wire
 from kunserve_sglang.instance.pipeline.request_table import MirroredRows
@@ -43,7 +43,7 @@ class Pipeline:
 
     def __init__(
         self,
-        body: Body,
+        body: InstanceParts,
         layout: Layout,
         *,
         counters: PipelineCounters,

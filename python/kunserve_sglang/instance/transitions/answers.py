@@ -13,7 +13,7 @@ from kunserve_sglang.core.messages import (
     TransitionStats,
     Vote,
 )
-from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.transitions.machine import Machine, PendingAnswer
 
 
@@ -29,7 +29,7 @@ class Occasion:
 class Answers:
     """Every vote and every answer of one member leaves through here."""
 
-    def __init__(self, body: Body, machine: Machine, *, commit_timeout_s: float) -> None:
+    def __init__(self, body: InstanceParts, machine: Machine, *, commit_timeout_s: float) -> None:
         """`commit_timeout_s`: how long to wait for a decision that a peer's data has overtaken."""
         self._body = body
         self._machine = machine

@@ -23,7 +23,7 @@ import torch
 from kunserve_sglang.core.errors import InternalError, PeerLost, TransitionTimeout
 from kunserve_sglang.core.layout import Layout, kv_moves, layout_of, parameter_loads
 from kunserve_sglang.core.messages import Transition, TransitionStats
-from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.transport import Packet
@@ -68,7 +68,7 @@ class Exchange:
 
     def __init__(
         self,
-        body: Body,
+        body: InstanceParts,
         transition: Transition,
         *,
         fetched: Transfer | None,
@@ -270,7 +270,7 @@ class Exchange:
             self._body.control.check_for_losses(self._before.epoch)
 
 
-def map_capacities(body: Body, layout: Layout) -> None:
+def map_capacities(body: InstanceParts, layout: Layout) -> None:
     """Give every owner of `layout` memory for its capacity in the layers that are held here."""
     for member in layout.members:
         for layer in layout.member(body.instance).layers:

@@ -20,7 +20,7 @@ from kunserve_sglang.core.messages import (
     TransitionKind,
     TransitionStats,
 )
-from kunserve_sglang.instance.transitions.table import TABLE, Action, Event, State
+from kunserve_sglang.instance.transitions.table import TABLE, Action, MemberEvent, MemberState
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Machine:
     """A member's state, its layout, and what it has to remember of what is under way."""
 
     def __init__(self, layout: Layout, *, instance: int) -> None:
-        self.state = State.INDEPENDENT
+        self.state = MemberState.INDEPENDENT
         self.layout = layout
         self.under_way: Transition | None = None
         """Voted for, or being carried out."""
@@ -57,36 +57,36 @@ class Machine:
     @property
     def mode(self) -> Mode:
         """What others are told of the state."""
-        if self.state is State.RECOVERING:
+        if self.state is MemberState.RECOVERING:
             return Mode.RECOVERING
         if self.under_way is not None:
             restoring = self.under_way.kind is TransitionKind.RESTORE
             return Mode.RESTORING if restoring else Mode.PREPARING
-        if self.state is State.FETCHING:
+        if self.state is MemberState.FETCHING:
             return Mode.RESTORING
         return Mode.COOPERATIVE if self.layout.cooperative else Mode.INDEPENDENT
 
-    def meaning_of(self, message: ToInstance) -> Event:
+    def meaning_of(self, message: ToInstance) -> MemberEvent:
         """Whether a command is about what this member is in, and which part of it."""
         if isinstance(message, Lost):
-            involved = self.layout.cooperative or self.state is State.RECOVERING
+            involved = self.layout.cooperative or self.state is MemberState.RECOVERING
             known = involved and message.broken == self.layout.epoch
-            return Event.LOST if known else Event.UNKNOWN_LOSS
+            return MemberEvent.LOST if known else MemberEvent.UNKNOWN_LOSS
         if not isinstance(message, Commit | Abort):
-            return Event.UNRELATED
+            return MemberEvent.UNRELATED
         commit = isinstance(message, Commit)
         if self.under_way is not None:
             if self.under_way.epoch == message.epoch:
-                return Event.COMMITTED if commit else Event.ABORTED
+                return MemberEvent.COMMITTED if commit else MemberEvent.ABORTED
         elif self.growth is not None and self.growth.epoch == message.epoch:
-            return Event.GROWTH_COMMITTED if commit else Event.GROWTH_ABORTED
+            return MemberEvent.GROWTH_COMMITTED if commit else MemberEvent.GROWTH_ABORTED
         elif not commit and self.fetching and self.layout.epoch == message.epoch:
-            return Event.FETCH_ABORTED
-        return Event.UNKNOWN_COMMIT if commit else Event.UNKNOWN_ABORT
+            return MemberEvent.FETCH_ABORTED
+        return MemberEvent.UNKNOWN_COMMIT if commit else MemberEvent.UNKNOWN_ABORT
 
     def happen(
         self,
-        event: Event,
+        event: MemberEvent,
         *,
         transition: Transition | None = None,
         answer: PendingAnswer | None = None,
@@ -108,44 +108,46 @@ class Machine:
             self._forget()
         else:
             self._remember(event, transition, layout)
-        stays = step.target is State.AT_REST
+        stays = step.target is MemberState.AT_REST
         self.state = self._rest() if stays else step.target
         return Reaction(step.actions, pending)
 
-    def _rest(self) -> State:
+    def _rest(self) -> MemberState:
         if self.fetching:
-            return State.FETCHING
+            return MemberState.FETCHING
         if self._following:
-            return State.FOLLOWING
-        return State.COOPERATIVE if self.layout.cooperative else State.INDEPENDENT
+            return MemberState.FOLLOWING
+        return MemberState.COOPERATIVE if self.layout.cooperative else MemberState.INDEPENDENT
 
-    def _remember(self, event: Event, transition: Transition | None, layout: Layout | None) -> None:
+    def _remember(
+        self, event: MemberEvent, transition: Transition | None, layout: Layout | None
+    ) -> None:
         match event:
-            case Event.GROWTH_PREPARED:
+            case MemberEvent.GROWTH_PREPARED:
                 self.growth = transition
-            case Event.PREPARED:
+            case MemberEvent.PREPARED:
                 self.under_way, self.growth = transition, None
-            case Event.OBJECTED if transition is not None and not only_grows(transition):
+            case MemberEvent.OBJECTED if transition is not None and not only_grows(transition):
                 self.growth = None
-            case Event.GROWTH_COMMITTED if self.growth is not None:
+            case MemberEvent.GROWTH_COMMITTED if self.growth is not None:
                 self.layout, self.growth = layout_of(self.growth.after, self._me), None
-            case Event.GROWTH_ABORTED:
+            case MemberEvent.GROWTH_ABORTED:
                 self.growth = None
-            case Event.UNKNOWN_COMMIT:
+            case MemberEvent.UNKNOWN_COMMIT:
                 self.growth = None  # the router has gone on without it
-            case Event.COMMITTED | Event.OVERTAKEN:
+            case MemberEvent.COMMITTED | MemberEvent.OVERTAKEN:
                 self.pending = None  # what was on its way becomes a part of this exchange
-            case Event.ABORTED | Event.UNDECIDED:
+            case MemberEvent.ABORTED | MemberEvent.UNDECIDED:
                 self.under_way = None
-            case Event.TIMED_OUT:
+            case MemberEvent.TIMED_OUT:
                 self.under_way, self.pending = None, None
-            case Event.EXCHANGED if self.under_way is not None:
+            case MemberEvent.EXCHANGED if self.under_way is not None:
                 self._exchanged(self.under_way)
-            case Event.ARRIVED:
+            case MemberEvent.ARRIVED:
                 self._following, self.pending = False, None
-            case Event.FETCHED_IN_VAIN | Event.FETCH_ABORTED:
+            case MemberEvent.FETCHED_IN_VAIN | MemberEvent.FETCH_ABORTED:
                 self.fetching, self.pending = (), None
-            case Event.RECOVERED if layout is not None:
+            case MemberEvent.RECOVERED if layout is not None:
                 self.layout = layout
 
     def _forget(self) -> None:

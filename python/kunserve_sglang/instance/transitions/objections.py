@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from kunserve_sglang.core.layout import Layout, arriving_pages, layout_of, leaving_pages
 from kunserve_sglang.core.messages import Transition
-from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.parts import InstanceParts
 
 
-def objection(body: Body, layout: Layout, transition: Transition) -> str:
+def objection(body: InstanceParts, layout: Layout, transition: Transition) -> str:
     """Why the member that runs by `layout` cannot take part; empty if it can.
 
     Cached prefixes that would not fit are evicted.
@@ -26,7 +26,9 @@ def objection(body: Body, layout: Layout, transition: Transition) -> str:
     return _does_not_fit(body, before, after, transition) or _too_narrow(body, after)
 
 
-def _does_not_fit(body: Body, before: Layout, after: Layout, transition: Transition) -> str:
+def _does_not_fit(
+    body: InstanceParts, before: Layout, after: Layout, transition: Transition
+) -> str:
     """The memory budget, checked with the functions that made the plan."""
     me, profile = body.instance, body.profile
     owners = len(after.members)
@@ -43,7 +45,7 @@ def _does_not_fit(body: Body, before: Layout, after: Layout, transition: Transit
     return ""
 
 
-def _too_narrow(body: Body, after: Layout) -> str:
+def _too_narrow(body: InstanceParts, after: Layout) -> str:
     """Requests that run here need more slots than would be left."""
     capacity = after.member(body.instance).capacity
     body.engine.evict_cached(capacity)

@@ -18,8 +18,8 @@ from kunserve_sglang.core.messages import (
     Transition,
     TransitionStats,
 )
-from kunserve_sglang.instance.agent.body import Body
 from kunserve_sglang.instance.agent.group_work import GroupWork
+from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.instance.transitions.answers import Answers, Occasion
@@ -27,7 +27,7 @@ from kunserve_sglang.instance.transitions.exchange import Exchange, map_capaciti
 from kunserve_sglang.instance.transitions.machine import Machine, PendingAnswer, only_grows
 from kunserve_sglang.instance.transitions.objections import objection
 from kunserve_sglang.instance.transitions.recovery import reload_dropped
-from kunserve_sglang.instance.transitions.table import OBJECTIONS, Action, Event
+from kunserve_sglang.instance.transitions.table import OBJECTIONS, Action, MemberEvent
 from kunserve_sglang.transport import Packet
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Participant:
 
     def __init__(
         self,
-        body: Body,
+        body: InstanceParts,
         machine: Machine,
         work: GroupWork,
         *,
@@ -83,22 +83,22 @@ class Participant:
             self._happen(self._machine.meaning_of(message), message=message)
 
     def poll(self) -> None:
-        """Step boundary: look whether all that was on its way has arrived."""
+        """TransitionStep boundary: look whether all that was on its way has arrived."""
         transfer, pending = self._work.transfer, self._machine.pending
         if pending is not None and transfer is not None and transfer.complete:
             pending.stats = msgspec.structs.replace(
                 pending.stats, sent_kv_bytes=transfer.sent_kv_bytes
             )
-            self._happen(Event.ARRIVED)
+            self._happen(MemberEvent.ARRIVED)
 
     def leave_group(self, reason: str) -> None:
         """The group has come apart: nothing that is in flight will ever return."""
-        self._happen(Event.PEER_LOST, reason=reason)
+        self._happen(MemberEvent.PEER_LOST, reason=reason)
 
     def _prepare(self, message: Prepare) -> None:
         transition, machine = message.transition, self._machine
         if machine.fetching and machine.fetching != transition.after:
-            self._happen(Event.FETCHED_IN_VAIN)
+            self._happen(MemberEvent.FETCHED_IN_VAIN)
         growing = only_grows(transition)
         if not growing:
             self._body.engine.quiesce()
@@ -109,11 +109,13 @@ class Participant:
             except PeerLost as error:
                 reason = str(error)
         if reason:
-            self._happen(Event.OBJECTED, message=message, reason=reason, transition=transition)
+            self._happen(
+                MemberEvent.OBJECTED, message=message, reason=reason, transition=transition
+            )
         elif growing:
-            self._happen(Event.GROWTH_PREPARED, message=message, transition=transition)
+            self._happen(MemberEvent.GROWTH_PREPARED, message=message, transition=transition)
         else:
-            self._happen(Event.PREPARED, message=message, transition=transition)
+            self._happen(MemberEvent.PREPARED, message=message, transition=transition)
             self._await_decision(message)
 
     def _await_decision(self, message: Prepare) -> None:
@@ -126,7 +128,7 @@ class Participant:
             if packet is not None:
                 if wire.decode(packet.header).epoch == message.transition.epoch:
                     self._first_packets = [packet]
-                    self._happen(Event.OVERTAKEN)
+                    self._happen(MemberEvent.OVERTAKEN)
                     return
                 self._work.serve(packet)
             command = self._body.control.receive()
@@ -134,11 +136,11 @@ class Participant:
                 self._happen(self._machine.meaning_of(command), message=command)
                 if self._machine.under_way is None:
                     return
-        self._happen(Event.UNDECIDED)
+        self._happen(MemberEvent.UNDECIDED)
 
     def _happen(
         self,
-        event: Event,
+        event: MemberEvent,
         *,
         message: ToInstance | None = None,
         reason: str = "",
@@ -174,12 +176,12 @@ class Participant:
             with self._work.tracer.span("exchange", epoch=transition.epoch):
                 answer.stats = exchange.run(packets, deadline)
         except TransitionTimeout as error:
-            self._happen(Event.TIMED_OUT, reason=str(error), answer=answer)
+            self._happen(MemberEvent.TIMED_OUT, reason=str(error), answer=answer)
         except PeerLost as error:
-            self._happen(Event.PEER_LOST, reason=str(error), answer=answer)
+            self._happen(MemberEvent.PEER_LOST, reason=str(error), answer=answer)
         else:
             self._left = exchange.left
-            self._happen(Event.EXCHANGED, answer=answer)
+            self._happen(MemberEvent.EXCHANGED, answer=answer)
 
     def _adopt(self, _: Occasion) -> None:
         """The data is where the layout says: run by it from the next step on."""
@@ -238,7 +240,7 @@ class Participant:
         reload_dropped(self._body)
         alone = self._body.alone(occasion.message.epoch)
         map_capacities(self._body, alone)
-        self._happen(Event.RECOVERED, layout=alone)
+        self._happen(MemberEvent.RECOVERED, layout=alone)
 
     def _connect(self, transition: Transition) -> None:
         peers = {

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import time
 
-from kunserve_sglang.instance.agent.body import Body
+from kunserve_sglang.instance.agent.parts import InstanceParts
 
 logger = logging.getLogger(__name__)
 
 
-def reload_dropped(body: Body) -> None:
+def reload_dropped(body: InstanceParts) -> None:
     """Give back everything but the layers that are held, and read the others from the checkpoint.
 
     Nothing may be in flight. Raises `ConfigurationError` if the checkpoint cannot be read, and

@@ -6,7 +6,7 @@ from enum import StrEnum, auto
 from typing import NamedTuple
 
 
-class State(StrEnum):
+class MemberState(StrEnum):
     """What a member is doing, or does next.
 
     No member is ever `AT_REST`: as a target it stands for whichever of the first four fits what
@@ -26,7 +26,7 @@ class State(StrEnum):
     AT_REST = auto()
 
 
-class Event(StrEnum):
+class MemberEvent(StrEnum):
     """What can happen to a member.
 
     An `UNKNOWN` message is late, repeated, or about an epoch in which this member takes no part.
@@ -82,75 +82,75 @@ class Action(StrEnum):
     PUBLISH = auto()
 
 
-class Step(NamedTuple):
+class TransitionStep(NamedTuple):
     """The next state, and what is to be done in it, in this order."""
 
-    target: State
+    target: MemberState
     actions: tuple[Action, ...] = ()
 
 
-S, E, A = State, Event, Action
+S, E, A = MemberState, MemberEvent, Action
 
 _ABANDON = (A.CANCEL_FETCH, A.REFUSE_PENDING)
 _GIVE_UP = (A.REFUSE_PENDING, A.LEAVE_GROUP, A.PUBLISH)
 _ADOPT = (A.ADOPT, A.PUBLISH, A.AWAIT_COMMIT, A.ANSWER, A.PUBLISH)
 
 _UNKNOWN = {
-    E.UNKNOWN_COMMIT: Step(S.AT_REST, (A.REFUSE,)),
-    E.UNKNOWN_ABORT: Step(S.AT_REST, (A.ACKNOWLEDGE,)),
-    E.UNKNOWN_LOSS: Step(S.AT_REST),
+    E.UNKNOWN_COMMIT: TransitionStep(S.AT_REST, (A.REFUSE,)),
+    E.UNKNOWN_ABORT: TransitionStep(S.AT_REST, (A.ACKNOWLEDGE,)),
+    E.UNKNOWN_LOSS: TransitionStep(S.AT_REST),
 }
 _SERVING = _UNKNOWN | {
-    E.OBJECTED: Step(S.AT_REST, (A.VOTE_NO,)),
-    E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
+    E.OBJECTED: TransitionStep(S.AT_REST, (A.VOTE_NO,)),
+    E.PEER_LOST: TransitionStep(S.RECOVERING, _GIVE_UP),
 }
 _ABLE = _SERVING | {
-    E.PREPARED: Step(S.VOTED, (A.VOTE_YES, A.PUBLISH)),
-    E.GROWTH_PREPARED: Step(S.AT_REST, (A.MAP_GROWTH, A.VOTE_YES)),
-    E.GROWTH_COMMITTED: Step(S.AT_REST, (A.USE_GROWTH, A.PUBLISH, A.ACKNOWLEDGE)),
-    E.GROWTH_ABORTED: Step(S.AT_REST, (A.UNMAP_GROWTH, A.ACKNOWLEDGE)),
+    E.PREPARED: TransitionStep(S.VOTED, (A.VOTE_YES, A.PUBLISH)),
+    E.GROWTH_PREPARED: TransitionStep(S.AT_REST, (A.MAP_GROWTH, A.VOTE_YES)),
+    E.GROWTH_COMMITTED: TransitionStep(S.AT_REST, (A.USE_GROWTH, A.PUBLISH, A.ACKNOWLEDGE)),
+    E.GROWTH_ABORTED: TransitionStep(S.AT_REST, (A.UNMAP_GROWTH, A.ACKNOWLEDGE)),
 }
-_LOST = {E.LOST: Step(S.RECOVERING, (*_GIVE_UP, A.RELOAD))}
+_LOST = {E.LOST: TransitionStep(S.RECOVERING, (*_GIVE_UP, A.RELOAD))}
 
-TABLE: dict[State, dict[Event, Step]] = {
+TABLE: dict[MemberState, dict[MemberEvent, TransitionStep]] = {
     S.INDEPENDENT: _ABLE,
     S.COOPERATIVE: _ABLE | _LOST,
     S.FETCHING: _ABLE
     | _LOST
     | {
-        E.FETCHED_IN_VAIN: Step(S.AT_REST, _ABANDON),
-        E.FETCH_ABORTED: Step(S.AT_REST, (*_ABANDON, A.ACKNOWLEDGE)),
-        E.ARRIVED: Step(S.AT_REST, (A.PUBLISH, A.ANSWER)),
+        E.FETCHED_IN_VAIN: TransitionStep(S.AT_REST, _ABANDON),
+        E.FETCH_ABORTED: TransitionStep(S.AT_REST, (*_ABANDON, A.ACKNOWLEDGE)),
+        E.ARRIVED: TransitionStep(S.AT_REST, (A.PUBLISH, A.ANSWER)),
     },
     S.FOLLOWING: _SERVING
     | _LOST
-    | {E.ARRIVED: Step(S.AT_REST, (A.RELEASE_LEFT, A.PUBLISH, A.ANSWER))},
+    | {E.ARRIVED: TransitionStep(S.AT_REST, (A.RELEASE_LEFT, A.PUBLISH, A.ANSWER))},
     S.VOTED: {
-        E.COMMITTED: Step(S.EXCHANGING, (A.REFUSE_PENDING, A.EXCHANGE)),
-        E.OVERTAKEN: Step(S.EXCHANGING, (A.REFUSE_PENDING, A.EXCHANGE)),
-        E.ABORTED: Step(S.AT_REST, (A.ACKNOWLEDGE, A.PUBLISH)),
-        E.UNDECIDED: Step(S.AT_REST, (A.PUBLISH,)),
-        E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
+        E.COMMITTED: TransitionStep(S.EXCHANGING, (A.REFUSE_PENDING, A.EXCHANGE)),
+        E.OVERTAKEN: TransitionStep(S.EXCHANGING, (A.REFUSE_PENDING, A.EXCHANGE)),
+        E.ABORTED: TransitionStep(S.AT_REST, (A.ACKNOWLEDGE, A.PUBLISH)),
+        E.UNDECIDED: TransitionStep(S.AT_REST, (A.PUBLISH,)),
+        E.PEER_LOST: TransitionStep(S.RECOVERING, _GIVE_UP),
         # The router repeats LOST, and nothing else concerns who waits for one decision.
-        E.LOST: Step(S.VOTED),
-        E.UNKNOWN_COMMIT: Step(S.VOTED),
-        E.UNKNOWN_ABORT: Step(S.VOTED),
-        E.UNKNOWN_LOSS: Step(S.VOTED),
-        E.UNRELATED: Step(S.VOTED),
+        E.LOST: TransitionStep(S.VOTED),
+        E.UNKNOWN_COMMIT: TransitionStep(S.VOTED),
+        E.UNKNOWN_ABORT: TransitionStep(S.VOTED),
+        E.UNKNOWN_LOSS: TransitionStep(S.VOTED),
+        E.UNRELATED: TransitionStep(S.VOTED),
     },
     S.EXCHANGING: {  # reads no commands
-        E.EXCHANGED: Step(S.AT_REST, _ADOPT),
-        E.TIMED_OUT: Step(S.AT_REST, (A.REFUSE_PENDING, A.PUBLISH)),
-        E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
+        E.EXCHANGED: TransitionStep(S.AT_REST, _ADOPT),
+        E.TIMED_OUT: TransitionStep(S.AT_REST, (A.REFUSE_PENDING, A.PUBLISH)),
+        E.PEER_LOST: TransitionStep(S.RECOVERING, _GIVE_UP),
     },
     S.RECOVERING: {
-        E.OBJECTED: Step(S.RECOVERING, (A.VOTE_NO,)),
-        E.UNKNOWN_COMMIT: Step(S.RECOVERING, (A.REFUSE,)),
-        E.UNKNOWN_ABORT: Step(S.RECOVERING, (A.ACKNOWLEDGE,)),
-        E.UNKNOWN_LOSS: Step(S.RECOVERING),
-        E.PEER_LOST: Step(S.RECOVERING, _GIVE_UP),
-        E.LOST: Step(S.RECOVERING, (A.RELOAD,)),
-        E.RECOVERED: Step(S.INDEPENDENT, (A.ADOPT, A.PUBLISH)),
+        E.OBJECTED: TransitionStep(S.RECOVERING, (A.VOTE_NO,)),
+        E.UNKNOWN_COMMIT: TransitionStep(S.RECOVERING, (A.REFUSE,)),
+        E.UNKNOWN_ABORT: TransitionStep(S.RECOVERING, (A.ACKNOWLEDGE,)),
+        E.UNKNOWN_LOSS: TransitionStep(S.RECOVERING),
+        E.PEER_LOST: TransitionStep(S.RECOVERING, _GIVE_UP),
+        E.LOST: TransitionStep(S.RECOVERING, (A.RELOAD,)),
+        E.RECOVERED: TransitionStep(S.INDEPENDENT, (A.ADOPT, A.PUBLISH)),
     },
 }
 

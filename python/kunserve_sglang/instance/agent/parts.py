@@ -19,7 +19,7 @@ from kunserve_sglang.transport import DataPlane
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class InstanceParts:
     """What an agent is the head of; of an instance with several ranks, one rank's part.
 
     All ranks decide by `clock`, in monotonic seconds; rank 0 speaks for the instance.
