@@ -106,7 +106,8 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One instance. `lost` says why it is not used; from `epoch` on: once it has reported.
 
     A `plain` SGLang server never reports, and its layers are nothing we know of. One that is
-    `draining` gets no new requests and leaves when those that it has are done.
+    `draining` gets no new requests and leaves when those that it has are done. One is `stalled`
+    whose requests wait, could run, and do not: it gets no new ones until it has begun anew.
     `pages` are physical pages and `slots` token slots; `layers` is `[lo, hi)`, `group` the ids of
     all members in pipeline order, and `demand` the slots that would satisfy all its requests.
     """
@@ -118,6 +119,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int
     plain: bool = False
     draining: bool = False
+    stalled: bool = False
     layer_count: int | UnsetType = UNSET
     lost: str | UnsetType = UNSET
     epoch: int | UnsetType = UNSET

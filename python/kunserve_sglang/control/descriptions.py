@@ -33,6 +33,7 @@ def status_of(instance: Instance) -> InstanceStatus:
         serving=instance.liveness.served,
         in_flight=instance.in_flight,
         draining=instance.draining,
+        stalled=instance.stalled,
         layer_count=UNSET if hello is None else hello.layer_count,
         lost=instance.liveness.loss or UNSET,
     )

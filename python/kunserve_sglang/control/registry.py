@@ -53,7 +53,13 @@ class Instance:
     @property
     def available(self) -> bool:
         """Whether it can take requests."""
-        return self.liveness.state is LivenessState.SERVING and not self.draining
+        serving = self.liveness.state is LivenessState.SERVING
+        return serving and not self.draining and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Whether its requests wait, could run, and do not: then more of them would only hang."""
+        return self.status is not None and self.status.load.stalled
 
     @property
     def idle(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 
 from kunserve_sglang.control import health, liveness
@@ -103,3 +104,17 @@ def test_an_instance_is_taken_back_when_it_returns(start_router: Start) -> None:
     router.instances[0] = router.add(0)
     router.ready(2)
     until(lambda: "lost" not in router.described(0))
+
+
+def test_an_instance_that_is_stalled_gets_no_requests_until_it_moves(start_router: Start) -> None:
+    router = start_router(2)
+    stalled = router.instances[0]
+    stalled.load = msgspec.structs.replace(stalled.load, stalled=True)
+    until(lambda: router.described(0)["stalled"])
+    for _ in range(4):
+        assert router.post("/v1/completions", {"prompt": "to whom?"}).status == 200
+    assert not stalled.worker.requests("/v1/completions")
+    assert len(router.instances[1].worker.requests("/v1/completions")) == 4
+    stalled.load = msgspec.structs.replace(stalled.load, stalled=False)
+    until(lambda: not router.described(0)["stalled"])
+    assert router.get("/readiness").status == 200

@@ -83,7 +83,7 @@ class Participant:
             self._happen(self._machine.meaning_of(message), message=message)
 
     def poll(self) -> None:
-        """TransitionStep boundary: look whether all that was on its way has arrived."""
+        """Step boundary: look whether all that was on its way has arrived."""
         transfer, pending = self._work.transfer, self._machine.pending
         if pending is not None and transfer is not None and transfer.complete:
             pending.stats = msgspec.structs.replace(

@@ -85,16 +85,18 @@ class ControlPlaneCollector(Collector):
     def _instances(self) -> Iterator[Metric]:
         up = _gauge("instance_up", "Whether the instance answers.", "instance")
         mode = _gauge("instance_mode", "1 for the mode that it is in.", "instance", "mode")
+        stalled = _gauge("instance_stalled", "Whether it does nothing though it could.", "instance")
         flight = _gauge("requests_in_flight", "Requests sent and not yet answered.", "instance")
         for number, instance in sorted(self._control.registry.instances.items()):
             up.add_metric([str(number)], float(instance.liveness.alive))
+            stalled.add_metric([str(number)], float(instance.stalled))
             flight.add_metric([str(number)], instance.in_flight)
             for candidate in Mode:
                 mode.add_metric([str(number), candidate], float(instance.mode is candidate))
         size = _gauge("group_size", "Instances that share one copy of parameters.", "instance")
         for label, status in self._reports():
             size.add_metric([label], len(status.layout.members))
-        yield from (up, mode, flight, size)
+        yield from (up, mode, stalled, flight, size)
 
     def _memory_and_load(self) -> Iterator[Metric]:
         pages = _gauge("pages", "Physical pages by use.", "instance", "use")
