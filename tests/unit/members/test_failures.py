@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from tests.support.cluster import ScriptedCluster
 from tests.support.faults import POINTS
-from tests.support.identity import same, small_cluster
+from tests.support.identity import same
 from tests.support.member import Break
 from tests.support.schedules import Script, request
-
-
-@pytest.fixture(scope="module", params=["serial", "overlapped"])
-def pair(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ScriptedCluster]:
-    folder = tmp_path_factory.mktemp(request.param)
-    serial = request.param == "serial"
-    with small_cluster(folder, 2, tiny_model, disable_overlap_schedule=serial) as cluster:
-        yield cluster
 
 
 @pytest.mark.parametrize("cooperating", [False, True], ids=["independent", "cooperative"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from kunserve_sglang.policy.transition_request import Outcome
 from tests.support.cluster import READY_S, ScriptedCluster
 from tests.support.greedy_reference import greedy
-from tests.support.identity import play_into_a_drop, small_cluster
+from tests.support.identity import play_into_a_drop
 from tests.support.member import Add, Output, Pause
 from tests.support.schedules import Script, random_tokens
 
@@ -26,19 +25,6 @@ PENALTIES: list[dict[str, Any]] = [
     {},
 ]
 """One request each; the last is one without, among others that have some."""
-
-LOOPS = ("serial", "overlapped")
-
-
-@pytest.fixture(scope="module", params=LOOPS)
-def pair(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ScriptedCluster]:
-    """Two instances by each of SGLang's loops."""
-    folder = tmp_path_factory.mktemp(request.param)
-    serial = request.param == "serial"
-    with small_cluster(folder, 2, tiny_model, disable_overlap_schedule=serial) as cluster:
-        yield cluster
 
 
 def penalized(seed: int, count: int = 40) -> Script:

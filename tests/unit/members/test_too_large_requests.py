@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 
 from kunserve_sglang.core.messages import Mode
 from tests.support.cluster import ScriptedCluster
-from tests.support.identity import small_cluster
 from tests.support.member import AbortRequest, Gate, Turns, Wedge
 from tests.support.schedules import Script, request
-
-
-@pytest.fixture(scope="module", params=["serial", "overlapped"])
-def pair(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ScriptedCluster]:
-    folder = tmp_path_factory.mktemp(request.param)
-    serial = request.param == "serial"
-    with small_cluster(folder, 2, tiny_model, disable_overlap_schedule=serial) as cluster:
-        yield cluster
 
 
 def test_others_are_served_while_it_waits_and_after_it_has_left(pair: ScriptedCluster) -> None:
