@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,19 @@ def phase(cluster: Client, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def same(cluster: Client, phase: str, request: pytest.FixtureRequest) -> Any:
     """Checks that a test sees the same value in all three phases."""
-    name = request.node.originalname
+    return partial(_same, cluster, phase, request.node.originalname)
 
-    def check(value: Any) -> None:
-        expected = cluster.seen.setdefault(name, value)
-        assert value == expected, f"{phase}: {value!r} != {expected!r}"
+
+@pytest.fixture
+def same_of(cluster: Client, phase: str, request: pytest.FixtureRequest) -> Any:
+    """The same, of several values that the test has names for."""
+
+    def check(what: str, value: Any) -> None:
+        _same(cluster, phase, f"{request.node.originalname} {what}", value)
 
     return check
+
+
+def _same(cluster: Client, phase: str, name: str, value: Any) -> None:
+    expected = cluster.seen.setdefault(name, value)
+    assert value == expected, f"{phase}: {value!r} != {expected!r}"

@@ -55,6 +55,29 @@ def test_completion_with_logprobs(api: openai.OpenAI, same: Any) -> None:
     same((answer.choices[0].text, [round(p or 0, 3) for p in logprobs.token_logprobs]))
 
 
+@pytest.mark.parametrize("asks", [{}, {"logprob_start_len": 0, "top_logprobs_num": 2}], ids=str)
+def test_logprobs_of_a_prompt_in_chunks(
+    cluster: Client, same_of: Any, asks: dict[str, Any]
+) -> None:
+    """Several chunks of it are in flight at once while layers are elsewhere."""
+    body = {
+        "text": "The rain in Spain stays mainly in the plain. " * 80,
+        "return_logprob": True,
+        "sampling_params": {"max_new_tokens": 12, "temperature": 0},
+        **asks,
+    }
+    status, answer = cluster.call("POST", "/generate", body)
+    assert status == 200, answer
+    meta = answer["meta_info"]
+    assert meta["prompt_tokens"] > 3 * 256
+    assert len(meta["output_token_logprobs"]) == 12
+    if asks:
+        assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
+    logprobs = [*meta["input_token_logprobs"], *meta["output_token_logprobs"]]
+    rounded = [(round(p, 2) if p is not None else p, token) for p, token, _ in logprobs]
+    same_of(str(asks), (answer["text"], rounded))
+
+
 def test_json_schema(api: openai.OpenAI, same: Any) -> None:
     schema = {
         "type": "object",

@@ -16,6 +16,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch.distributed import ReduceOp
 
 from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.settings import InstanceConfig, OverloadPolicy
 from kunserve_sglang.instance.store.budget import Memory, adopt_model, memory_budget
 from kunserve_sglang.sglang_seam.kv_pool import ElasticConfigurator
@@ -111,11 +112,14 @@ class KunServeWorker(TpModelWorker):
 
     @property
     def max_slots(self) -> int:
-        """What a single request may count on: all that a drop could bring, if drops are wanted."""
-        runner = self._model_runner
+        """What a single request may ever count on: all that a drop could bring, if one is wanted.
+
+        Else what it has with all layers, even in a group that was made by hand.
+        """
+        profile = self._model_runner.kv_cache_configurator.profile
         if self.instance.overload_policy is OverloadPolicy.NONE:
-            return int(runner.max_total_num_tokens)
-        return runner.kv_cache_configurator.profile.max_slots()
+            return profile.capacity(LayerRange(0, len(profile.layer_pages)), 1)
+        return profile.max_slots()
 
     def get_worker_info(self) -> tuple[Any, ...]:
         """SGLang's, with longer requests than the pool holds as long as nothing is dropped."""

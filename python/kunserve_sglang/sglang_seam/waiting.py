@@ -38,11 +38,14 @@ class WaitingRequests:
     @property
     def attainable(self) -> int:
         """Slots that a single request may count on: what is here, or could be had."""
-        return int(max(self._told, self._scheduler.max_total_num_tokens))
+        scheduler = self._scheduler
+        return int(
+            min(max(self._told, scheduler.max_total_num_tokens), scheduler.tp_worker.max_slots)
+        )
 
     def limit(self, slots: int) -> None:
         """The router says how many slots this instance could get."""
-        self._told = min(slots, self._scheduler.tp_worker.max_slots)
+        self._told = slots
         self.limit_prompts()
 
     def limit_prompts(self) -> None:
