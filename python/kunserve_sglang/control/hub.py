@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 import zmq
@@ -35,12 +37,39 @@ from kunserve_sglang.core.messages import (
     encode,
 )
 
+logger = logging.getLogger(__name__)
+
 Call = Prepare | Commit | Abort | Trace
 Answer = Vote | Done | Traced
+
+_ANSWER_TO: dict[type[Call], type[Answer]] = {
+    Prepare: Vote,
+    Commit: Done,
+    Abort: Done,
+    Trace: Traced,
+}
+
+_MAX_FIRST_CALL = 1 << 48
 
 
 class NoAnswer(TransientError):
     """An instance did not answer a call before its deadline."""
+
+
+class _Waiting(NamedTuple):
+    """Who was asked what, and where the answer goes."""
+
+    instance: int
+    call: Call
+    future: asyncio.Future[Answer]
+
+    def takes(self, identity: bytes, answer: Answer) -> bool:
+        """Whether this is the answer: by who says it, by what it is, and of which epoch."""
+        return (
+            identity == connection_name(self.instance)
+            and type(answer) is _ANSWER_TO[type(self.call)]
+            and getattr(answer, "epoch", None) == _epoch(self.call)
+        )
 
 
 class ControlHub:
@@ -70,8 +99,9 @@ class ControlHub:
             keys.secure(self._socket)
             self._socket.bind(tcp)
             self.tcp = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._calls = itertools.count(1)
-        self._pending: dict[int, tuple[int, asyncio.Future[Any]]] = {}
+        # Answers to a router that is not any more must not be taken for those to this one.
+        self._calls = itertools.count(1 + secrets.randbelow(_MAX_FIRST_CALL))
+        self._pending: dict[int, _Waiting] = {}
         self.malformed = 0
 
     def next_call(self) -> int:
@@ -92,19 +122,30 @@ class ControlHub:
             identity, data = await self._socket.recv_multipart()
             try:
                 message = decode_to_router(data)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 self.malformed += 1
                 continue
-            if isinstance(message, Hello):
-                await self._send(identity, on_hello(message))
-            elif isinstance(message, Status):
-                on_status(message)
-            elif isinstance(message, CacheReport):
-                on_cache(message)
-            else:
-                _, waiting = self._pending.get(message.call, (0, None))
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(message)
+            try:
+                if isinstance(message, Hello):
+                    await self._send(identity, on_hello(message))
+                elif isinstance(message, Status):
+                    on_status(message)
+                elif isinstance(message, CacheReport):
+                    on_cache(message)
+                else:
+                    self._answered(identity, message)
+            except Exception:  # one message, and there are others to be heard
+                self.malformed += 1
+                logger.exception("a %s of %r was not understood", type(message).__name__, identity)
+
+    def _answered(self, identity: bytes, answer: Answer) -> None:
+        waiting = self._pending.get(answer.call)
+        if waiting is None or waiting.future.done():
+            return  # too late
+        if waiting.takes(identity, answer):
+            waiting.future.set_result(answer)
+        else:
+            self.malformed += 1
 
     async def watch_ends(self, on_end: Callable[[], None]) -> None:
         """Serve for good: `on_end` runs when a connection has ended, with its process perhaps."""
@@ -123,7 +164,7 @@ class ControlHub:
         Raises `NoAnswer` after `timeout_s`, or as soon as the instance is gone.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._pending[message.call] = instance, future
+        self._pending[message.call] = _Waiting(instance, message, future)
         try:
             if not await self._send(connection_name(instance), message):
                 raise NoAnswer(f"instance {instance} is not connected")
@@ -138,9 +179,9 @@ class ControlHub:
 
     def give_up(self, instance: int) -> None:
         """It is gone: whoever waits for an answer of it gets `NoAnswer` now."""
-        for asked, waiting in self._pending.values():
-            if asked == instance and not waiting.done():
-                waiting.set_exception(NoAnswer(f"instance {instance} is gone"))
+        for waiting in self._pending.values():
+            if waiting.instance == instance and not waiting.future.done():
+                waiting.future.set_exception(NoAnswer(f"instance {instance} is gone"))
 
     async def tell(self, instance: int, message: Welcome | Leave | Lost | Attainable) -> bool:
         """Send what needs no answer; false if the instance is not connected."""
@@ -160,3 +201,10 @@ class ControlHub:
         if self._doorkeeper is not None:
             self._doorkeeper.stop()
         self._context.term()
+
+
+def _epoch(call: Call) -> int | None:
+    """Of the transition that a call is about; None for one that is about none."""
+    if isinstance(call, Prepare):
+        return call.transition.epoch
+    return None if isinstance(call, Trace) else call.epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from kunserve_sglang.api.calls import CALLS, Access
 from kunserve_sglang.control.control_plane import ControlPlane
@@ -44,6 +46,8 @@ from kunserve_sglang.router.proxy.proxy import Proxy
 from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from kunserve_sglang.router.proxy.prompts import PromptReader
 
@@ -73,6 +77,15 @@ class RouterApp:
         self._starlette.router.redirect_slashes = False
 
     async def __call__(self, request: ClientRequest) -> None:
+        try:
+            await self._serve(request)
+        except Exception as error:
+            logger.exception("%s failed", request.scope["path"])
+            if request.started:
+                raise
+            request.answer(_failure(request.scope, error))
+
+    async def _serve(self, request: ClientRequest) -> None:
         way = self._door.way(request.scope)
         if way == "forward":
             await self._proxy(request)
@@ -220,5 +233,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     """The bug itself goes to the log."""
-    message = f"{request.method} {request.scope['path']}: {type(error).__name__} in the router"
+    return _failure(request.scope, error)
+
+
+def _failure(scope: Scope, error: Exception) -> Response:
+    message = f"{scope['method']} {scope['path']}: {type(error).__name__} in the router"
     return error_answer(500, "internal_error", message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 
@@ -192,3 +193,33 @@ def test_requests_under_way_count_before_they_are_reported(router: RouterCluster
     for connection in connections:
         connection.close()
     until(lambda: sum(i.worker.left for i in router.instances) == 8)
+
+
+ODD_BODIES = {
+    "no utf-8": b'{"prompt": "\xff\xfe", "max_tokens": 3}',
+    "half a surrogate": b'{"prompt": "\\ud800", "max_tokens": 3}',
+    "a number without end": b'{"prompt": "x", "max_tokens": 1' + b"0" * 400 + b"}",
+    "below any number": b'{"prompt": "x", "max_tokens": -1' + b"0" * 400 + b"}",
+    "no number": b'{"prompt": "x", "max_tokens": NaN}',
+    "another type": b'{"prompt": {"a": 1}, "max_tokens": "many"}',
+    "deep": b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    "twice": b'{"prompt": "x", "prompt": "y", "max_tokens": 1, "max_tokens": 2}',
+    "nothing": b"",
+    "text": b"prompt",
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/classify"])
+@pytest.mark.parametrize("body", ODD_BODIES.values(), ids=ODD_BODIES.keys())
+def test_whatever_is_in_a_body_has_an_answer(
+    idle_router: RouterCluster, path: str, body: bytes
+) -> None:
+    """It is for an instance to say what is wrong with it, and for the router to get it there."""
+    with closing(
+        http.client.HTTPConnection("127.0.0.1", idle_router.port, timeout=20)
+    ) as connection:
+        for _ in range(2):  # on a connection that goes on
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            assert answer.status == 200
+            assert answer.read()

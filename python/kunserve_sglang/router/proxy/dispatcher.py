@@ -24,6 +24,9 @@ _DEFAULT_OUTPUT_TOKENS = 128
 _EXPECTED_SHARE = 0.7
 """Share of its limit that SGLang expects a request to produce, before it has seen any."""
 
+_MAX_OUTPUT_TOKENS = 1 << 30
+"""Far above any model's context; JSON has numbers that are no floats."""
+
 
 class _Limit(msgspec.Struct):
     max_new_tokens: int | None = None
@@ -47,10 +50,11 @@ def request_tokens(body: bytes) -> int:
         return 0
     try:
         output = _output_limit(_limits_decoder.decode(body))
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # No JSON, or none that an instance will accept: it is for the instance to say so.
         output = _DEFAULT_OUTPUT_TOKENS
-    return len(body) // _BYTES_PER_TOKEN + int(_EXPECTED_SHARE * max(0, output))
+    expected = _EXPECTED_SHARE * min(_MAX_OUTPUT_TOKENS, max(0, output))
+    return len(body) // _BYTES_PER_TOKEN + int(expected)
 
 
 def _output_limit(limits: _Limits) -> int:

@@ -81,6 +81,12 @@ class _Body(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Body)
 
 
+_UNREADABLE = (
+    *(_Unreadable, msgspec.DecodeError),
+    *(ValueError, TypeError, OverflowError, RecursionError),  # text and numbers of any kind
+)
+
+
 class PromptReader:
     """Tokenizes requests on a thread of its own, so that no stream has to wait for that."""
 
@@ -101,7 +107,7 @@ class PromptReader:
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, self._read, reads, body)
-        except (_Unreadable, msgspec.DecodeError, RecursionError, OverflowError):
+        except _UNREADABLE:
             return unknown
         finally:
             self._waiting -= 1
