@@ -19,6 +19,7 @@ from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.room import Room
+from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.keys import ClusterKeys
 from kunserve_sglang.core.messages import (
     PROTOCOL_VERSION,
@@ -69,7 +70,8 @@ class ControlPlane:
             tasks.create_task(self.hub.watch_ends(self.registry.suspect))
             tasks.create_task(self.losses.run())
             tasks.create_task(self.room.run())
-            tasks.create_task(self._watch())
+            tasks.create_task(self._watch_instances())
+            tasks.create_task(self._watch_load())
 
     def close(self) -> None:
         self.hub.close()
@@ -175,12 +177,17 @@ class ControlPlane:
         if instance is not None:
             self.front.cache_reported(instance, report)
 
-    async def _watch(self) -> None:
+    async def _watch_instances(self) -> None:
+        """Whatever else is under way: a transition may take minutes."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             self.registry.mark_silent()
             self.front.room_changed()  # an instance may have come, or come back
             self.front.known(self.registry.instances)
+
+    async def _watch_load(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
             await self.look()
 
     async def look(self) -> None:
@@ -196,6 +203,10 @@ class ControlPlane:
             decision = self.controller.refused(time.monotonic(), error)
             if decision is not None:
                 self._declined(request.reason, str(error), decision)
+        except Exception:
+            # A plan that cannot be made must not end the router, which serves without it.
+            logger.exception("%s, and no plan could be made", request.reason)
+            self.controller.refused(time.monotonic(), InternalError("no plan could be made"))
 
     def _declined(self, reason: str, error: str, decision: Decision) -> None:
         """Requests queue instead."""

@@ -6,7 +6,7 @@ It looks at snapshots and asks for one transition at a time. Whoever it serves p
 
 from __future__ import annotations
 
-from kunserve_sglang.core.errors import TransientError
+from kunserve_sglang.core.errors import KunServeError
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
 from kunserve_sglang.policy.attainable import attainable
@@ -131,7 +131,7 @@ class Controller:
             self._retry_after = now + RETRY_S
         self._asked = self._declined = False
 
-    def refused(self, now: float, error: TransientError) -> Decision | None:
+    def refused(self, now: float, error: KunServeError) -> Decision | None:
         """Nothing was begun, because of `error`: no plan, or another transition is under way.
 
         Returns the decision to put on record if all plans were rejected and requests have to queue.

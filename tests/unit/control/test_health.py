@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from kunserve_sglang.control import health, liveness
-from tests.support.mock_worker import Background, Canned, MockWorker
+from tests.support.mock_worker import CAPACITY, Background, Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 
@@ -117,4 +117,41 @@ def test_an_instance_that_is_stalled_gets_no_requests_until_it_moves(start_route
     assert len(router.instances[1].worker.requests("/v1/completions")) == 4
     stalled.load = msgspec.structs.replace(stalled.load, stalled=False)
     until(lambda: not router.described(0)["stalled"])
+    assert router.get("/readiness").status == 200
+
+
+def overloaded(router: RouterCluster) -> None:
+    """The controller has a reason to drop, and may."""
+    assert router.put("/kunserve/policy", {"auto": True}).status == 200
+    for instance in router.instances:
+        instance.set_load(10 * CAPACITY, used=CAPACITY, waiting=5)
+
+
+def test_silence_is_noticed_while_the_controller_waits_for_votes(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "SILENT_AFTER_S", 0.5)
+    router = start_router(3, vote_timeout_s=20.0)
+    for instance in router.instances:
+        instance.on_prepare = lambda _: None
+    overloaded(router)
+    until(lambda: router.status()["transition"] is not None)
+    router.instances[2].reporting = False
+    until(lambda: "silent" in router.described(2).get("lost", ""))
+    assert router.status()["transition"] is not None
+
+
+def test_a_planner_that_fails_ends_nothing(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[object] = []
+
+    def plan(*_: object) -> None:
+        failed.append(1)
+        raise ZeroDivisionError("a plan")
+
+    monkeypatch.setattr("kunserve_sglang.policy.controller.Controller.plan", plan)
+    router = start_router(2)
+    overloaded(router)
+    until(lambda: len(failed) > 1)
     assert router.get("/readiness").status == 200
