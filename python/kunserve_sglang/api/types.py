@@ -119,7 +119,6 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int
     plain: bool = False
     draining: bool = False
-    stalled: bool = False
     layer_count: int | UnsetType = UNSET
     lost: str | UnsetType = UNSET
     epoch: int | UnsetType = UNSET
@@ -130,6 +129,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     running: int | UnsetType = UNSET
     waiting: int | UnsetType = UNSET
     demand: int | UnsetType = UNSET
+    stalled: bool | UnsetType = UNSET
     counters: dict[str, int] | UnsetType = UNSET
 
 

@@ -33,7 +33,6 @@ def status_of(instance: Instance) -> InstanceStatus:
         serving=instance.liveness.served,
         in_flight=instance.in_flight,
         draining=instance.draining,
-        stalled=instance.stalled,
         layer_count=UNSET if hello is None else hello.layer_count,
         lost=instance.liveness.loss or UNSET,
     )
@@ -49,5 +48,6 @@ def status_of(instance: Instance) -> InstanceStatus:
         running=status.load.running,
         waiting=status.load.waiting,
         demand=status.load.demand,
+        stalled=status.load.stalled,
         counters=status.counters,
     )

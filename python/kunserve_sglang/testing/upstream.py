@@ -33,7 +33,7 @@ from kunserve_sglang.testing.cluster import (
     router_command,
 )
 
-_BUILDER = Path(__file__).resolve().parent.parent / "scripts" / "build_sglang.py"
+_BUILDER = Path(__file__).resolve().parents[3] / "scripts" / "build_sglang.py"
 _BUILD_TIMEOUT_S = 600.0
 _SERVING_TIMEOUT_S = 30.0
 _FLAGS = ("--log-level", "warning")
