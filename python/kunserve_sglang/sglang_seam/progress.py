@@ -40,6 +40,8 @@ class Progress:
     def look(self) -> None:
         """At every turn of the loop: begin anew where nothing has moved that could."""
         still_s = time.monotonic() - self._moved
+        if still_s < STALLED_AFTER_S / 2:
+            return  # between two steps of a busy instance this is all there is to it
         if not self._could_move():
             self.moved()
         elif still_s > _BEGIN_ANEW_AFTER_S and self._scheduler.ranks.size == 1:

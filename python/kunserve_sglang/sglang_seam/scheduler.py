@@ -126,6 +126,7 @@ class KunServeScheduler(upstream.Scheduler):
                 if self.engine.cooperating:
                     self.cooperation.turn()
                 else:
+                    self.progress.moved()  # a transition may have taken its time
                     independent_loop()
             self._in_own_loop = False
 
@@ -136,8 +137,8 @@ class KunServeScheduler(upstream.Scheduler):
                 super().process_input_requests([request])
         if not recv_reqs:
             super().process_input_requests([])
-        self.agent.poll()
         self.progress.look()
+        self.agent.poll()
         if self._in_own_loop and self.engine.cooperating:
             raise _LayersLeft
 
