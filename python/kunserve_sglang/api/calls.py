@@ -203,6 +203,11 @@ CALLS = (
                 type=Seconds,
                 about=f"how long its requests may take to end ({DRAIN_TIMEOUT_S})",
             ),
+            Parameter(
+                name="migrate",
+                type=bool,
+                about="true: others go on with its requests, those that can be resumed",
+            ),
             _WAIT,
         ),
         errors=(404, 409, 504),

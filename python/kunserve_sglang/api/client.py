@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -39,7 +40,10 @@ class Answer:
 
 
 class RouterClient:
-    """Calls one router. `key` goes with every call; each has a connection of its own."""
+    """Calls one router, by `http://`, `https://` or `unix://` with the path of a socket.
+
+    `key` goes with every call; each has a connection of its own.
+    """
 
     def __init__(self, url: str, key: str | None) -> None:
         """Raises `Usage` for what is no URL. Proxies are not used: this talks to one's own."""
@@ -49,10 +53,11 @@ class RouterClient:
             self._host, self._port = parts.hostname or "", parts.port
         except ValueError as error:
             raise Usage(f"--url {url}: {error}") from None
-        if parts.scheme not in ("http", "https") or not self._host:
+        self._socket = parts.path if parts.scheme == "unix" else None
+        if self._socket is None and (parts.scheme not in ("http", "https") or not self._host):
             raise Usage(f"--url {url}: expected http://host:port or https://host:port")
         self._secure = parts.scheme == "https"
-        self._prefix = parts.path
+        self._prefix = "" if self._socket else parts.path
         self._headers = {"Accept": b"application/json", "Content-Type": b"application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key.strip()}".encode()
@@ -85,11 +90,16 @@ class RouterClient:
             raise Unreachable(f"{self.url} answered {status}: is this the router's address?")
         return Answer(status, content, self.url)
 
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._socket is not None:
+            return _UnixConnection(self._socket)
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        return kind(self._host, self._port, timeout=_CONNECT_TIMEOUT_S)
+
     def _ask(
         self, method: str, target: str, data: bytes | None, timeout_s: float
     ) -> tuple[int, bytes]:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=_CONNECT_TIMEOUT_S)
+        connection = self._connection()
         try:
             connection.connect()
             connection.sock.settimeout(timeout_s)
@@ -105,6 +115,19 @@ class RouterClient:
             raise Unreachable(f"{self.url} speaks no HTTP, or broke off: {error!r}") from None
         finally:
             connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """To a socket of this host, by its path."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_CONNECT_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def _reason(status: int, content: bytes) -> str:

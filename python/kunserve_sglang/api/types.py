@@ -12,10 +12,12 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from kunserve_sglang.api.events import Event
+from kunserve_sglang.api.service import ServiceStatus
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.messages import Mode, Pages, Slots, TransitionKind
+from kunserve_sglang.core.load import Pages, Slots
+from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.core.settings import SharedSettings
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.thresholds import Thresholds
@@ -65,9 +67,14 @@ class TraceBody(Body, frozen=True, kw_only=True):
 
 
 class WorkerBody(Body, frozen=True, kw_only=True):
-    """A plain SGLang server, as `http://host:port`. It must take the key that instances take."""
+    """A plain SGLang server, as `http://host:port`, with the key that it takes.
+
+    Without `api_key` it has to take the key that instances take, and gets it only where nobody else
+    can read it: on this host, or with https.
+    """
 
     url: Annotated[str, Meta(pattern=r"^https?://[^/?#@\s]+/?$", max_length=2000)]
+    api_key: Annotated[str, Meta(pattern=r"^[!-~]+$", max_length=1000)] | None = None
 
 
 class JoinBody(Body, frozen=True, kw_only=True):
@@ -162,10 +169,14 @@ class QueueStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster now. `transition` is the one under way, if any."""
+    """The cluster now. `transition` is the one under way, if any.
+
+    `service` is null until instances have said what their steps cost.
+    """
 
     epoch: int
     policy: Policy
+    service: ServiceStatus | None
     transition: Event | None
     latency: LatencySummary
     queue: QueueStatus

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from kunserve_sglang.core.bounds import Real
 from kunserve_sglang.core.layout import largest
 
 _LEARNING_RATE = 0.05
@@ -55,8 +56,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     token of prefix, squared prefix (waste). `decode`: micro-batch, request, token of context.
     """
 
-    prefill: tuple[float, ...]
-    decode: tuple[float, ...]
+    prefill: tuple[Real, ...]
+    decode: tuple[Real, ...]
 
     def predict(self, work: Work) -> float:
         """Milliseconds per layer."""

@@ -32,6 +32,10 @@ class OutOfPages(TransientError):
     """The physical page pool has fewer free pages than were asked for."""
 
 
+class MappingRefused(TransientError):
+    """The system did not map or unmap pages, for want of something else; nothing has changed."""
+
+
 class PeerLost(TransientError):
     """A member of the group stopped answering on the data plane."""
 

@@ -9,12 +9,10 @@ the instances have from the launcher.
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-if TYPE_CHECKING:
-    import zmq
+from kunserve_sglang.core.sockets import AnySocket
 
 
 class MemberKeys(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,15 +22,15 @@ class MemberKeys(msgspec.Struct, frozen=True, kw_only=True):
     public: str
     secret: str
 
-    def secure_link(self, socket: zmq.Socket[Any]) -> None:
+    def secure_link(self, socket: AnySocket) -> None:
         """Before `connect`: encrypt a socket towards the router."""
         self._identify(socket, self.router)
 
-    def secure_outbox(self, socket: zmq.Socket[Any]) -> None:
+    def secure_outbox(self, socket: AnySocket) -> None:
         """Before `connect`: encrypt a socket towards another member."""
         self._identify(socket, self.public)
 
-    def secure_inbox(self, socket: zmq.Socket[Any]) -> None:
+    def secure_inbox(self, socket: AnySocket) -> None:
         """Before `bind`: take packets of members only."""
         _serve(socket, self.secret)
 
@@ -40,7 +38,7 @@ class MemberKeys(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it is the members' public key."""
         return key == self.public.encode()
 
-    def _identify(self, socket: zmq.Socket[Any], server: str) -> None:
+    def _identify(self, socket: AnySocket, server: str) -> None:
         socket.curve_serverkey = server.encode()
         socket.curve_publickey = self.public.encode()
         socket.curve_secretkey = self.secret.encode()
@@ -52,7 +50,7 @@ class ClusterKeys(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     members: MemberKeys
 
-    def secure(self, socket: zmq.Socket[Any]) -> None:
+    def secure(self, socket: AnySocket) -> None:
         """Before `bind`: take messages of members only."""
         _serve(socket, self.secret)
 
@@ -82,6 +80,6 @@ def new_keys() -> ClusterKeys:
     return ClusterKeys(secret=router_secret.decode(), members=members)
 
 
-def _serve(socket: zmq.Socket[Any], secret: str) -> None:
+def _serve(socket: AnySocket, secret: str) -> None:
     socket.curve_server = True
     socket.curve_secretkey = secret.encode()

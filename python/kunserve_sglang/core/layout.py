@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
+from kunserve_sglang.core.bounds import Count, InstanceNumber, Size
 from kunserve_sglang.core.errors import InternalError
 
 _IDLE_PART = 16
@@ -19,8 +20,8 @@ _IDLE_PART = 16
 class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
     """Decoder layers `[lo, hi)`."""
 
-    lo: int
-    hi: int
+    lo: Count
+    hi: Count
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.lo, self.hi))
@@ -47,16 +48,16 @@ class LayerRange(msgspec.Struct, frozen=True, array_like=True, order=True, gc=Fa
 class Member(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One instance in a group. `capacity` is what it may use as an owner, in token slots."""
 
-    instance: int
+    instance: InstanceNumber
     layers: LayerRange
-    capacity: int
+    capacity: Count
     address: str
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A group and its stages, in pipeline order. A group of one is an independent instance."""
 
-    epoch: int
+    epoch: Count
     members: tuple[Member, ...]
 
     @property
@@ -108,13 +109,13 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
     owners such a buffer has room for, which is the largest group this instance can join.
     """
 
-    page_bytes: int
-    pages: int
-    layer_pages: tuple[int, ...]
-    key_row_bytes: int
-    value_row_bytes: int
-    stride: int
-    owners: int
+    page_bytes: Size
+    pages: Count
+    layer_pages: tuple[Count, ...]
+    key_row_bytes: Size
+    value_row_bytes: Size
+    stride: Size
+    owners: Size
 
     def kv_pages(self, slots: int) -> int:
         """Pages of one layer's K and V for `slots` token slots (plus the dummy slot 0)."""

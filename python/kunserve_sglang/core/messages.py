@@ -1,19 +1,20 @@
 """Every message that crosses a process boundary, as typed, versioned structs.
 
-The control plane and the data plane share these types and nothing else. Control messages travel
-as msgpack between the router and the instances; `instance.pipeline.wire` holds the headers that
-instances send one another.
+Control messages travel as msgpack between the router and the instances; the headers that instances
+send one another are in `instance.pipeline.wire`.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
 
 import msgspec
 
+from kunserve_sglang.core.bounds import Count, InstanceNumber, Real, Size
 from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.decoding import decode
 from kunserve_sglang.core.layout import Layout, MemoryProfile
+from kunserve_sglang.core.load import Load, Pages
 
 PROTOCOL_VERSION = 1
 
@@ -37,42 +38,6 @@ class TransitionKind(StrEnum):
     REBALANCE = "rebalance"
 
 
-class Pages(msgspec.Struct, frozen=True, kw_only=True):
-    """Physical pages by use; `parameters + kv + free == total` at every moment."""
-
-    parameters: int
-    kv: int
-    free: int
-    total: int
-
-
-class Slots(msgspec.Struct, frozen=True, kw_only=True):
-    """Token slots of one owner: `used` by requests, `cached` by evictable prefixes."""
-
-    used: int
-    cached: int
-    capacity: int
-
-
-class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """What an owner has to serve, in requests and in tokens.
-
-    `demand` is the number of slots that would satisfy everybody: tokens held by running requests,
-    tokens they are still expected to produce, and the same for the waiting ones (paper section 3).
-    With fewer slots in all than `largest`, its running requests could not even end one by one.
-    A single request may be as large as `attainable`. It is `stalled` if requests wait, could run,
-    and do not.
-    """
-
-    slots: Slots
-    running: int
-    waiting: int
-    demand: int
-    largest: int = 0
-    attainable: int = 0
-    stalled: bool = False
-
-
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
     """A change from one set of layouts to another, executed by all members at once.
 
@@ -81,7 +46,7 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
     layouts will need. Either way a member is done when all of that has arrived.
     """
 
-    epoch: int
+    epoch: Count
     kind: TransitionKind
     before: tuple[Layout, ...]
     after: tuple[Layout, ...]
@@ -105,41 +70,44 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
 class TransitionStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one member did during a transition; bytes are payload, times are milliseconds."""
 
-    freed_bytes: int = 0
-    loaded_bytes: int = 0
-    sent_kv_bytes: int = 0
-    moved_slots: int = 0
-    remap_ms: float = 0.0
-    stall_ms: float = 0.0
+    freed_bytes: Count = 0
+    loaded_bytes: Count = 0
+    sent_kv_bytes: Count = 0
+    moved_slots: Count = 0
+    remap_ms: Real = 0.0
+    stall_ms: Real = 0.0
 
 
 # --- instance -> router -------------------------------------------------------------------------
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """First message of an instance: who it is, what its memory looks like, what its steps cost."""
+    """First message of an instance: its memory, what its steps cost; `process` never recurs."""
 
     version: int
-    instance: int
+    instance: InstanceNumber
     url: str
     data_address: str
     scheduler: str
-    layer_count: int
+    layer_count: Size
     memory: MemoryProfile
-    capacity: int
+    capacity: Count
     costs: CostModel | None = None
+    process: Count = 0
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """Published after scheduler steps, throttled; the only input of the overload monitor."""
+    """Published after scheduler steps, throttled, and numbered by process from 1 on."""
 
-    instance: int
-    epoch: int
+    instance: InstanceNumber
+    epoch: Count
     mode: Mode
     layout: Layout
     pages: Pages
     load: Load
-    counters: dict[str, int] = msgspec.field(default_factory=dict)
+    counters: dict[str, Count] = msgspec.field(default_factory=dict)
+    process: Count = 0
+    number: Count = 0
 
 
 class CacheReport(msgspec.Struct, frozen=True, kw_only=True, tag="cache"):
@@ -149,8 +117,8 @@ class CacheReport(msgspec.Struct, frozen=True, kw_only=True, tag="cache"):
     the router has to ask for a full report.
     """
 
-    instance: int
-    number: int
+    instance: InstanceNumber
+    number: Count
     full: bool = False
     stored: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
@@ -160,7 +128,7 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True, tag="vote"):
     """Answer to `Prepare`; `reason` says why not when `ok` is false."""
 
     call: int
-    epoch: int
+    epoch: Count
     ok: bool
     reason: str = ""
 
@@ -169,7 +137,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """Answer to `Commit` and `Abort`; `ok` is false when the member could not finish."""
 
     call: int
-    epoch: int
+    epoch: Count
     ok: bool
     error: str = ""
     stats: TransitionStats = TransitionStats()
@@ -179,8 +147,8 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     """What an instance did: `start` in monotonic seconds of its host, `duration` in seconds."""
 
     name: str
-    start: float
-    duration: float
+    start: Real
+    duration: Real
     details: dict[str, int] = msgspec.field(default_factory=dict)
 
 
@@ -189,7 +157,7 @@ class Traced(msgspec.Struct, frozen=True, kw_only=True, tag="traced"):
 
     call: int
     spans: tuple[Span, ...] = ()
-    lost: int = 0
+    lost: Count = 0
 
 
 # --- router -> instance -------------------------------------------------------------------------
@@ -198,12 +166,15 @@ class Traced(msgspec.Struct, frozen=True, kw_only=True, tag="traced"):
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     """The router knows the instance; status records may follow.
 
-    With `report_cache` it has no use for changes of the prefix cache alone: the next report has to
-    be a full one.
+    With `report_cache` the next report of the prefix cache has to be a full one.
     """
 
     version: int
     report_cache: bool = False
+
+
+class Greet(msgspec.Struct, frozen=True, kw_only=True, tag="greet"):
+    """Say hello: the router has not met who reports to it."""
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
@@ -214,18 +185,18 @@ class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
 
     call: int
     transition: Transition
-    decision_s: float
+    decision_s: Real
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
     call: int
-    epoch: int
-    deadline_s: float
+    epoch: Count
+    deadline_s: Real
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     call: int
-    epoch: int
+    epoch: Count
     reason: str
 
 
@@ -236,9 +207,9 @@ class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
     by another layout; so it can be said again until the status shows that it was heard.
     """
 
-    epoch: int
-    broken: int
-    instances: tuple[int, ...]
+    epoch: Count
+    broken: Count
+    instances: tuple[InstanceNumber, ...]
 
     @property
     def reason(self) -> str:
@@ -263,13 +234,17 @@ class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
 
 
 class Attainable(msgspec.Struct, frozen=True, kw_only=True, tag="attainable"):
-    """A single request may count on this many token slots. Needs no answer."""
+    """What to admit: a single request may count on this many token slots. Needs no answer.
 
-    slots: int
+    No more than `running` requests are to run at once; 0: as many as there are slots for.
+    """
+
+    slots: Count
+    running: Count = 0
 
 
 ToRouter = Hello | Status | CacheReport | Vote | Done | Traced
-ToInstance = Welcome | Prepare | Commit | Abort | Lost | Trace | Leave | Attainable
+ToInstance = Welcome | Greet | Prepare | Commit | Abort | Lost | Trace | Leave | Attainable
 
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)
@@ -282,19 +257,14 @@ def encode(message: msgspec.Struct) -> bytes:
 
 def decode_to_router(data: bytes) -> ToRouter:
     """Raises `msgspec.DecodeError` (also for a message of another protocol shape)."""
-    return _to_router.decode(data)
+    return decode(_to_router, data)
 
 
 def decode_to_instance(data: bytes) -> ToInstance:
     """Raises `msgspec.DecodeError` (also for a message of another protocol shape)."""
-    return _to_instance.decode(data)
+    return decode(_to_instance, data)
 
 
 def connection_name(instance: int) -> bytes:
     """The identity under which an instance's control connection is known to the router."""
     return f"instance-{instance}".encode()
-
-
-def to_json_types(value: Any) -> Any:
-    """Structs and enums as plain JSON types, for HTTP answers."""
-    return msgspec.to_builtins(value)

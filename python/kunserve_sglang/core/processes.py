@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import random
 import shutil
@@ -13,6 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
+
+STACKS_SIGNAL = signal.SIGUSR2
+"""Lets a process of an instance write the stacks of its threads to the log, even if it hangs."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -26,6 +30,11 @@ def die_with_parent(number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
+def show_stacks_when_asked() -> None:
+    """Obey `STACKS_SIGNAL`, which ends processes that do not."""
+    faulthandler.register(STACKS_SIGNAL)
+
+
 def spin_shortly() -> None:
     """Let the threads of OpenMP wait for each other asleep. To be called before torch is imported.
 
@@ -37,12 +46,32 @@ def spin_shortly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def kill_descendants() -> None:
-    """SIGKILL to everything this process has started, children of children included.
+def compile_nothing() -> None:
+    """Let torch run what SGLang compiles. To be called before SGLang is imported, on CPUs.
+
+    That is a few small functions of the sampler, such as the repetition penalty. Compiling one at
+    its first request holds up all others for as long as a C++ compiler takes, if there is one; and
+    what is kept in /tmp from another CPU has loops of another width, which write past the ends of
+    tensors. What the user has set stays.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def family(pid: int | None = None) -> list[psutil.Process]:
+    """A process (without `pid`: this one), then its descendants; empty if it has ended."""
+    try:
+        head = psutil.Process(pid)
+        return [head, *head.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_descendants(pid: int | None = None) -> None:
+    """SIGKILL to all that a process has started (without `pid`: this one), and what these have.
 
     Python's resource trackers are spared: they remove what others leave, then end themselves.
     """
-    for child in psutil.Process().children(recursive=True):
+    for child in family(pid)[1:]:
         try:
             if not any("resource_tracker" in word for word in child.cmdline()):
                 child.kill()
@@ -70,15 +99,6 @@ def this_host() -> str:
 def within_reach(host: str, here: str, path: str) -> bool:
     """Whether a socket at `path` on `host` can be used from `here`."""
     return host == here and Path(path).exists()
-
-
-def address_towards(host: str, port: int) -> str:
-    """The address of this host that packets to `host` carry. Raises `OSError`."""
-    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing
-        address: str = probe.getsockname()[0]
-        return address
 
 
 def clean_up_after(folder: str) -> None:

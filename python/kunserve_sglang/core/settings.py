@@ -1,34 +1,28 @@
-"""The one configuration of a cluster, and the part of it that an instance gets."""
+"""The settings of a cluster, each written down once; its flag, help and range are made of that.
+
+What all instances go by is in `SharedSettings`, what only the router needs in `ClusterConfig`, and
+what ends at a launcher in `launch.options`.
+"""
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Self
 
 import msgspec
+from msgspec import Meta
 
+from kunserve_sglang.core.addresses import check_control_address
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.keys import MemberKeys, new_admin_key
-
-INSTANCE_ENVIRONMENT = "KUNSERVE_INSTANCE"
-"""Environment variable that carries `InstanceConfig` to the processes of an instance.
-
-KunServe is opt-in: without this variable the plugin does nothing and SGLang is SGLang.
-"""
-
-LEAVE_SIGNAL = signal.SIGUSR1
-"""Tells an instance's main process, by its scheduler, that it has left the cluster."""
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+from kunserve_sglang.core.flags import Form, about, check_ranges
+from kunserve_sglang.core.transports import Transport
 
 
 class OverloadPolicy(StrEnum):
-    """What to do when the KV pools overflow: drop parameters, or queue as others do."""
+    """What to do when the KV pools overflow: weigh it, drop parameters, or queue as others do."""
 
     DROP = "drop"
+    DROP_ALWAYS = "drop-always"
     NONE = "none"
 
 
@@ -54,109 +48,238 @@ class ExchangeMode(StrEnum):
     STOP = "stop"
 
 
-class Transport(StrEnum):
-    """How tensors travel between instances.
-
-    `auto` takes what is fastest for each pair: `shm` within a host, `cuda-ipc` on one GPU, `nccl`
-    between GPUs of a host, and `tcp`, which is encrypted, between hosts and where nothing else can
-    be.
-    """
-
-    AUTO = "auto"
-    SHM = "shm"
-    CUDA_IPC = "cuda-ipc"
-    NCCL = "nccl"
-    TCP = "tcp"
-
-
-class PromptFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """How instances make tokens of prompts: the tokenizer's folder, and SGLang's `--chat-template`.
-
-    Without the latter, the template is the one in the folder.
-    """
-
-    folder: str
-    chat_template: str | None = None
-
-
 class SharedSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What all instances of a cluster go by, those that join it included.
 
     A field that is added here reaches every instance: whoever passes settings on passes these on
-    as a whole, with `shared_settings`. `stage_graph_max_bs` is the number of requests in the
-    largest decode step of a stage that is captured as a CUDA graph.
+    as a whole, with `sharing`.
     """
 
-    overload_policy: OverloadPolicy = OverloadPolicy.DROP
-    micro_batches: MicroBatches = MicroBatches.LOOKAHEAD
-    transport: Transport = Transport.AUTO
-    stage_graph_max_bs: int = 64
-    peer_timeout_s: float = 60.0
+    overload_policy: Annotated[
+        OverloadPolicy,
+        about(
+            "`drop`: drop parameters when KV memory runs out, if more requests keep their "
+            "[limits](#service-levels) that way; `drop-always`: even if not; `none`: let requests "
+            "queue, as any cluster does"
+        ),
+    ] = OverloadPolicy.DROP
+    micro_batches: Annotated[
+        MicroBatches,
+        about(
+            "in a group: as many as keep all stages busy, of equal predicted time; `one`: one an "
+            "owner"
+        ),
+    ] = MicroBatches.LOOKAHEAD
+    transport: Annotated[
+        Transport,
+        about(
+            "how tensors travel between instances: by the [fastest way](#transport) for each pair, "
+            "or always in one way (nccl is not encrypted)"
+        ),
+    ] = Transport.AUTO
+    stage_graph_max_bs: Annotated[
+        int,
+        Meta(ge=0),
+        about(
+            "requests in the largest decode step of a group's stages that is captured as a CUDA "
+            "graph; 0: none; GPUs only",
+        ),
+    ] = 64
+    peer_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
 
-
-def shared_settings(settings: SharedSettings) -> dict[str, Any]:
-    """By name, as arguments of any other type that has them."""
-    return {name: getattr(settings, name) for name in SharedSettings.__struct_fields__}
+    def sharing(self, other: SharedSettings) -> Self:
+        """The same record, but with the shared settings of another."""
+        shared = {name: getattr(other, name) for name in SharedSettings.__struct_fields__}
+        return msgspec.structs.replace(self, **shared)
 
 
 class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
-    """Everything KunServe's own flags say. Thresholds are fractions of the KV capacity.
+    """What the router is told by flags. Thresholds are fractions of the KV capacity.
 
     Without instances there is just a router, for plain SGLang servers that are added to it and for
-    instances that join; `join_room` of these may be in a group with those started here. Other hosts
-    find the router's control socket at `control_address`, if there is one.
+    instances that join. What only a launcher needs to know is in `launch.options`.
     """
 
-    num_instances: int = 2
-    host: str = "127.0.0.1"
-    port: int = 30000
-    dispatch: DispatchPolicy = DispatchPolicy.LMETRIC
-    memory_budget: int = 0
-    drop_threshold: float = 0.95
-    restore_threshold: float = 0.5
-    max_group_size: int = 8
-    join_room: int = 0
-    tpot_limit_ms: float | None = None
-    exchange: ExchangeMode = ExchangeMode.COORDINATED
-    max_in_flight: int | None = None
-    max_queued: int = 10_000
-    queue_timeout_s: float = 600.0
-    admin_api_key: str | None = None
-    read_api_key: str | None = None
-    control_address: str | None = None
-    vote_timeout_s: float = 10.0
-    exchange_timeout_s: float = 60.0
-    transfer_timeout_s: float = 600.0
+    host: Annotated[
+        str,
+        about(
+            "address at which the router [listens](#who-can-reach-it); instances use loopback "
+            "ports of their own"
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535), about("port of the router")] = 30000
+    allow_open: Annotated[
+        bool,
+        about(
+            "listen beyond loopback without any key, so that everybody who reaches `--host` can "
+            "use and change the cluster"
+        ),
+    ] = False
+    num_instances: Annotated[
+        int,
+        Meta(ge=0),
+        about(
+            "full copies of the model to start, each with an equal part of the cores; 0: only the "
+            "router, for [plain servers](#plain-sglang-servers) and instances that "
+            "[join](#more-instances)",
+        ),
+    ] = 2
+    dispatch: Annotated[
+        DispatchPolicy,
+        about(
+            "which instance [gets a request](#dispatch): by turns, the least loaded, or the one "
+            "with the least product of tokens to prefill and batch size"
+        ),
+    ] = DispatchPolicy.LMETRIC
+    drop_threshold: Annotated[
+        float,
+        Meta(gt=0, le=2),
+        about("drop when demand exceeds this share of the KV capacity and requests wait"),
+    ] = 0.95
+    restore_threshold: Annotated[
+        float,
+        Meta(ge=0),
+        about("restore when demand is below this share of the full-replica capacity"),
+    ] = 0.5
+    max_group_size: Annotated[int, Meta(ge=1), about("most instances that may share one copy")] = 8
+    join_room: Annotated[
+        int,
+        Meta(ge=0),
+        about(
+            "so many instances that [join](#more-instances) later may be in a group beside all "
+            "started here",
+        ),
+    ] = 0
+    control_address: Annotated[
+        str | None,
+        about(
+            "where instances on other hosts find the router, encrypted and with keys that they get "
+            "from it; needs an admin key",
+            metavar="tcp://HOST:PORT",
+            default="this host only",
+        ),
+    ] = None
+    slo_ttft_ms: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        about("[limit](#service-levels) to the first token", default="five times as alone"),
+    ] = None
+    slo_tpot_ms: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        about("and for each token after it, on average", default="five times as alone"),
+    ] = None
+    tpot_limit_ms: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        about(
+            "drop nothing that would make an output token take longer, by the cost model; requests "
+            "queue instead, as many as SGLang's `--max-queued-requests` allows",
+            default="no limit",
+        ),
+    ] = None
+    exchange: Annotated[
+        ExchangeMode,
+        about("KV and parameters move while serving goes on; `stop`: while the group stands still"),
+    ] = ExchangeMode.COORDINATED
+    max_in_flight: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        about(
+            "requests under way at an instance before the router [holds others back](#queueing)",
+            default="as many wait there as run there, and at least 256",
+        ),
+    ] = None
+    max_queued: Annotated[
+        int, Meta(ge=0), about("requests that the router holds back before it answers 429")
+    ] = 10_000
+    queue_timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=86_400),
+        about("how long the router holds one back before it answers 503"),
+    ] = 600.0
+    resume_memory: Annotated[
+        int,
+        Meta(ge=0),
+        about(
+            "what the router keeps of all streams, so that others can "
+            "[go on](#when-an-instance-dies) with them; 0: nothing",
+            default="256MiB",
+            form=Form.SIZE,
+        ),
+    ] = 256 << 20
+    admin_api_key: Annotated[
+        str | None,
+        about(
+            "[key](#admin-api) that calls need which change anything; without it, SGLang's "
+            "`--api-key` if there is one",
+            form=Form.SECRET,
+        ),
+    ] = None
+    read_api_key: Annotated[
+        str | None,
+        about(
+            "key that calls under `/kunserve` need which only look; the admin key opens them too",
+            form=Form.SECRET,
+        ),
+    ] = None
+    trusted_hosts: Annotated[
+        str,
+        about(
+            "names, with commas between, besides its own by which browsers may call the router "
+            "where [no key is needed](#who-may-call), and hosts whose pages may; `*`: all"
+        ),
+    ] = ""
+    ssl_certfile: Annotated[
+        str | None,
+        about("certificates by which the router serves https; instances of this host stay plain"),
+    ] = None
+    ssl_keyfile: Annotated[str | None, about("key of `--ssl-certfile`")] = None
+    ssl_keyfile_password: Annotated[
+        str | None, about("password of `--ssl-keyfile`", form=Form.SECRET)
+    ] = None
+    ssl_ca_certs: Annotated[
+        str | None,
+        about("clients have to show a certificate that one of these has signed"),
+    ] = None
+    state_folder: Annotated[
+        str,
+        about(
+            "where a launcher finds its keys and what its router was told when it is "
+            "[started again](#the-router-and-its-launcher)",
+            default="both are new at each start",
+        ),
+    ] = ""
+    vote_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
+    exchange_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+    transfer_timeout_s: Annotated[float, Meta(gt=0)] = 600.0
 
     def __post_init__(self) -> None:
-        if self.num_instances < 0:
-            raise ConfigurationError("--num-instances must not be negative")
-        if not 0 < self.drop_threshold <= 2:
-            raise ConfigurationError("--drop-threshold must be above 0 and at most 2")
-        if not 0 <= self.restore_threshold < self.drop_threshold:
+        check_ranges(self)
+        if self.restore_threshold >= self.drop_threshold:
             raise ConfigurationError(
                 "--restore-threshold must be at least 0 and below --drop-threshold, "
                 "or the cluster would drop and restore in turns"
             )
-        if self.tpot_limit_ms is not None and self.tpot_limit_ms <= 0:
-            raise ConfigurationError("--tpot-limit-ms must be above 0")
-        if self.stage_graph_max_bs < 0:
-            raise ConfigurationError("--stage-graph-max-bs must not be negative")
-        if self.max_in_flight is not None and self.max_in_flight < 1:
-            raise ConfigurationError("--max-in-flight must be at least 1")
-        if self.max_queued < 0:
-            raise ConfigurationError("--max-queued must not be negative")
-        if not 0 < self.queue_timeout_s <= 86_400:
-            raise ConfigurationError("--queue-timeout-s must be above 0 and at most 86400")
-        if self.join_room < 0:
-            raise ConfigurationError("--join-room must not be negative")
+        if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
+            raise ConfigurationError("--ssl-certfile and --ssl-keyfile: give both")
+        if not self.ssl_certfile and (self.ssl_keyfile_password or self.ssl_ca_certs):
+            raise ConfigurationError(
+                "--ssl-keyfile-password and --ssl-ca-certs need --ssl-certfile and --ssl-keyfile"
+            )
         if self.control_address is not None:
-            _check_control_address(self.control_address)
+            check_control_address(self.control_address)
             if self.transport in (Transport.SHM, Transport.CUDA_IPC):
                 raise ConfigurationError(
                     f"--transport {self.transport} ends at this host, and --control-address lets "
                     "instances of other hosts join"
                 )
+
+    @property
+    def trusted(self) -> tuple[str, ...]:
+        """The names in `trusted_hosts`."""
+        return tuple(name for n in self.trusted_hosts.split(",") if (name := n.strip()))
+
+    @property
+    def scheme(self) -> str:
+        """Of the router's URLs."""
+        return "https" if self.ssl_certfile else "http"
 
     @property
     def largest_group(self) -> int:
@@ -171,75 +294,3 @@ class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
         if self.control_address is not None:
             return self.control_address.removeprefix("tcp://").rpartition(":")[0]
         return "127.0.0.1" if self.transport is Transport.TCP else ""
-
-
-class InstanceConfig(SharedSettings, frozen=True, kw_only=True):
-    """What one instance must know; travels in `KUNSERVE_INSTANCE` as JSON.
-
-    `owners` is the largest group the instance can join; `cpus` the cores of its scheduler (empty:
-    not pinned), `gpu` the first that it uses, if any. `memory_budget` 0 means: SGLang's
-    `--mem-fraction-static` of what the device has free when the instance starts; `page_bytes` 0:
-    choose by budget. `data_address` is where members on other hosts send their packets, with
-    `keys`; `host` stands for this host if it is not the kernel's. `admin_key` is what calls that
-    act on the instance have to show; by default a random one that nobody else knows.
-    """
-
-    instance: int
-    url: str
-    control_address: str
-    data_socket: str
-    memory_budget: int
-    owners: int
-    cpus: tuple[int, ...] = ()
-    gpu: int = 0
-    page_bytes: int = 0
-    data_address: str = ""
-    keys: MemberKeys | None = None
-    host: str = ""
-    admin_key: str = msgspec.field(default_factory=new_admin_key)
-
-    def to_environment(self) -> str:
-        return msgspec.json.encode(self).decode()
-
-
-def _check_control_address(address: str) -> None:
-    match = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:.]+\]):(\d{1,5}|\*)", address)
-    if not match or (match[2] != "*" and not 0 < int(match[2]) < 65536):
-        raise ConfigurationError(
-            f"--control-address {address}: expected tcp://HOST:PORT, or * for any port"
-        )
-    if match[1] in ("*", "0.0.0.0", "[::]"):
-        raise ConfigurationError(
-            f"--control-address {address}: give an address of this host that others can reach"
-        )
-
-
-def instance_from_environment() -> InstanceConfig | None:
-    """The instance this process belongs to; None if it is no KunServe instance.
-
-    Raises `ConfigurationError` if the variable is there but unreadable.
-    """
-    text = os.environ.get(INSTANCE_ENVIRONMENT)
-    if not text:
-        return None
-    try:
-        return msgspec.json.decode(text, type=InstanceConfig)
-    except msgspec.DecodeError as error:
-        raise ConfigurationError(f"{INSTANCE_ENVIRONMENT} is unreadable: {error}") from error
-
-
-def parse_size(text: str) -> int:
-    """Bytes in `448MiB`, `1.5G`, `2000000`; raises `ConfigurationError` for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", text, re.IGNORECASE)
-    if not match:
-        raise ConfigurationError(f"{text!r} is no size; write for example 448MiB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def format_size(nbytes: float) -> str:
-    """`nbytes` for people: `448.0 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"

@@ -76,7 +76,7 @@ def test_the_larger_budget_takes_the_larger_part() -> None:
     assert capacity > 1.3 * slots(even, list(memory))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_no_cut_has_more_slots(data: st.DataObject) -> None:
     """Against all cuts: any budgets, any uneven layers, any ranges that members may hold."""

@@ -1,4 +1,4 @@
-"""A flag is called as the field that it sets, and shared settings are passed on as a whole."""
+"""Shared settings are passed on as a whole, and reach every instance."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import msgspec
 import pytest
 
 from kunserve_sglang.api.types import Membership
+from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.settings import (
     ClusterConfig,
-    InstanceConfig,
     MicroBatches,
     OverloadPolicy,
     SharedSettings,
-    Transport,
-    shared_settings,
 )
-from kunserve_sglang.launch_server import build_config, kunserve_parser
+from kunserve_sglang.core.transports import Transport
 
 _UNUSUAL = SharedSettings(
     overload_policy=OverloadPolicy.NONE,
@@ -26,23 +24,13 @@ _UNUSUAL = SharedSettings(
 )
 
 
-def test_every_flag_sets_a_field() -> None:
-    flags = vars(kunserve_parser().parse_args([]))
-    assert set(flags) - {"help_sglang"} <= set(ClusterConfig.__struct_fields__)
-
-
-def test_without_flags_the_defaults_of_the_fields_stand() -> None:
-    flags = kunserve_parser().parse_args(["--memory-budget=1GiB"])
-    assert build_config(flags, []) == ClusterConfig(memory_budget=1 << 30)
-
-
 @pytest.mark.parametrize("name", SharedSettings.__struct_fields__)
 def test_a_shared_setting_reaches_every_instance(name: str) -> None:
     unusual = getattr(_UNUSUAL, name)
     assert unusual != getattr(SharedSettings(), name)
     for kind in (ClusterConfig, InstanceConfig, Membership):
         assert name in {field.name for field in msgspec.structs.fields(kind)}
-    cluster = ClusterConfig(**shared_settings(_UNUSUAL))
+    cluster = ClusterConfig().sharing(_UNUSUAL)
     instance = InstanceConfig(
         instance=0,
         url="",
@@ -50,6 +38,5 @@ def test_a_shared_setting_reaches_every_instance(name: str) -> None:
         data_socket="",
         memory_budget=0,
         owners=1,
-        **shared_settings(cluster),
-    )
+    ).sharing(cluster)
     assert getattr(instance, name) == unusual

@@ -1,0 +1,20 @@
+"""The ways for tensors between instances."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Transport(StrEnum):
+    """How tensors travel between instances.
+
+    `auto` takes what is fastest for each pair: `shm` within a host, `cuda-ipc` on one GPU, `nccl`
+    between GPUs of a host, and `tcp`, which is encrypted, between hosts and where nothing else can
+    be.
+    """
+
+    AUTO = "auto"
+    SHM = "shm"
+    CUDA_IPC = "cuda-ipc"
+    NCCL = "nccl"
+    TCP = "tcp"
