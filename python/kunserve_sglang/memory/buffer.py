@@ -37,23 +37,33 @@ class VirtualBuffer:
         return int(np.count_nonzero(self._table[first:last] == _UNMAPPED))
 
     def map(self, start: int, end: int) -> int:
-        """Back every byte of `[start, end)`; returns the pages taken. Raises `OutOfPages`."""
+        """Back every byte of `[start, end)`; returns the pages taken.
+
+        Raises `OutOfPages` or `MappingRefused`. Every page is in the table, with its place, or in
+        the pool, also after that: of several runs of pages, those before the one that failed stay.
+        """
         first, last = self._span(start, end)
         holes = np.flatnonzero(self._table[first:last] == _UNMAPPED) + first
         pages = self._pool.take(len(holes))
-        self._table[holes] = pages
-        self.mapped_pages += len(holes)
         taken = 0
-        for run in np.split(holes, np.flatnonzero(np.diff(holes) != 1) + 1):
-            if len(run):
-                self._pool.driver.map(
-                    self.address + int(run[0]) * self._page, pages[taken : taken + len(run)]
-                )
-                taken += len(run)
+        try:
+            for run in np.split(holes, np.flatnonzero(np.diff(holes) != 1) + 1):
+                here = pages[taken : taken + len(run)]
+                if here:
+                    self._pool.driver.map(self.address + int(run[0]) * self._page, here)
+                    self._table[run] = here
+                    self.mapped_pages += len(run)
+                    taken += len(run)
+        except BaseException:
+            self._pool.give(pages[taken:])
+            raise
         return len(holes)
 
     def unmap(self, start: int, end: int) -> int:
-        """Let go of the pages that lie wholly in `[start, end)`; returns how many were mapped."""
+        """Let go of the pages that lie wholly in `[start, end)`; returns how many were mapped.
+
+        Raises `MappingRefused`, and lets go of none then.
+        """
         first, last = -(-start // self._page), min(end, self.nbytes) // self._page
         if first >= last:
             return 0

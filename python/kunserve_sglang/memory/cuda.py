@@ -14,7 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
-from kunserve_sglang.core.errors import ConfigurationError, DriverError, InternalError
+from kunserve_sglang.core.errors import (
+    ConfigurationError,
+    DriverError,
+    InternalError,
+    MappingRefused,
+)
 from kunserve_sglang.memory.cuda_driver import CudaDevice, Handle
 from kunserve_sglang.memory.dlpack import tensor_at
 from kunserve_sglang.memory.pool import contiguous_runs
@@ -85,10 +90,11 @@ class CudaPages:
                 self._gpu.map(place, self.page_bytes, self._handles[page])
                 done += 1
             self._gpu.allow_access(address, len(pages) * self.page_bytes)
-        except DriverError:
+        except DriverError as error:
             if done:
+                self._gpu.synchronize()
                 self._gpu.unmap(address, done * self.page_bytes)
-            raise
+            raise MappingRefused(str(error)) from error
         self._at.update(zip(places, pages, strict=True))
         self._shown.update(pages)
 
@@ -97,8 +103,22 @@ class CudaPages:
         page = self.page_bytes
         mapped = [n for n in range(count) if address + n * page in self._at]
         for first, length in contiguous_runs(mapped):
-            self._gpu.unmap(address + first * page, length * page)
+            try:
+                self._gpu.unmap(address + first * page, length * page)
+            except DriverError as error:
+                self._restore([n for n in mapped if n < first], address)
+                raise MappingRefused(str(error)) from error
         self._shown.difference_update(self._at.pop(address + n * page) for n in mapped)
+
+    def mappable(self) -> int:
+        return len(self._handles)  # the driver knows no limit but memory
+
+    def _restore(self, numbers: Sequence[int], address: int) -> None:
+        """Map pages again that were unmapped before others were refused."""
+        for n in numbers:
+            place = address + n * self.page_bytes
+            self._gpu.map(place, self.page_bytes, self._handles[self._at[place]])
+            self._gpu.allow_access(place, self.page_bytes)
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         return tensor_at(address, nbytes, self._device)

@@ -10,10 +10,11 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from kunserve_sglang.core.errors import ConfigurationError, InternalError
+from kunserve_sglang.core.errors import ConfigurationError, InternalError, MappingRefused
 from kunserve_sglang.memory.pool import contiguous_runs
 
 _PROT_NONE = 0
@@ -34,6 +35,11 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+_MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
+_SPARE_MAPPINGS = 8192
+"""For everything else that this process has mapped, or may map in the meantime."""
 
 
 class MemfdDriver:
@@ -70,15 +76,46 @@ class MemfdDriver:
             raise OSError(ctypes.get_errno(), "munmap of a reserved range failed")
 
     def map(self, address: int, pages: Sequence[int]) -> None:
-        for first, count in contiguous_runs(pages):
-            nbytes = count * self.page_bytes
-            flags = mmap.MAP_SHARED | _MAP_FIXED
-            _mmap(address, nbytes, _PROT_READ_WRITE, flags, self._fd, first * self.page_bytes)
-            address += nbytes
+        place = address
+        try:
+            for first, count in contiguous_runs(pages):
+                nbytes = count * self.page_bytes
+                flags = mmap.MAP_SHARED | _MAP_FIXED
+                _mmap(place, nbytes, _PROT_READ_WRITE, flags, self._fd, first * self.page_bytes)
+                place += nbytes
+        except OSError as error:
+            if place > address:
+                self._withdraw(address, place - address)
+            raise MappingRefused(str(error)) from error
 
     def unmap(self, address: int, count: int) -> None:
         # Mapping inaccessible memory over the pages is one atomic step: the range stays reserved.
-        _mmap(address, count * self.page_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
+        try:
+            _mmap(address, count * self.page_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
+        except OSError as error:
+            raise MappingRefused(str(error)) from error
+
+    def mappable(self) -> int:
+        # Every page may need a mapping of its own, and split the one that it lies in. They are not
+        # counted, which takes a while, where all pages could have two.
+        limit = int(_MAX_MAPPINGS.read_text()) - _SPARE_MAPPINGS
+        if (left := limit // 2 - self._committed) > 0:
+            return left
+        with Path("/proc/self/maps").open("rb") as maps:
+            used = sum(1 for _ in maps)
+        return max(0, limit - used) // 2
+
+    def _withdraw(self, address: int, nbytes: int) -> None:
+        """Nothing may be reached any more at pages that were mapped before others were refused.
+
+        Where the system has no mapping left not even for this, it makes these inaccessible, which
+        needs none; the next `map` or `unmap` there replaces them.
+        """
+        try:
+            _mmap(address, nbytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
+        except OSError:
+            if _libc.mprotect(address, nbytes, _PROT_NONE):
+                raise InternalError("pages cannot be made inaccessible again") from None
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         window = (ctypes.c_uint8 * nbytes).from_address(address)

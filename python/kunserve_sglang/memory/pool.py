@@ -39,14 +39,22 @@ class PageDriver(Protocol):
         ...
 
     def map(self, address: int, pages: Sequence[int]) -> None:
-        """Map `pages` one after the other at `address`, readable and writable."""
+        """Map `pages` one after the other at `address`, readable and writable.
+
+        Raises `MappingRefused` if the system will not, and has mapped none of them then.
+        """
         ...
 
     def unmap(self, address: int, count: int) -> None:
         """Make `count` pages from `address` on inaccessible again; holes among them do not matter.
 
-        Waits for whatever the device is still doing with them.
+        Waits for whatever the device is still doing with them. Raises `MappingRefused` if the
+        system will not; all of them are mapped as before then.
         """
+        ...
+
+    def mappable(self) -> int:
+        """A number of pages that could be mapped now, wherever they are and would be."""
         ...
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 import msgspec
 
 from kunserve_sglang.core.processes import within_reach
-from kunserve_sglang.core.settings import Transport
+from kunserve_sglang.core.transports import Transport
 
 
 class Way(Enum):

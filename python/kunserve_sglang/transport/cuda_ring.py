@@ -15,11 +15,24 @@ from collections.abc import Callable
 
 import torch
 
-from kunserve_sglang.core.errors import ConfigurationError, PeerLost
+from kunserve_sglang.core.errors import (
+    ConfigurationError,
+    DriverError,
+    MappingRefused,
+    PeerLost,
+)
 from kunserve_sglang.memory.cuda import CudaPages, ForeignPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
-from kunserve_sglang.transport.data import TensorSpec
-from kunserve_sglang.transport.ring import HEADER, TAIL, Reader, RingWriter, Writer, unpack
+from kunserve_sglang.transport.data import Malformed, TensorSpec
+from kunserve_sglang.transport.ring import (
+    HEADER,
+    TAIL_BYTES,
+    Reader,
+    RingWriter,
+    Writer,
+    tail_in,
+    unpack,
+)
 
 _PAGE = struct.Struct("<Q")  # behind the tail
 _MAX_PAGES = 250
@@ -42,11 +55,16 @@ class CudaRings:
         """Raises `PeerLost` if the GPU has no memory left beside what the budget has taken."""
         try:
             return _CudaWriter(self._open(), nbytes, self._device)
-        except ConfigurationError as error:
+        except (ConfigurationError, DriverError, MappingRefused) as error:
             raise PeerLost(f"no ring to a peer: {error}") from error
 
-    def reader(self, fds: list[int]) -> Reader:
-        return _CudaReader(self._open(), fds, self._device)
+    def reader(self, fds: list[int], *, shares_tail: bool) -> Reader:
+        gpu = self._open()
+        try:
+            return _CudaReader(gpu, fds, self._device, shares_tail=shares_tail)
+        except DriverError as error:
+            gpu.close()
+            raise Malformed(f"no ring from a peer: {error}") from error
 
 
 class _CudaWriter(RingWriter):
@@ -58,13 +76,13 @@ class _CudaWriter(RingWriter):
         self._pages = CudaPages(gpu, page, device)
         try:
             self._pages.commit(count)
-        except ConfigurationError:
+            address = self._pages.reserve(count * page)
+            self._pages.map(address, range(count))
+        except (ConfigurationError, DriverError, MappingRefused):
             self._pages.close()
             raise
-        address = self._pages.reserve(count * page)
-        self._pages.map(address, range(count))
         super().__init__(count * page, self._pages.tensor(address, count * page))
-        _PAGE.pack_into(self._map, TAIL.size, page)
+        _PAGE.pack_into(self._map, TAIL_BYTES, page)
         self.fds += self._pages.export(range(count))
 
     def write(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
@@ -78,23 +96,31 @@ class _CudaWriter(RingWriter):
 
 
 class _CudaReader:
-    def __init__(self, gpu: CudaDevice, fds: list[int], device: torch.device | None) -> None:
+    def __init__(
+        self, gpu: CudaDevice, fds: list[int], device: torch.device | None, *, shares_tail: bool
+    ) -> None:
         file, *pages = fds
         try:
             self._map = mmap.mmap(file, HEADER)
         finally:
             os.close(file)
         self._gpu = gpu
-        (page,) = _PAGE.unpack_from(self._map, TAIL.size)
+        self._tail = tail_in(self._map) if shares_tail else None
+        self.released = 0
+        (page,) = _PAGE.unpack_from(self._map, TAIL_BYTES)
         self._pages = ForeignPages(gpu, pages, page, device)
         self._memory = self._pages.tensor()
 
     def read(self, start: int, end: int, specs: tuple[TensorSpec, ...]) -> list[torch.Tensor]:
         at = start % len(self._memory)
+        if at + end - start > len(self._memory):
+            raise Malformed(f"tensors over the end of a ring, from {start} to {end}")
         own = self._memory[at : at + end - start].clone()
         if end > start:
             _settle(own.device)
-            TAIL.pack_into(self._map, 0, end)
+            self.released = end
+            if self._tail is not None:
+                self._tail[0] = end
         return unpack(own, specs)
 
     def bring(self, memory: torch.Tensor) -> torch.Tensor:

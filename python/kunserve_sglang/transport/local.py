@@ -7,63 +7,46 @@ on one or two pinned cores, where a helper would wait for the computation it is 
 
 from __future__ import annotations
 
-import array
 import contextlib
-import os
 import select
 import socket
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import msgspec
-import torch
-
-from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.dropped import Dropped
+from kunserve_sglang.core.sockets import PollHandle
 from kunserve_sglang.transport import ring
-from kunserve_sglang.transport.data import Packet, TensorSpec
+from kunserve_sglang.transport.data import Malformed, Packet, Tensors
 from kunserve_sglang.transport.outboxes import Outboxes
+from kunserve_sglang.transport.ring_ends import RingInbox, RingOutbox
+from kunserve_sglang.transport.windows import ON_HOST
 
-RING_BYTES = 16 << 20
-"""Room for activations in flight, per pair of instances; only what is used becomes resident."""
-
-_MESSAGE_BYTES = 128 << 10
-_MAX_FILES = 253
-_CONNECT_TIMEOUT_S = 5.0
 _GONE = select.EPOLLHUP | select.EPOLLERR
 
 
-class _Note(msgspec.Struct, frozen=True, array_like=True):
-    """One message: a packet whose tensors lie at `[start, end)`.
+class LocalDataPlane:
+    """A listening socket for all peers, and connections to each peer that is sent to.
 
-    The place is the ring's, or that of a file that comes with the message if `own_file`: tensors
-    that find no room in the ring travel in a memory file of their own.
+    Bulk has one of its own: in one ring, what a peer has not let go of yet would be in its way.
     """
 
-    header: bytes
-    specs: tuple[TensorSpec, ...]
-    start: int
-    end: int
-    own_file: bool
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Note)
-
-
-class LocalDataPlane:
-    """A listening socket for all peers, and one connection for each peer that is sent to."""
-
     def __init__(
-        self, path: str, *, ring_bytes: int = RING_BYTES, rings: ring.Rings | None = None
+        self,
+        path: str,
+        *,
+        ring_bytes: int = ON_HOST.activations,
+        bulk_bytes: int = 0,
+        rings: ring.Rings | None = None,
+        shares_tail: bool | None = None,
     ) -> None:
         """Listen at `path`, a name for a socket file that does not exist yet.
 
-        `rings` says in whose memory packets lie; both ends of a connection must agree.
+        A peer gets a ring of `ring_bytes` bytes, and one of `bulk_bytes` for bulk; with 0, that
+        shares the first. `rings` says in whose memory packets lie; both ends of a connection must
+        agree. `shares_tail` is as `ring.tail_is_shared` by default.
         """
         self.address = path
-        self._ring_bytes = ring_bytes
         self._rings = rings or ring.HostRings()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(path)
@@ -71,29 +54,49 @@ class LocalDataPlane:
         self._listener.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
-        self._inboxes: dict[int, _Inbox] = {}
-        self._outboxes = Outboxes(
-            lambda path: _Outbox(path, self._rings, self._ring_bytes, self._epoll)
-        )
+        self._inboxes: dict[int, RingInbox] = {}
+        self._shares_tail = ring.tail_is_shared() if shares_tail is None else shares_tail
+        self._outboxes = self._bulk = self._outboxes_with(ring_bytes)
+        if bulk_bytes:
+            self._bulk = self._outboxes_with(bulk_bytes)
+
+        self._dropped = Dropped()
+
+    @property
+    def malformed(self) -> int:
+        return self._dropped.count
 
     def connect(self, peers: Mapping[int, str]) -> None:
         self._outboxes.connect(peers)
+        self._bulk.connect(peers)
 
-    def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
-        self._outboxes[peer].send(header, list(tensors))
+    def send(self, peer: int, header: bytes, tensors: Tensors = (), *, bulk: bool = False) -> None:
+        (self._bulk if bulk else self._outboxes)[peer].send(header, list(tensors))
 
     def room(self, peer: int) -> int:
-        return self._outboxes[peer].room
+        return self._bulk[peer].room
+
+    def window(self, peer: int) -> int:
+        return self._bulk[peer].window
+
+    def lost(self, peers: Collection[int]) -> str:  # noqa: ARG002
+        return ""  # of a process on this host the router knows as soon as anybody
 
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
+        if not self._shares_tail:
+            for sender in self._inboxes.values():
+                sender.tell_tail()
         # One event at a time: what is not taken stays in the kernel, visible to `poll_handles`.
         while events := self._epoll.poll(timeout_s, 1):
             number, happened = events[0]
             if number == self._listener.fileno():
                 self._accept()
             elif (inbox := self._inboxes.get(number)) is not None:
-                if (packet := inbox.receive()) is not None:
-                    return packet
+                try:
+                    if (packet := inbox.receive()) is not None:
+                        return packet
+                except Malformed as error:
+                    self._dropped.because(error)
                 if inbox.ended:
                     self._epoll.unregister(number)
                     self._inboxes.pop(number).close()
@@ -101,7 +104,7 @@ class LocalDataPlane:
                 self._outbox(number).flush(gone=bool(happened & _GONE))
         return None
 
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         return [self._epoll.fileno()]
 
     def close(self) -> None:
@@ -116,121 +119,12 @@ class LocalDataPlane:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        self._inboxes[connection.fileno()] = _Inbox(connection, self._rings)
+        self._inboxes[connection.fileno()] = RingInbox(connection, self._rings, self._shares_tail)
         self._epoll.register(connection, select.EPOLLIN)
 
-    def _outbox(self, number: int) -> _Outbox:
-        return next(o for o in self._outboxes if o.fileno() == number)
+    def _outbox(self, number: int) -> RingOutbox:
+        return next(o for o in chain(self._outboxes, self._bulk) if o.fileno() == number)
 
-
-class _Inbox:
-    """Receiver's end of a connection; its first message brings the ring."""
-
-    def __init__(self, connection: socket.socket, rings: ring.Rings) -> None:
-        self._socket = connection
-        self._rings = rings
-        self._reader: ring.Reader | None = None
-        self.ended = False
-
-    def receive(self) -> Packet | None:
-        """Read what is there: a packet, or None for the ring or the sender's end."""
-        data, files, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, _MAX_FILES)
-        try:
-            if not data:
-                self.ended = True
-                return None
-            if self._reader is None:
-                if data != self._rings.kind:
-                    raise InternalError(f"a {data!r} ring, where {self._rings.kind!r} is meant")
-                mine, files = files, []
-                self._reader = self._rings.reader(mine)
-                return None
-            note = _decoder.decode(data)
-            if note.own_file:
-                memory = self._reader.bring(ring.map_shared(files[0], note.end))
-                return Packet(note.header, ring.unpack(memory, note.specs))
-            return Packet(note.header, self._reader.read(note.start, note.end, note.specs))
-        finally:
-            _close(files)
-
-    def close(self) -> None:
-        self._socket.close()
-        if self._reader is not None:
-            self._reader.close()
-
-
-class _Outbox:
-    """Sender's end of a connection. Messages that the socket does not take wait here."""
-
-    def __init__(self, path: str, rings: ring.Rings, ring_bytes: int, epoll: select.epoll) -> None:
-        self._path = path
-        self._epoll = epoll
-        self._waiting: deque[tuple[bytes, list[int]]] = deque()
-        self._ring = rings.writer(ring_bytes)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(_CONNECT_TIMEOUT_S)
-        try:
-            self._socket.connect(path)
-        except OSError as error:
-            self._socket.close()
-            _close(self._ring.fds)
-            self._ring.close()
-            raise PeerLost(f"no instance answers at {path}: {error}") from error
-        self._socket.setblocking(False)
-        self._send(rings.kind, self._ring.fds)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    @property
-    def room(self) -> int:
-        return 0 if self._waiting else self._ring.room
-
-    def send(self, header: bytes, tensors: list[torch.Tensor]) -> None:
-        specs = tuple(TensorSpec.of(t) for t in tensors)
-        place = self._ring.write(tensors) if tensors else (0, 0)
-        if place is not None:
-            self._send(_encoder.encode(_Note(header, specs, *place, False)), [])
-            return
-        nbytes = ring.packed_bytes(tensors)
-        file = os.memfd_create("kunserve-packet", os.MFD_CLOEXEC)
-        os.ftruncate(file, nbytes)
-        ring.pack(ring.map_shared(file, nbytes), tensors)
-        self._send(_encoder.encode(_Note(header, specs, 0, nbytes, True)), [file])
-
-    def flush(self, *, gone: bool = False) -> None:
-        """Send what waits, as far as the socket takes it; with `gone`, forget it."""
-        while self._waiting and (gone or self._try_send(*self._waiting[0])):
-            _close(self._waiting.popleft()[1])
-        if not self._waiting:
-            self._epoll.unregister(self._socket)
-
-    def close(self) -> None:
-        if self._waiting:
-            self.flush(gone=True)
-        self._socket.close()
-        self._ring.close()
-
-    def _send(self, message: bytes, files: list[int]) -> None:
-        """Takes over `files`."""
-        if not self._waiting:
-            if self._try_send(message, files):
-                _close(files)
-                return
-            self._epoll.register(self._socket, select.EPOLLOUT)
-        self._waiting.append((message, files))
-
-    def _try_send(self, message: bytes, files: list[int]) -> bool:
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))
-        try:
-            self._socket.sendmsg([message], [rights] if files else [])
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise PeerLost(f"the instance at {self._path} has gone: {error}") from error
-        return True
-
-
-def _close(files: list[int]) -> None:
-    for file in files:
-        os.close(file)
+    def _outboxes_with(self, ring_bytes: int) -> Outboxes[RingOutbox]:
+        shares = self._shares_tail
+        return Outboxes(lambda path: RingOutbox(path, self._rings, ring_bytes, self._epoll, shares))

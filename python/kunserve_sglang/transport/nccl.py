@@ -19,7 +19,7 @@ import queue
 import select
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ import msgspec
 import torch
 import zmq
 
+from kunserve_sglang.core.dropped import Dropped
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.keys import MemberKeys
-from kunserve_sglang.transport.data import Packet, TensorSpec
+from kunserve_sglang.core.sockets import PollHandle
+from kunserve_sglang.transport.data import Malformed, Packet, Tensors, TensorSpec
 from kunserve_sglang.transport.lane import Lane, Rendezvous, has_happened, visit
+from kunserve_sglang.transport.news import Closed, LaneAddress, Open, Sent, heard, news_of
 from kunserve_sglang.transport.outboxes import Outboxes
 from kunserve_sglang.transport.ring import pack, packed_bytes, unpack
 from kunserve_sglang.transport.sockets import PacketSockets
@@ -48,38 +51,6 @@ _ENDS = (PeerLost, RuntimeError)
 """Errors that end one lane only; torch raises the second if a GPU is out of memory."""
 
 _CPU = torch.device("cpu")
-
-
-class LaneAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an instance hears of packets, and where it meets those who send them."""
-
-    news: str
-    store: str
-
-
-class _Open(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A sender waits to make this lane."""
-
-    lane: str
-
-
-class _Sent(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A packet; its tensors, if any, are about to pass the lane."""
-
-    lane: str
-    header: bytes
-    specs: tuple[TensorSpec, ...]
-    nbytes: int
-
-
-class _Closed(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    lane: str
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[_Open | _Sent | _Closed] = msgspec.msgpack.Decoder(
-    _Open | _Sent | _Closed
-)
 
 
 class NcclDataPlane:
@@ -99,19 +70,30 @@ class NcclDataPlane:
         self._outboxes = Outboxes(lambda address: _LaneOutbox(self._sockets, address, device))
         self.address = msgspec.json.encode(self._inbox.address).decode()
 
+    @property
+    def malformed(self) -> int:
+        return self._inbox.dropped.count
+
     def connect(self, peers: Mapping[int, str]) -> None:
         self._outboxes.connect(peers)
 
-    def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, peer: int, header: bytes, tensors: Tensors = (), *, bulk: bool = False) -> None:
+        del bulk  # one lane for all: what has room on the device passes in a moment
         self._outboxes[peer].send(header, list(tensors))
 
     def room(self, peer: int) -> int:
         return self._outboxes[peer].room
 
+    def window(self, peer: int) -> int:  # noqa: ARG002
+        return ROOM_BYTES
+
+    def lost(self, peers: Collection[int]) -> str:
+        return next((why for p in peers if (why := self._outboxes[p].lost)), "")
+
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
         return self._inbox.receive(timeout_s)
 
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         return [self._inbox.arrived]
 
     def close(self) -> None:
@@ -141,7 +123,7 @@ class _LaneOutbox:
         self._to = msgspec.json.decode(address, type=LaneAddress)
         self._store = visit(self._to.store)
         self._device = device
-        self._lost = ""
+        self.lost = ""
         self._queue: queue.SimpleQueue[_Leaving | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._lock = threading.Lock()
@@ -153,11 +135,11 @@ class _LaneOutbox:
         return max(0, ROOM_BYTES - self._queued_bytes)
 
     def send(self, header: bytes, tensors: list[torch.Tensor]) -> None:
-        if self._lost:
-            raise PeerLost(self._lost)
+        if self.lost:
+            raise PeerLost(self.lost)
         specs = tuple(TensorSpec.of(t) for t in tensors)
         memory, ready = None, None
-        if nbytes := packed_bytes(tensors):
+        if nbytes := packed_bytes(t.nbytes for t in tensors):
             memory = torch.empty(
                 nbytes, dtype=torch.uint8, device=self._device if self.room >= nbytes else _CPU
             )
@@ -175,17 +157,18 @@ class _LaneOutbox:
 
     def _run(self) -> None:
         name = uuid4().hex
-        news = self._sockets.outbox(self._to.news)
+        news = self._sockets.outbox()
+        news.connect(self._to.news)
         news.setsockopt(zmq.LINGER, _LAST_WORD_MS)
         try:
-            news.send(_encoder.encode(_Open(name)))
+            news.send(news_of(Open(name)))
             lane = Lane(name, self._store, self._device, sending=True)
             while (leaving := self._queue.get()) is not None:
                 self._pass_on(leaving, name, lane, news)
-            news.send(_encoder.encode(_Closed(name)))
+            news.send(news_of(Closed(name)))
             lane.close()
         except _ENDS as error:
-            self._lost = str(error)
+            self.lost = str(error)
             logger.warning("%s", error)
         finally:
             news.close()
@@ -195,7 +178,7 @@ class _LaneOutbox:
         nbytes = 0 if memory is None else memory.nbytes
         if leaving.ready is not None and not has_happened(leaving.ready):
             raise PeerLost("what was to be sent to a peer was not computed in time")
-        news.send(_encoder.encode(_Sent(name, leaving.header, leaving.specs, nbytes)))
+        news.send(news_of(Sent(name, leaving.header, leaving.specs, nbytes)))
         if memory is not None:
             lane.send(memory.to(self._device))
             with self._lock:
@@ -221,6 +204,7 @@ class _LaneInbox:
         self._rendezvous = rendezvous
         self._device = device
         self._lanes: dict[str, Lane] = {}
+        self.dropped = Dropped()
         self._packets: deque[_ArrivedPacket] = deque()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
@@ -255,7 +239,11 @@ class _LaneInbox:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._end, zmq.POLLIN)
         while self._end not in dict(poller.poll()):
-            news = _decoder.decode(self._socket.recv())
+            try:
+                news = heard(self._socket.recv())
+            except Malformed as error:
+                self.dropped.because(error)
+                continue
             try:
                 self._hear(news)
             except _ENDS as error:
@@ -269,11 +257,11 @@ class _LaneInbox:
             if self.address.news.startswith("ipc://"):
                 Path(self.address.news.removeprefix("ipc://")).unlink()
 
-    def _hear(self, news: _Open | _Sent | _Closed) -> None:
-        if isinstance(news, _Open):
+    def _hear(self, news: Open | Sent | Closed) -> None:
+        if isinstance(news, Open):
             store = self._rendezvous.store
             self._lanes[news.lane] = Lane(news.lane, store, self._device, sending=False)
-        elif isinstance(news, _Closed):
+        elif isinstance(news, Closed):
             self._leave(news.lane)
         elif news.lane in self._lanes:
             self._take_in(self._lanes[news.lane], news)
@@ -282,7 +270,7 @@ class _LaneInbox:
         if (lane := self._lanes.pop(name, None)) is not None:
             lane.close()
 
-    def _take_in(self, lane: Lane, news: _Sent) -> None:
+    def _take_in(self, lane: Lane, news: Sent) -> None:
         memory = lane.new_memory(news.nbytes, self._device)
         if news.nbytes:
             lane.receive(memory)

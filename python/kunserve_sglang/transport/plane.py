@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,20 +18,20 @@ import zmq
 from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.processes import this_host
-from kunserve_sglang.core.settings import Transport
+from kunserve_sglang.core.sockets import PollHandle
+from kunserve_sglang.core.transports import Transport
 from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.transport.choice import PeerAddress, Way, way_between
 from kunserve_sglang.transport.cuda_ring import CudaRings
-from kunserve_sglang.transport.data import DataPlane, Packet
-from kunserve_sglang.transport.local import RING_BYTES, LocalDataPlane
+from kunserve_sglang.transport.data import DataPlane, Packet, Tensors
+from kunserve_sglang.transport.local import LocalDataPlane
 from kunserve_sglang.transport.nccl import NcclDataPlane
 from kunserve_sglang.transport.ring import HostRings, Rings
 from kunserve_sglang.transport.tcp import TcpDataPlane
+from kunserve_sglang.transport.windows import ON_GPU, ON_HOST, Windows
 
 _CPU = torch.device("cpu")
 _LOOPBACK = "127.0.0.1"
-_GPU_RING_BYTES = 64 << 20
-"""2,048 tokens of a 7B model are some 30 MB; without room they would go by way of the host."""
 
 
 def gpu_of(device: torch.device) -> str:
@@ -58,17 +58,25 @@ class HostAwareDataPlane:
         host: str = "",
         device: torch.device = _CPU,
         transport: Transport = Transport.AUTO,
+        windows: Windows | None = None,
     ) -> None:
         """`tcp` is an address to listen at for members on other hosts, who show `keys`.
 
         Without both there are none. `host` stands for this host if it is given. Tensors are
-        received on `device`.
+        received on `device`. `windows` are the largest by default.
         """
         self._wanted = transport
         self._context: zmq.Context[Any] = zmq.Context()
-        ring_bytes = RING_BYTES if device.type == "cpu" else _GPU_RING_BYTES
-        self._local = LocalDataPlane(path, rings=rings_on(device), ring_bytes=ring_bytes)
-        self._tcp = TcpDataPlane(self._context, tcp, keys, device) if tcp and keys else None
+        windows = windows or (ON_HOST if device.type == "cpu" else ON_GPU)
+        self._local = LocalDataPlane(
+            path,
+            ring_bytes=windows.activations,
+            bulk_bytes=windows.bulk,
+            rings=rings_on(device),
+        )
+        self._tcp: TcpDataPlane | None = None
+        if tcp and keys:
+            self._tcp = TcpDataPlane(self._context, tcp, keys, device, windows.bulk)
         self._nccl: NcclDataPlane | None = None
         # With host memory it is there for those who ask for it: shared memory is faster.
         if transport is Transport.NCCL or (transport is Transport.AUTO and device.type == "cuda"):
@@ -86,6 +94,10 @@ class HostAwareDataPlane:
         for handle in self.poll_handles():
             self._poller.register(handle, zmq.POLLIN)
 
+    @property
+    def malformed(self) -> int:
+        return sum(plane.malformed for plane in self._planes().values())
+
     def connect(self, peers: Mapping[int, str]) -> None:
         addresses = {
             peer: msgspec.json.decode(address, type=PeerAddress) for peer, address in peers.items()
@@ -99,13 +111,19 @@ class HostAwareDataPlane:
             plane.connect(mine)
             self._ways |= dict.fromkeys(mine, plane)
 
-    def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, peer: int, header: bytes, tensors: Tensors = (), *, bulk: bool = False) -> None:
         if peer not in self._ways:
             raise InternalError(f"instance {peer} is not connected")
-        self._ways[peer].send(peer, header, tensors)
+        self._ways[peer].send(peer, header, tensors, bulk=bulk)
 
     def room(self, peer: int) -> int:
         return self._ways[peer].room(peer)
+
+    def window(self, peer: int) -> int:
+        return self._ways[peer].window(peer)
+
+    def lost(self, peers: Collection[int]) -> str:
+        return next((why for p in peers if (why := self._ways[p].lost([p]))), "")
 
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
         if self._tcp is None and self._nccl is None:
@@ -118,7 +136,7 @@ class HostAwareDataPlane:
             self._poller.poll(math.ceil(1000 * left))
         return packet
 
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         return [handle for plane in self._planes().values() for handle in plane.poll_handles()]
 
     def close(self) -> None:

@@ -3,35 +3,56 @@
 The sender owns the head; the receiver moves the tail, a counter in the ring's first bytes, when
 the tensors that lie there have died. Both are byte counts since the beginning, so that full and
 empty differ.
+
+What is relied on: the sender writes tensors before it tells of them by socket, and the receiver
+reads them after, which the kernel's locks order on every CPU. With the tail it is the other way
+round: the receiver reads tensors, then stores the tail, and the sender loads the tail, then writes
+over them. On x86 no load passes a later store and no store an earlier load, so a tail that is
+stored and loaded in one piece is enough. Elsewhere, as on Arm, a CPU may have the tail stored
+before the tensors are read, and Python has no barrier to forbid it: there the receiver tells the
+tail by socket as well (`tail_is_shared`).
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import struct
+import platform
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from kunserve_sglang.transport.data import TensorSpec
+from kunserve_sglang.transport.data import Malformed, TensorSpec
 
 ALIGNMENT = 64
-TAIL = struct.Struct("<Q")
 HEADER = ALIGNMENT  # the tail, on a cache line of its own
+TAIL_BYTES = 8
+KINDS = (b"host", b"cuda")
+"""Of memory in which a ring may lie."""
+
+
+def tail_is_shared() -> bool:
+    """Whether on this CPU the receiver may store the tail where the sender loads it."""
+    return platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+
+
+def tail_in(memory: mmap.mmap) -> memoryview:
+    """The tail as `[0]`: an aligned word that is stored and loaded whole, which `struct` is not."""
+    return memoryview(memory)[:TAIL_BYTES].cast("Q")
 
 
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def packed_bytes(tensors: list[torch.Tensor]) -> int:
-    """What `pack` needs for these tensors."""
-    return sum(aligned(t.nbytes) for t in tensors)
+def packed_bytes(sizes: Iterable[int]) -> int:
+    """What `pack` needs for tensors of so many bytes."""
+    return sum(map(aligned, sizes))
 
 
 def pack(memory: torch.Tensor, tensors: list[torch.Tensor]) -> None:
@@ -48,9 +69,7 @@ def unpack(memory: torch.Tensor, specs: tuple[TensorSpec, ...]) -> list[torch.Te
     """The tensors in `memory`, not copied."""
     tensors, at = [], 0
     for spec in specs:
-        nbytes = spec.torch_dtype.itemsize
-        for length in spec.shape:
-            nbytes *= length
+        nbytes = spec.nbytes
         if nbytes:
             tensors.append(memory[at : at + nbytes].view(spec.torch_dtype).view(spec.shape))
         else:
@@ -69,10 +88,16 @@ class Writer(Protocol):
 
     fds: list[int]
     """What the receiver needs, in this order; whoever made the ring closes them."""
+    nbytes: int
+    """The room that there is when nothing is in it."""
 
     @property
     def room(self) -> int:
         """Bytes that a `write` would find room for in one piece."""
+        ...
+
+    def free(self, tail: int) -> None:
+        """The receiver has told how far it has let go, where it does not say so in memory."""
         ...
 
     def write(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
@@ -85,8 +110,11 @@ class Writer(Protocol):
 class Reader(Protocol):
     """Receiver's end of a ring."""
 
+    released: int
+    """The tail."""
+
     def read(self, start: int, end: int, specs: tuple[TensorSpec, ...]) -> list[torch.Tensor]:
-        """The tensors of one `write`. They belong to the caller."""
+        """The tensors of one `write`. They belong to the caller. Raises `Malformed`."""
         ...
 
     def bring(self, memory: torch.Tensor) -> torch.Tensor:
@@ -105,8 +133,10 @@ class Rings(Protocol):
         """Raises `PeerLost` if there is no memory for it."""
         ...
 
-    def reader(self, fds: list[int]) -> Reader:
-        """Takes over `fds`."""
+    def reader(self, fds: list[int], *, shares_tail: bool) -> Reader:
+        """Takes over `fds`; stores the tail in memory if told to. Raises `Malformed` if there is no
+        ring that can be mapped here.
+        """
         ...
 
 
@@ -122,33 +152,37 @@ class RingWriter:
         if memory is None:
             memory = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8, offset=HEADER))
         self._memory = memory
-        self._nbytes = nbytes
+        self.nbytes = nbytes
         self._head = 0
+        self._tail = tail_in(self._map)
 
     def close(self) -> None:
         """Nothing to do: the memory goes with its last user."""
 
+    def free(self, tail: int) -> None:
+        self._tail[0] = tail
+
     @property
     def room(self) -> int:
-        tail: int = TAIL.unpack_from(self._map)[0]
+        tail: int = self._tail[0]
         if tail == self._head:
-            return self._nbytes
+            return self.nbytes
         used = self._head - tail
-        to_end = self._nbytes - self._head % self._nbytes
-        free = self._nbytes - used
+        to_end = self.nbytes - self._head % self.nbytes
+        free = self.nbytes - used
         return max(min(to_end, free), free - to_end)
 
     def write(self, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
-        needed = packed_bytes(tensors)
+        needed = packed_bytes(t.nbytes for t in tensors)
         start = self._head
-        if start % self._nbytes + needed > self._nbytes:
-            start += self._nbytes - start % self._nbytes  # never split over the end
-        tail = TAIL.unpack_from(self._map)[0]
+        if start % self.nbytes + needed > self.nbytes:
+            start += self.nbytes - start % self.nbytes  # never split over the end
+        tail = self._tail[0]
         if tail == self._head:
             tail = start  # empty: what is skipped does not count
-        if start + needed - tail > self._nbytes:
+        if start + needed - tail > self.nbytes:
             return None
-        at = start % self._nbytes
+        at = start % self.nbytes
         pack(self._memory[at : at + needed], tensors)
         self._head = start + needed
         return start, self._head
@@ -163,9 +197,11 @@ class _Lease:
 class RingReader:
     """Receiver's end: hands out tensors in place and frees what lies there once they are dead."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, shares_tail: bool) -> None:
         """Maps the ring; `fd` can be closed afterwards."""
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+        self._tail = tail_in(self._map) if shares_tail else None
+        self.released = 0
         self._nbytes = len(self._map) - HEADER
         self._leases: deque[_Lease] = deque()
 
@@ -174,6 +210,8 @@ class RingReader:
             return unpack(torch.empty(0, dtype=torch.uint8), specs)
         lease = _Lease(end, None)
         at = HEADER + start % self._nbytes
+        if at + end - start > len(self._map):
+            raise Malformed(f"tensors over the end of a ring, from {start} to {end}")
         # The tensors keep this array alive, and nothing else does.
         array = np.frombuffer(self._map, dtype=np.uint8, count=end - start, offset=at)
         lease.memory = weakref.ref(array, lambda _: self._release())
@@ -192,7 +230,9 @@ class RingReader:
         while self._leases and (memory := self._leases[0].memory) and memory() is None:
             tail = self._leases.popleft().end
         if tail:
-            TAIL.pack_into(self._map, 0, tail)
+            self.released = tail
+            if self._tail is not None:
+                self._tail[0] = tail
 
 
 class HostRings:
@@ -203,9 +243,11 @@ class HostRings:
     def writer(self, nbytes: int) -> Writer:
         return RingWriter(nbytes)
 
-    def reader(self, fds: list[int]) -> Reader:
-        (file,) = fds
+    def reader(self, fds: list[int], *, shares_tail: bool) -> Reader:
         try:
-            return RingReader(file)
+            if len(fds) != 1 or os.fstat(fds[0]).st_size <= HEADER:
+                raise Malformed("no memory that is a ring")
+            return RingReader(fds[0], shares_tail=shares_tail)
         finally:
-            os.close(file)
+            for file in fds:
+                os.close(file)

@@ -7,6 +7,8 @@ from typing import Any
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from kunserve_sglang.core.addresses import is_ipv6
+from kunserve_sglang.core.heartbeats import watch_packets
 from kunserve_sglang.core.keys import Admission, MemberKeys
 
 
@@ -26,24 +28,31 @@ class PacketSockets:
             self._doorkeeper.start()
             self._doorkeeper.configure_curve_callback("*", credentials_provider=Admission(keys))
 
-    def inbox(self, address: str) -> zmq.Socket[bytes]:
-        """Bound to `address`, which may leave the port open (`tcp://host:*`)."""
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, 0)
+    def inbox(self, address: str, kind: int = zmq.PULL, max_bytes: int = -1) -> zmq.Socket[bytes]:
+        """Bound to `address`, which may leave the port open (`tcp://host:*`).
+
+        Whoever sends a part of more than `max_bytes` bytes is cut off.
+        """
+        socket = self._socket(kind)
+        socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         if self._keys is not None:
             self._keys.secure_inbox(socket)
+        socket.ipv6 = is_ipv6(address)
         socket.bind(address)
         return socket
 
-    def outbox(self, address: str) -> zmq.Socket[bytes]:
-        """On its way to be connected; belongs to the thread that calls this."""
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.LINGER, 0)
+    def outbox(self, kind: int = zmq.PUSH) -> zmq.Socket[bytes]:
+        """To be connected by the thread that calls this, to which it belongs."""
+        socket = self._socket(kind)
         if self._keys is not None:
             self._keys.secure_outbox(socket)
-        socket.connect(address)
+        return socket
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        for option in (zmq.RCVHWM, zmq.SNDHWM, zmq.LINGER):
+            socket.setsockopt(option, 0)
+        watch_packets(socket)
         return socket
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kunserve_sglang.core.cost_model import Chunk, Work
@@ -25,7 +25,6 @@ def slots_of(work: Work) -> int:
     return work.context + sum(c.prefix + c.tokens for c in work.chunks)
 
 
-@settings(deadline=None)
 @given(device=st.sampled_from(["cpu", "cuda"]), **_sizes)
 def test_they_fit_what_there_is(
     device: str, slots: int, context: int, chunk: int, running: int
@@ -42,7 +41,6 @@ def test_they_fit_what_there_is(
             assert tokens(work) <= chunk
 
 
-@settings(deadline=None)
 @given(**_sizes)
 def test_on_a_gpu_they_reach_the_corners(
     slots: int, context: int, chunk: int, running: int
@@ -67,7 +65,6 @@ def test_on_a_gpu_they_reach_the_corners(
     assert max(c.prefix + c.tokens for c in smallest) == reach
 
 
-@settings(deadline=None)
 @given(**_sizes)
 def test_on_a_gpu_they_are_few(slots: int, context: int, chunk: int, running: int) -> None:
     """All prefills together are some ten of the largest; of which a second holds dozens."""

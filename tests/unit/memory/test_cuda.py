@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from kunserve_sglang.core.errors import ConfigurationError, DriverError, InternalError
+from kunserve_sglang.core.errors import (
+    ConfigurationError,
+    DriverError,
+    InternalError,
+    MappingRefused,
+)
 from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer, open_pool
 from kunserve_sglang.memory.cuda import CudaPages, ForeignPages
 from kunserve_sglang.memory.cuda_driver import CudaBindings, CudaDevice
@@ -107,7 +112,7 @@ def test_a_mapping_that_fails_halfway_is_undone(
     fail.__name__ = call
     with monkeypatch.context() as patch:
         patch.setattr(fake, call, fail)
-        with pytest.raises(DriverError, match=f"{call} failed: CUDA_ERROR_OUT_OF_MEMORY"):
+        with pytest.raises(MappingRefused, match=f"{call} failed: CUDA_ERROR_OUT_OF_MEMORY"):
             pages.map(address, [0, 1, 2])
     assert not fake.mappings
     pages.map(address, [0, 1, 2])

@@ -10,18 +10,20 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kunserve_sglang.core.errors import InternalError, OutOfPages
-from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer
+from kunserve_sglang.core.errors import InternalError, MappingRefused, OutOfPages
+from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer, memfd
 from kunserve_sglang.memory.devices import page_bytes_for
 from kunserve_sglang.memory.memfd import MemfdDriver
 from kunserve_sglang.memory.pool import contiguous_runs
 from tests.support.pages import HOST_PAGE, ON_HOST, Pools
+from tests.support.refusals import refused_mappings
 
 
 @pytest.fixture(params=ON_HOST)
@@ -98,9 +100,7 @@ def test_runs_cover_the_pages_in_order(pages: list[int]) -> None:
     assert spread == pages
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_pages_are_conserved_and_never_shared(pools: Pools, data: st.DataObject) -> None:
     """Random growth and release of three buffers; content is checked page by page."""
@@ -133,6 +133,76 @@ def test_pages_are_conserved_and_never_shared(pools: Pools, data: st.DataObject)
         buffer.close()
     assert pool.free == pool.total
     pools.close()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_refused_mappings_lose_no_page_and_no_content(pools: Pools, data: st.DataObject) -> None:
+    """Whatever the system refuses, a page is in the pool or mapped where the table says."""
+    pool = pools(24)
+    page = pool.page_bytes
+    buffers = [VirtualBuffer(pool, 16 * page) for _ in range(3)]
+    views = [b.tensor(torch.uint8, (16 * page,)) for b in buffers]
+    expected: dict[tuple[int, int], int] = {}
+    with refused_mappings(data.draw(st.integers(2, 5))):
+        for step in range(data.draw(st.integers(1, 25))):
+            which = data.draw(st.integers(0, 2))
+            first = data.draw(st.integers(0, 15))
+            last = data.draw(st.integers(first, 16))
+            maps = data.draw(st.booleans())
+            try:
+                if maps:
+                    buffers[which].map(first * page, last * page)
+                else:
+                    buffers[which].unmap(first * page, last * page)
+            except (MappingRefused, OutOfPages):
+                maps = False
+            else:
+                if not maps:
+                    for number in range(first, last):
+                        expected.pop((which, number), None)
+            if maps:
+                for number in range(first, last):
+                    views[which][number * page] = expected[which, number] = step % 251
+            assert pool.free + sum(b.mapped_pages for b in buffers) == pool.total
+            assert all(int(views[b][n * page]) == value for (b, n), value in expected.items())
+    for buffer in buffers:
+        buffer.close()
+    assert pool.free == pool.total
+    pools.close()
+
+
+def test_what_was_mapped_before_a_refusal_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even where the system has no mapping left to take it away with."""
+    pool = PhysicalPagePool(MemfdDriver(HOST_PAGE), 8)
+    low, high = VirtualBuffer(pool, 8 * HOST_PAGE), VirtualBuffer(pool, 4 * HOST_PAGE)
+    low.map(0, 8 * HOST_PAGE)
+    for number in (0, 2):
+        low.unmap(number * HOST_PAGE, (number + 1) * HOST_PAGE)
+    granted, mmap = [1], memfd._mmap
+
+    def refuses_the_second(*arguments: Any) -> int:
+        if not granted:
+            raise OSError(12, "no mapping is left")
+        granted.pop()
+        return mmap(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(memfd, "_mmap", refuses_the_second)
+        with pytest.raises(MappingRefused, match="no mapping is left"):
+            high.map(0, 2 * HOST_PAGE)
+    assert pool.free == 2
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        os._exit(int(high.tensor(torch.uint8, (1,))[0]))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    high.map(0, 2 * HOST_PAGE)
+    high.tensor(torch.uint8, (2 * HOST_PAGE,)).fill_(1)
+    pool.driver.close()
 
 
 def test_contents_stay_with_their_page(pool: PhysicalPagePool) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.keys import MemberKeys, new_keys
-from kunserve_sglang.core.settings import Transport
+from kunserve_sglang.core.transports import Transport
 from kunserve_sglang.transport import HostAwareDataPlane, Packet, lane, nccl
 from tests.support.limits import many_open_files
 
