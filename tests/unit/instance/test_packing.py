@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kunserve_sglang.instance.agent.engine import StageBatch
@@ -72,7 +72,6 @@ def assert_equal(got: object, want: object) -> None:
             assert mine == theirs, field.name
 
 
-@settings(deadline=None)
 @given(_spans, st.booleans(), st.booleans(), st.booleans())
 def test_it_arrives_as_it_was(
     spans: list[tuple[int, int, int, int]], decode: bool, residual: bool, few: bool

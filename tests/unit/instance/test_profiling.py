@@ -188,7 +188,7 @@ def test_every_kind_of_device_has_profiles_of_its_own(monkeypatch: pytest.Monkey
         scheduler_on(gpu, graphs=0),
         scheduler_on(cpu, graphs=0),
     ):
-        assembly.cost_model(scheduler)
+        assembly.cost_model(scheduler, scheduler.engine)
     keys = [key for key, *_ in asked]
     assert len(set(keys)) == 4
     assert keys[0] == keys[4]

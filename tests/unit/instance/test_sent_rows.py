@@ -16,7 +16,7 @@ from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
 
 
 @pytest.mark.parametrize("kind", [HostSentRows, DeviceSentRows])
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000))
 def test_a_stage_that_follows_sees_what_the_owner_sees(kind: Any, seed: int) -> None:
     owner = Owner(seed)

@@ -18,13 +18,14 @@ from kunserve_sglang.core.errors import (
     OutOfPages,
     TransientError,
 )
+from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.settings import InstanceConfig
 from kunserve_sglang.instance.store.budget import adopt_model, memory_budget
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore
 from kunserve_sglang.memory import PhysicalPagePool, devices, open_pool
 from kunserve_sglang.memory.cuda_driver import CudaDevice
+from kunserve_sglang.transport import windows
 from tests.support.fake_cuda import FakeCuda
 from tests.support.pages import ON_HOST, Pools
 
@@ -132,11 +133,12 @@ def test_a_budget_covers_what_is_never_dropped_and_is_all_there() -> None:
     model = nn.Sequential(nn.Linear(64, 64), *layers)
     resident = sum(p.nbytes for p in model[0].parameters())
     cpu = torch.device("cpu")
-    memory = adopt_model(_instance(0), model, layers, cpu, resident + 50 * PAGE + 1)
+    held = windows.windows_within(0, 1, windows.ON_HOST).held  # the least
+    memory = adopt_model(_instance(0), model, layers, cpu, resident + held + 50 * PAGE + 1)
     assert (memory.resident_bytes, memory.pool.total) == (resident, 50)
     memory.pool.driver.close()
     with pytest.raises(ConfigurationError, match="is too small: the parameters alone take"):
-        adopt_model(_instance(0), model, layers, cpu, resident + 3 * PAGE)
+        adopt_model(_instance(0), model, layers, cpu, resident + held + 3 * PAGE)
 
 
 def test_without_a_budget_an_instance_takes_a_share_of_what_is_free(

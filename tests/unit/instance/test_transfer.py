@@ -20,6 +20,7 @@ from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.memory import open_pool
 from kunserve_sglang.transport import Packet
 from kunserve_sglang.transport.local import LocalDataPlane
+from tests.support.waiting import until
 
 PAGE = 4096
 SLOTS = 300
@@ -211,3 +212,15 @@ def test_fetched_parameters_are_attached_at_the_switch(sides: tuple[Side, Side])
     out.send_rest(8, {0: TAKEN})
     into.receive_rest(lambda _: target.next_piece(), deadline=float("inf"))
     assert torch.equal(target.parameters.bytes_of(2), source.parameters.bytes_of(2))
+
+
+def test_a_transfer_that_stands_still_is_a_lost_peer(sides: tuple[Side, Side]) -> None:
+    """Otherwise its member would refuse all transitions for good."""
+    owner, stage = sides
+    out, into = owner.transfer(0, LOWER), stage.transfer(1, UPPER)
+    assert out.pump(0.0)
+    deliver(stage, into)
+    into.check_progress()
+    until(lambda: time.monotonic() > into._moved + 0.2)
+    with pytest.raises(PeerLost, match="has stopped"):
+        into.check_progress()

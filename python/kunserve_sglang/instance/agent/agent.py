@@ -8,7 +8,9 @@ a drop.
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+
+import msgspec
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.messages import (
@@ -25,6 +27,7 @@ from kunserve_sglang.core.messages import (
     Traced,
     Welcome,
 )
+from kunserve_sglang.core.sockets import PollHandle
 from kunserve_sglang.instance.agent.cache_log import CacheLog
 from kunserve_sglang.instance.agent.group_work import GroupWork
 from kunserve_sglang.instance.agent.parts import InstanceParts
@@ -43,8 +46,16 @@ BUSY = ("own layers", "peer's layers", "finish", "schedule")
 class Agent:
     """What the runtime sees of one instance's part in its cluster."""
 
-    def __init__(self, body: InstanceParts, *, peer_timeout_s: float) -> None:
+    def __init__(
+        self,
+        body: InstanceParts,
+        *,
+        peer_timeout_s: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`now` is when to report, in seconds, and no matter of all ranks."""
         self._body = body
+        self._now = now
         self._speaks = body.rank == 0
         self._machine = Machine(body.alone(epoch=0), instance=body.instance)
         self._work = GroupWork(
@@ -60,11 +71,12 @@ class Agent:
         self.tracer = self._work.tracer
         self._next_status = 0.0
         self._last_status: Status | None = None
+        self._statuses = 0
         self._cache_log = CacheLog(body.instance)
         body.check_pages()
 
     @property
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         """For a `zmq.Poller`: one is readable when a command or a peer's packet waits."""
         return [*self._body.control.poll_handles, *self._body.plane.poll_handles()]
 
@@ -73,7 +85,7 @@ class Agent:
     def poll(self) -> None:
         """Step boundary: obey the router, report. Afterwards the mode may be another one."""
         try:
-            while (message := self._body.control.receive()) is not None:
+            while (message := self._next_command()) is not None:
                 self._obey(message)
             self._participant.poll()
         except PeerLost as error:
@@ -115,7 +127,7 @@ class Agent:
 
     def publish(self, *, force: bool = False) -> None:
         """Send a status record, at most every 50 ms unless forced; rank 0 does it for all."""
-        if self._speaks and (force or time.monotonic() >= self._next_status):
+        if self._speaks and (force or self._now() >= self._next_status):
             self._send_status(self.status())
 
     def before_sleep(self) -> None:
@@ -141,24 +153,33 @@ class Agent:
                 "busy_ms": int(1e3 * sum(s for n, s in self.tracer.seconds.items() if n in BUSY)),
                 "bubble_ms": int(1e3 * work.counters.bubble_s),
                 "stale_packets": work.stale_packets,
+                "malformed_packets": work.malformed_packets,
                 "malformed_commands": body.control.malformed,
             },
         )
 
     def _send_status(self, status: Status) -> None:
-        self._next_status = time.monotonic() + _STATUS_INTERVAL_S
+        self._next_status = self._now() + _STATUS_INTERVAL_S
         self._last_status = status
-        self._body.control.send(status)
+        self._statuses += 1
+        numbered = msgspec.structs.replace(
+            status, process=self._body.process, number=self._statuses
+        )
+        self._body.control.send(numbered)
         if (report := self._cache_log.report()) is not None:
             self._body.control.send(report)
 
     # -- commands --------------------------------------------------------------------------------
 
+    def _next_command(self) -> ToInstance | None:
+        put_off = self._participant.put_off
+        return put_off.popleft() if put_off else self._body.control.receive()
+
     def _obey(self, message: ToInstance) -> None:
         if isinstance(message, Prepare | Commit | Abort | Lost):
             self._participant.obey(message)
         elif isinstance(message, Attainable):
-            self._body.engine.limit_requests(message.slots)
+            self._body.engine.limit_requests(message.slots, message.running)
         elif self._speaks:
             self._obey_alone(message)
 

@@ -10,7 +10,7 @@ import torch
 
 from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.messages import Load
+from kunserve_sglang.core.load import Load
 from kunserve_sglang.instance.agent.cache_log import CacheLog
 
 Hidden = tuple[torch.Tensor, torch.Tensor | None]
@@ -64,10 +64,11 @@ class Engine(Protocol):
         """Apply all results that are still pending; afterwards nothing is in flight."""
         ...
 
-    def give_up(self, reason: str) -> None:
-        """End all requests that hold slots with an error, and forget all that is cached.
+    def start_over(self) -> None:
+        """Give back all slots, and queue the requests that held them before those that wait.
 
-        Results that are pending never come. Requests that wait go on waiting.
+        Their KV is computed again, of the prompt and of the tokens that they have. Results that are
+        pending never come, and all that is cached is forgotten.
         """
         ...
 
@@ -105,8 +106,11 @@ class Engine(Protocol):
         """From now on, hand out slots `1..slots` only; none above is taken."""
         ...
 
-    def limit_requests(self, slots: int) -> None:
-        """No request may need more than `slots` slots, but for those that it has room for now."""
+    def limit_requests(self, slots: int, running: int) -> None:
+        """No request may need more than `slots` slots, but for those that it has room for now.
+
+        At most `running` requests are to run at once; 0: as many as there are slots for.
+        """
         ...
 
     def request_table(self) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from kunserve_sglang.core.dropped import Dropped
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.instance.agent.parts import InstanceParts
@@ -14,6 +15,7 @@ from kunserve_sglang.instance.pipeline.pipeline import Pipeline
 from kunserve_sglang.instance.pipeline.under_way import PipelineCounters
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.transport import Packet
+from kunserve_sglang.transport.data import Malformed
 
 _PIECE_WAIT_S = 0.001
 _BACKGROUND_SHARE = 0.1
@@ -42,6 +44,12 @@ class GroupWork:
         self.tracer = Tracer()
         self.counters = PipelineCounters()
         self.stale_packets = 0
+        self._dropped = Dropped()
+
+    @property
+    def malformed_packets(self) -> int:
+        """Packets that were dropped because no member sends them like that."""
+        return self._body.plane.malformed + self._dropped.count
 
     @property
     def pipeline(self) -> Pipeline:
@@ -49,6 +57,11 @@ class GroupWork:
         if self._pipeline is None:
             raise InternalError("no pipeline in independent mode")
         return self._pipeline
+
+    @property
+    def epoch(self) -> int | None:
+        """Of the pipeline; None in independent mode."""
+        return None if self._pipeline is None else self._pipeline.epoch
 
     # -- what is run -----------------------------------------------------------------------------
 
@@ -80,8 +93,10 @@ class GroupWork:
     def serve_one(self, timeout_s: float) -> bool:
         """Do what a packet of a peer asks for; false if none came in time.
 
-        Activations go first, whatever arrived before them.
+        Activations go first, whatever arrived before them. Rows go that stages wait for.
         """
+        if self.transfer is not None:
+            self.transfer.send_asked()
         packet = self._body.plane.receive(0.0 if self._batches or self._pieces else timeout_s)
         while packet is not None:
             self.defer(packet)
@@ -116,7 +131,10 @@ class GroupWork:
         if self._pipeline is None or header.epoch != self._pipeline.epoch:
             self.stale_packets += 1
         elif isinstance(header, wire.MicroBatch):
-            self._pipeline.serve(packet, header)
+            try:
+                self._pipeline.serve(packet, header)
+            except Malformed as error:
+                self._dropped.because(error)
         elif self.transfer is not None:
             self.transfer.store(packet, header)
         else:

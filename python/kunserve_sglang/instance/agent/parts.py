@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from kunserve_sglang.core.cost_model import CostEstimate
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
-from kunserve_sglang.core.messages import Pages
+from kunserve_sglang.core.load import Pages
+from kunserve_sglang.core.messages import Transition
 from kunserve_sglang.instance.agent.control import Control
 from kunserve_sglang.instance.agent.engine import Engine
 from kunserve_sglang.instance.store.kv_store import KvStore
@@ -22,7 +23,8 @@ from kunserve_sglang.transport import DataPlane
 class InstanceParts:
     """What an agent is the head of; of an instance with several ranks, one rank's part.
 
-    All ranks decide by `clock`, in monotonic seconds; rank 0 speaks for the instance.
+    All ranks decide by `clock`, in monotonic seconds; rank 0 speaks for the instance, as `process`
+    (`messages.Hello`).
     """
 
     instance: int
@@ -36,6 +38,14 @@ class InstanceParts:
     costs: CostEstimate
     clock: Callable[[], float] = time.monotonic
     rank: int = 0
+    process: int = 0
+
+    def connect(self, transition: Transition) -> None:
+        """To all that take part in it. Raises `PeerLost` if there is no way to one."""
+        layouts = (*transition.before, *transition.after)
+        members = {m.instance: m.address for layout in layouts for m in layout.members}
+        del members[self.instance]
+        self.plane.connect(members)
 
     def pages(self) -> Pages:
         """What the memory of this instance is used for."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import torch
 
-from kunserve_sglang.core.errors import InternalError, KunServeError, PeerLost, StageFailed
+from kunserve_sglang.core.errors import KunServeError, PeerLost, StageFailed
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.execution.formation import PeerWork
 from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
@@ -24,15 +24,19 @@ from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.agent.trace import Tracer
 from kunserve_sglang.instance.pipeline import packing, wire
 from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.pipeline.screening import check_batch, check_hidden
 from kunserve_sglang.instance.pipeline.sent_rows import sent_rows
 from kunserve_sglang.instance.pipeline.under_way import OwnBatch, Peer, PipelineCounters
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.transport import Packet
+from kunserve_sglang.transport.data import Malformed
 
 logger = logging.getLogger(__name__)
 
 _MAX_ROWS = 4352
 """Of SGLang's request table, by itself, for any budget: owners may have more rows than this one."""
+
+_LOOK_INTERVAL_S = 0.5
 
 _SILENT_ROUNDS = 3
 """An owner that has sent nothing for so many rounds has no work."""
@@ -57,9 +61,8 @@ class Pipeline:
         `next_piece` gives the next packet of it, or None after a moment.
         """
         me, engine, kv = body.instance, body.engine, body.kv
+        self._me, self._layout = me, layout
         self._transfer = transfer
-        self._me = me
-        self._layout = layout
         self._position = layout.position(me)
         self._layers = layout.member(me).layers
         self._engine = engine
@@ -71,6 +74,8 @@ class Pipeline:
         self._next_piece = next_piece
         self._clock = body.clock
         self._timeout = peer_timeout_s
+        self._stride = kv.stride
+        self._blank, _ = engine.blank_hidden(1)
         table = engine.request_table()
         rows, context = table.shape
         rows = max(rows, _MAX_ROWS)
@@ -83,7 +88,7 @@ class Pipeline:
         self._sequence = 0
         self._round_ms = 0.0
         self._own: deque[OwnBatch] = deque()
-        self._progress = self._clock()
+        self._progress = self._looked = self._clock()
 
     @property
     def epoch(self) -> int:
@@ -149,8 +154,7 @@ class Pipeline:
             return None
         own = self._own[0]
         if own.result is None:
-            if self._clock() - self._progress > self._timeout:
-                raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
+            self._look_for_losses()
             return None
         self._own.popleft()
         if own.header.failed:
@@ -158,26 +162,24 @@ class Pipeline:
         return own.header.sequence, own.result
 
     def serve(self, packet: Packet, header: wire.MicroBatch) -> None:
-        """Run this stage's layers on a micro-batch that arrived, and pass it on."""
+        """Run this stage's layers on a micro-batch that arrived, and pass it on.
+
+        Raises `Malformed`, and does nothing, for one that nobody sends here; `PeerLost` at a gap.
+        """
         self._progress = self._clock()
         self._end_idle(header.launched)
         if header.owner == self._me:
             self._returned(packet, header)
             return
-        peer = self._peers[header.owner]
-        if header.sequence != peer.sequence + 1:
-            raise InternalError(
-                f"micro-batch {header.sequence} of instance {header.owner} came after "
-                f"{peer.sequence} (invariant 5)"
-            )
-        peer.sequence = header.sequence
-        peer.arrived = self._progress
-        peer.work = PeerWork(batch_ms=header.cost_ms, round_ms=header.round_ms)
-        if header.packed is None:
-            raise InternalError(f"micro-batch {header.sequence} came without its description")
+        peer = self._peers.get(header.owner)
+        if peer is None or header.position != self._position or header.packed is None:
+            raise Malformed(f"micro-batch of {header.owner} at position {header.position}")
         described = wire.described_by(header, packet.tensors)
         batch, delta = packing.unpack(header.owner, header.packed, described)
         hidden = wire.hidden_of(header, packet.tensors)
+        check_batch(batch, delta, table=peer.mirror.table.shape, stride=self._stride)
+        check_hidden(hidden, len(batch.positions), self._blank)
+        peer.follows(header, self._progress)
         peer.mirror.apply(delta)
         self._counters.foreign += 1
         if (transfer := self._transfer()) is not None:
@@ -190,6 +192,16 @@ class Pipeline:
 
         header, hidden = self._run("peer's layers", header, batch, hidden, run)
         self._send(header, self._position + 1, described, hidden)
+
+    def _look_for_losses(self) -> None:
+        """Whether to wait for a micro-batch is in vain, or seems so. Raises `PeerLost`."""
+        now = self._clock()
+        if now - self._progress > self._timeout:
+            raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
+        if now - max(self._progress, self._looked) > _LOOK_INTERVAL_S:
+            self._looked = now
+            if why := self._plane.lost(list(self._peers)):
+                raise PeerLost(why)
 
     def begin_idle(self) -> None:
         """Nothing to do here until a packet arrives or something is submitted."""
@@ -208,10 +220,12 @@ class Pipeline:
 
     def _returned(self, packet: Packet, header: wire.MicroBatch) -> None:
         own = next((o for o in self._own if o.header.sequence == header.sequence), None)
-        if own is None or own.result is not None:
-            raise InternalError(f"micro-batch {header.sequence} came back unasked")
+        if own is None or own.result is not None or not 0 < header.position <= self.stages:
+            raise Malformed(f"micro-batch {header.sequence} came back unasked")
+        hidden = wire.hidden_of(header, packet.tensors)
+        check_hidden(hidden, len(own.batch.positions), self._blank)
         own.header = msgspec.structs.replace(own.header, failed=header.failed)
-        self._pass_on(own, header.position, wire.hidden_of(header, packet.tensors))
+        self._pass_on(own, header.position, hidden)
 
     def _pass_on(self, own: OwnBatch, position: int, hidden: Hidden) -> None:
         """Run the own micro-batch here while the pipeline's next stage is this one."""

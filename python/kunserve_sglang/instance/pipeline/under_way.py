@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.execution.formation import PeerWork
 from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.transport.data import Malformed
 
 _NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)
 
@@ -49,3 +51,19 @@ class Peer:
     sequence: int = -1
     arrived: float = 0.0
     work: PeerWork = _NO_WORK
+
+    def follows(self, header: wire.MicroBatch, now: float) -> None:
+        """Note the next one, and what it says of its owner's work (invariant 5).
+
+        Raises `Malformed` for one that has been before, and `PeerLost` after a gap: what is missing
+        will never come, and this owner's requests cannot go on here.
+        """
+        if header.sequence <= self.sequence:
+            raise Malformed(f"micro-batch {header.sequence} after {self.sequence}")
+        if header.sequence > self.sequence + 1:
+            raise PeerLost(
+                f"micro-batch {header.sequence} of instance {header.owner} came after "
+                f"{self.sequence}"
+            )
+        self.sequence, self.arrived = header.sequence, now
+        self.work = PeerWork(batch_ms=header.cost_ms, round_ms=header.round_ms)

@@ -8,6 +8,7 @@ import torch
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.instance.agent.engine import Hidden
 from kunserve_sglang.instance.pipeline.packing import Packed
+from kunserve_sglang.transport.data import decoded
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,13 +78,13 @@ def encode(header: Header) -> bytes:
 
 
 def decode(data: bytes) -> Header:
-    """Raises `msgspec.DecodeError`."""
-    return _decoder.decode(data)
+    """Raises `Malformed`."""
+    return decoded(_decoder, data)
 
 
 def envelope(data: bytes) -> Envelope:
-    """The common part alone. Raises `msgspec.DecodeError`."""
-    return _envelopes.decode(data)
+    """The common part alone. Raises `Malformed`."""
+    return decoded(_envelopes, data)
 
 
 def tensors_of(described: list[torch.Tensor], hidden: Hidden) -> list[torch.Tensor]:

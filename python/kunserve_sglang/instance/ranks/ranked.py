@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 import msgspec
-import torch
 import zmq
 
 from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.core.messages import ToInstance, ToRouter
+from kunserve_sglang.core.sockets import PollHandle
 from kunserve_sglang.instance.agent.control import Control
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.ranks.ranks import Fact, Follower, Leader, Ranks
-from kunserve_sglang.transport import DataPlane, Packet
+from kunserve_sglang.transport import DataPlane, Packet, Tensors
 
 
 class _Arrival(msgspec.Struct, frozen=True, array_like=True):
@@ -55,7 +55,7 @@ class RankedControl:
         return self._link.malformed if self._link else 0
 
     @property
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         return self._link.poll_handles if self._link else []
 
     def send(self, message: ToRouter) -> None:
@@ -104,6 +104,10 @@ class RankedPlane:
         self._newest = self._ended = 0
         self._lost = ""
 
+    @property
+    def malformed(self) -> int:
+        return self._plane.malformed
+
     def connect(self, peers: Mapping[int, str]) -> None:
         if not peers:
             # Nothing that was on its way to a group matters after it. Parts of packets that did
@@ -119,14 +123,20 @@ class RankedPlane:
         if errors := [text for text in self._ranks.gather(error) if text]:
             raise PeerLost(errors[0])
 
-    def send(self, peer: int, header: bytes, tensors: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, peer: int, header: bytes, tensors: Tensors = (), *, bulk: bool = False) -> None:
         try:
-            self._plane.send(peer, header, tensors)
+            self._plane.send(peer, header, tensors, bulk=bulk)
         except PeerLost as error:
             self._lost = str(error)  # to be raised when all ranks can hear of it
 
     def room(self, peer: int) -> int:
         return self._ranks.agree(_ROOM, lambda: self._plane.room(peer))
+
+    def window(self, peer: int) -> int:
+        return self._plane.window(peer)  # of all ranks alike, by their settings
+
+    def lost(self, peers: Collection[int]) -> str:
+        return self._ranks.agree(_LOSS, lambda: self._plane.lost(peers))
 
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
         arrival = self._ranks.agree(_ARRIVAL, lambda: self._look(timeout_s))
@@ -134,7 +144,7 @@ class RankedPlane:
             raise PeerLost(arrival.lost)
         return self._take(arrival.header) if arrival.header is not None else None
 
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         return self._plane.poll_handles()
 
     def close(self) -> None:
@@ -174,7 +184,7 @@ class LeadingPlane(RankedPlane):
         for handle in self.poll_handles():
             self._poller.register(handle, zmq.POLLIN)
 
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         return [*self._plane.poll_handles(), *self._leader.poll_handles]
 
     def _look(self, timeout_s: float) -> _Arrival:

@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.sockets import PollHandle
 from kunserve_sglang.transport.local import LocalDataPlane
 
 T = TypeVar("T")
@@ -145,7 +146,7 @@ class Leader:
         self._channel.connect(self._others)
 
     @property
-    def poll_handles(self) -> list[Any]:
+    def poll_handles(self) -> list[PollHandle]:
         """Readable when another rank has reported something."""
         return self._channel.poll_handles()
 
@@ -222,7 +223,7 @@ class Follower:
     def connect(self) -> None:
         self._channel.connect(self._leader)
 
-    def while_waiting(self, work: Callable[[], None], handles: Sequence[Any]) -> None:
+    def while_waiting(self, work: Callable[[], None], handles: Sequence[PollHandle]) -> None:
         """Call `work` before every fact, and while one is waited for when a handle is readable."""
         self._meanwhile = work
         self._poll_also(handles)
@@ -254,7 +255,7 @@ class Follower:
         except PeerLost as error:
             raise InternalError(f"rank 0 of this instance is gone: {error}") from error
 
-    def _poll_also(self, handles: Sequence[Any]) -> None:
+    def _poll_also(self, handles: Sequence[PollHandle]) -> None:
         for handle in handles:
             self._poller.register(handle, zmq.POLLIN)
 

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from kunserve_sglang.core.errors import ConfigurationError, OutOfPages
+from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
-from kunserve_sglang.core.settings import InstanceConfig, format_size
+from kunserve_sglang.core.sizes import format_size
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore, layer_bytes
 from kunserve_sglang.memory import PhysicalPagePool, free_memory, open_pool
+from kunserve_sglang.transport.windows import ON_GPU, ON_HOST, Windows, windows_within
 
 _MIN_CAPACITY = 64
 """Fewer token slots than this cannot serve anything."""
@@ -26,6 +28,8 @@ class Memory:
     pool: PhysicalPagePool
     parameters: ParameterStore
     resident_bytes: int
+    windows: Windows
+    """What beside the pool is for packets that peers have not taken yet."""
 
 
 def memory_budget(
@@ -51,7 +55,8 @@ def adopt_model(
 ) -> Memory:
     """Build the pool for a loaded model on `device` and move its decoder layers in.
 
-    Embedding, final norm and head stay where they are but count against the budget. At no time is
+    Embedding, final norm and head stay where they are but count against the budget, and so does
+    what waits for each of the peers that a group may have. At no time is
     more than one layer there twice. Raises `ConfigurationError` if the parameters alone exceed
     the budget, or if the device has less memory than that.
     """
@@ -59,10 +64,13 @@ def adopt_model(
     resident = sum(p.nbytes for p in model.parameters() if id(p) not in droppable)
     resident += sum(b.nbytes for b in model.buffers())
     sizes = [layer_bytes(layer) for layer in layers]
-    kv_bytes = budget - resident - sum(sizes)
+    peers = config.owners - 1
+    windows = windows_within(budget, peers, ON_GPU if device.type == "cuda" else ON_HOST)
+    beside = resident + peers * windows.held
+    kv_bytes = budget - beside - sum(sizes)
     pool = open_pool(
         device,
-        budget - resident,
+        budget - beside,
         page_bytes=config.page_bytes,
         buffer_bytes=kv_bytes // (2 * len(layers)),
         name=f"kunserve-{config.instance}",
@@ -73,10 +81,11 @@ def adopt_model(
         needed = resident + sum(sizes)
         raise ConfigurationError(
             f"--memory-budget {format_size(budget)} is too small: the parameters "
-            f"alone take {format_size(needed)}"
+            f"alone take {format_size(needed)}, and what waits for peers "
+            f"{format_size(peers * windows.held)}"
         ) from None
     pool.commit()
-    return Memory(pool, parameters, resident)
+    return Memory(pool, parameters, resident, windows)
 
 
 def profile_of(memory: Memory, shape: KvShape, owners: int) -> MemoryProfile:

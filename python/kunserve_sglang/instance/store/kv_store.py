@@ -122,20 +122,38 @@ class KvStore:
         return self._slots.get((layer, owner), 0)
 
     def resize(self, layer: int, owner: int, slots: int) -> None:
-        """Make exactly `slots` slots (and the dummy) usable. Raises `OutOfPages`."""
+        """Make exactly `slots` slots (and the dummy) usable.
+
+        Raises `OutOfPages` or `MappingRefused`; as many as before are usable then, or `slots` if
+        these are fewer. It can be asked for again.
+        """
         if slots >= self.stride:
             raise InternalError(f"{slots} slots exceed the reserved stride of {self.stride}")
         base = self.base(owner)
-        for buffer, row in zip(self._buffers[layer], self._row_bytes, strict=True):
-            buffer.map(base * row, (base + slots + 1) * row)
-            buffer.unmap((base + slots + 1) * row, (base + self.stride) * row)
+        try:
+            for buffer, row in zip(self._buffers[layer], self._row_bytes, strict=True):
+                buffer.map(base * row, (base + slots + 1) * row)
+        except TransientError:
+            self._unmap_above(layer, owner)
+            raise
+        self._slots[layer, owner] = min(slots, self._slots.get((layer, owner), slots))
+        self._unmap_above(layer, owner, slots)
         self._slots[layer, owner] = slots
 
-    def release(self, layer: int, owner: int) -> None:
-        """Unmap everything `owner` has in `layer`."""
+    def _unmap_above(self, layer: int, owner: int, slots: int | None = None) -> None:
+        """Give back what lies above `slots`; by default, above what is usable."""
+        if slots is None:
+            slots = self._slots.get((layer, owner), -1)
         base = self.base(owner)
         for buffer, row in zip(self._buffers[layer], self._row_bytes, strict=True):
-            buffer.unmap(base * row, (base + self.stride) * row)
+            buffer.unmap((base + slots + 1) * row, (base + self.stride) * row)
+
+    def release(self, layer: int, owner: int) -> None:
+        """Unmap everything `owner` has in `layer`.
+
+        Raises `MappingRefused`; it can be asked for again then.
+        """
+        self._unmap_above(layer, owner, -1)
         self._slots.pop((layer, owner), None)
 
     def buffers(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -84,16 +84,19 @@ class ParameterStore:
         return sum(self._sizes[i] for i in layers)
 
     def drop(self, layer: int) -> None:
-        """Return the layer's pages to the pool."""
+        """Return the layer's pages to the pool. Raises `MappingRefused`; it is held still then."""
         if not self._held[layer]:
             raise InternalError(f"layer {layer} is not held and cannot be dropped")
+        self._buffers[layer].unmap(0, self._buffers[layer].nbytes)
         for slot in self._slots[layer]:
             slot.parameter.data = torch.empty(0, dtype=slot.view.dtype, device=slot.view.device)
-        self._buffers[layer].unmap(0, self._buffers[layer].nbytes)
         self._held[layer] = False
 
     def reserve(self, layer: int) -> torch.Tensor:
-        """Map pages for a dropped layer; the caller fills the bytes returned, then `attach`es."""
+        """Map pages for a dropped layer; the caller fills the bytes returned, then `attach`es.
+
+        Raises `OutOfPages` or `MappingRefused`; it can be asked for again, or `cancel`led, then.
+        """
         if self._held[layer]:
             raise InternalError(f"layer {layer} is held already")
         self._buffers[layer].map(0, self._sizes[layer])

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from kunserve_sglang.core.layout import LayerRange, Move
 from kunserve_sglang.instance.pipeline import packing, wire
 from kunserve_sglang.instance.store.kv_store import KvStore
+from kunserve_sglang.instance.transfer.parameter_pieces import needed
 from kunserve_sglang.transport import DataPlane
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A packet: its header, and slots (unless they are inline), K and V."""
+
+    header: bytes
+    tensors: list[torch.Tensor]
 
 
 @dataclass(slots=True)
 class _Outgoing:
-    """`pending`: slots whose rows the target does not have, bool by slot."""
+    """`pending`: slots whose rows the target does not have, `asked`: of which a micro-batch has
+    need there; bool by slot. `copies`: packets that have to leave, while their rows may not stay.
+    """
 
     move: Move
     pending: torch.Tensor
+    asked: torch.Tensor
+    copies: deque[_Rows] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
@@ -53,7 +67,13 @@ class KvPieces:
         self._plane = plane
         self._piece_bytes = piece_bytes
         moves = list(moves)
-        self._outgoing = [_Outgoing(m, self._mask(taken[m.owner])) for m in moves if m.source == me]
+        none = torch.empty(0, dtype=torch.int64)
+        self._outgoing = [
+            _Outgoing(m, self._mask(taken[m.owner]), self._mask(none))
+            for m in moves
+            if m.source == me
+        ]
+        self._asked = False
         self._incoming = {
             (m.owner, m.layers): _Incoming(m, self._mask(taken[m.owner]))
             for m in moves
@@ -79,7 +99,7 @@ class KvPieces:
     @property
     def unsent(self) -> bool:
         """Rows are left to send."""
-        return any(bool(o.pending.any()) for o in self._outgoing)
+        return any(o.copies or bool(o.pending.any()) for o in self._outgoing)
 
     @property
     def due(self) -> bool:
@@ -94,10 +114,23 @@ class KvPieces:
     # -- leaving ---------------------------------------------------------------------------------
 
     def take_along(self, epoch: int, slots: torch.Tensor) -> None:
-        """Send the rows of these own slots now."""
+        """Send the rows of these own slots first, and now as far as there is room for them."""
         for out in self._outgoing:
             if out.move.owner == self._me:
-                self._send_rows(epoch, out, torch.unique(slots[out.pending[slots]]))
+                out.asked[slots] = out.pending[slots]
+                self._asked = True
+        self.send_asked(epoch)
+
+    def send_asked(self, epoch: int) -> None:
+        """Send what micro-batches on their way have need of, as far as there is room."""
+        if not self._asked:
+            return
+        self._asked = False
+        for out in self._outgoing:
+            while len(slots := torch.nonzero(out.asked).flatten()):
+                if not self._send_some(epoch, out, slots):
+                    self._asked = True
+                    break
 
     def unsent_bytes(self, slots: torch.Tensor) -> int:
         """Bytes that `take_along` would send for these slots."""
@@ -113,22 +146,33 @@ class KvPieces:
             if out.move.owner == owner and self._serves(out.move):
                 out.pending[slots] = True
 
-    def send(self, epoch: int, room: int) -> bool:
-        """Send a piece to somebody for whom there is so much `room` (bytes); false if none went."""
+    def send(self, epoch: int) -> bool:
+        """Send a piece to somebody for whom there is room; false if none went."""
+        self.send_asked(epoch)
         for out in self._outgoing:
-            if self._plane.room(out.move.target) >= room:
-                slots = torch.nonzero(out.pending).flatten()
-                if len(slots):
-                    count = max(1, self._piece_bytes // self._row_bytes(out.move))
-                    self._send_rows(epoch, out, slots[:count])
+            if out.copies:
+                if self._has_room(out.move.target):
+                    self._send_packet(out, out.copies.popleft())
                     return True
+            elif self._send_some(epoch, out, torch.nonzero(out.pending).flatten()):
+                return True
         return False
 
     def send_rest(self, epoch: int, taken: Mapping[int, torch.Tensor]) -> None:
-        """Send all rows that are missing of the slots in `taken`; nothing is written any more."""
+        """Send all rows that are missing of the slots in `taken`; nothing is written any more.
+
+        For what finds no room there are copies on the host then, which `send` sends.
+        """
         for out in self._outgoing:
             out.pending &= self._mask(taken[out.move.owner])
-            self._send_rows(epoch, out, torch.nonzero(out.pending).flatten(), last=True)
+            slots = torch.nonzero(out.pending).flatten()
+            parts = torch.split(slots, self._rows_in_piece(out.move))
+            for number, part in enumerate(parts, 1):
+                rows = self._rows_of(epoch, out, part, last=number == len(parts))
+                if not out.copies and self._has_room(out.move.target):
+                    self._send_packet(out, rows)
+                else:
+                    out.copies.append(_Rows(rows.header, [t.cpu() for t in rows.tensors]))
 
     # -- arriving --------------------------------------------------------------------------------
 
@@ -146,7 +190,9 @@ class KvPieces:
 
     def receive(self, header: wire.KvRows, tensors: Sequence[torch.Tensor]) -> None:
         """Keep rows that have arrived."""
-        incoming = self._incoming[header.owner, header.layers]
+        incoming = self._incoming.get((header.owner, header.layers))
+        if incoming is None:
+            return
         *beside, k, v = tensors
         slots = packing.integers_of(header.slots, [t.cpu() for t in beside])
         if self._serves(incoming.move):
@@ -161,11 +207,20 @@ class KvPieces:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _send_rows(
+    def _send_some(self, epoch: int, out: _Outgoing, slots: torch.Tensor) -> bool:
+        """Send a piece of these rows, if there are any, and room."""
+        if not len(slots) or not self._has_room(out.move.target):
+            return False
+        self._send_packet(out, self._rows_of(epoch, out, slots[: self._rows_in_piece(out.move)]))
+        return True
+
+    def _send_packet(self, out: _Outgoing, rows: _Rows) -> None:
+        self._plane.send(out.move.target, rows.header, rows.tensors, bulk=True)
+
+    def _rows_of(
         self, epoch: int, out: _Outgoing, slots: torch.Tensor, *, last: bool = False
-    ) -> None:
-        if not len(slots) and not last:
-            return
+    ) -> _Rows:
+        """A packet of the rows of these slots, which are not pending any more."""
         move = out.move
         k, v = self._store.gather(move.layers, move.owner, slots)
         inline, beside = packing.inlined(slots)
@@ -177,9 +232,16 @@ class KvPieces:
             slots=inline,
             last=last,
         )
-        self._plane.send(move.target, wire.encode(header), [*beside, k, v])
-        out.pending[slots] = False
+        out.pending[slots] = out.asked[slots] = False
         self.sent_bytes += k.nbytes + v.nbytes
+        return _Rows(wire.encode(header), [*beside, k, v])
+
+    def _has_room(self, target: int) -> bool:
+        return self._plane.room(target) >= needed(self._plane, target, self._piece_bytes)
+
+    def _rows_in_piece(self, move: Move) -> int:
+        nbytes = needed(self._plane, move.target, self._piece_bytes)
+        return max(1, nbytes // self._row_bytes(move))
 
     def _serves(self, move: Move) -> bool:
         """Whether micro-batches run these layers here while the transfer goes on."""

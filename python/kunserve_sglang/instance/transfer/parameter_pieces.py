@@ -21,6 +21,14 @@ class _Piece:
     data: torch.Tensor
 
 
+def needed(plane: DataPlane, target: int, piece_bytes: int) -> int:
+    """Room to wait for before a piece goes to `target`, and how large it is at most.
+
+    Several find room at once, so that one leaves while another is taken.
+    """
+    return min(piece_bytes, max(1, plane.window(target) // 4))
+
+
 class ParameterPieces:
     """One member's side: what is left to send, and the layers that arrive here."""
 
@@ -61,20 +69,26 @@ class ParameterPieces:
         for layer in self.layers:
             self._store.cancel(layer)
 
-    def send(self, epoch: int, room: int) -> bool:
-        """Send the next piece, if its target has so much `room` (bytes); false if it did not go."""
-        if not self._unsent or self._plane.room(self._unsent[0].load.target) < room:
+    def send(self, epoch: int) -> bool:
+        """Send the next piece, if there is room for it; false if it did not go."""
+        if not self._unsent:
+            return False
+        target = self._unsent[0].load.target
+        if self._plane.room(target) < needed(self._plane, target, self._piece_bytes):
             return False
         piece = self._unsent.popleft()
         header = wire.LayerParameters(
             sender=self._me, epoch=epoch, layer=piece.load.layer, offset=piece.offset
         )
-        self._plane.send(piece.load.target, wire.encode(header), [piece.data])
+        self._plane.send(target, wire.encode(header), [piece.data], bulk=True)
         return True
 
     def receive(self, header: wire.LayerParameters, data: torch.Tensor) -> None:
-        """Keep a piece that has arrived; one of a layer that is not due is ignored."""
-        if header.layer not in self._due:
+        """Keep a piece that has arrived; one of a layer that is not due is ignored.
+
+        So is one that is not the next: they come in order, from one source.
+        """
+        if header.layer not in self._due or header.offset != self._arrived[header.layer]:
             return
         memory = self._due[header.layer]
         memory[header.offset : header.offset + len(data)] = data
@@ -90,5 +104,6 @@ class ParameterPieces:
     def _cut(self, loads: Iterable[ParameterLoad]) -> Iterator[_Piece]:
         for load in loads:
             data = self._store.bytes_of(load.layer)
-            for offset in range(0, len(data), self._piece_bytes):
-                yield _Piece(load, offset, data[offset : offset + self._piece_bytes])
+            size = needed(self._plane, load.target, self._piece_bytes)
+            for offset in range(0, len(data), size):
+                yield _Piece(load, offset, data[offset : offset + size])

@@ -6,6 +6,7 @@ A transfer can be carried out at a stroke, while everybody stands still (`send_r
 - After a drop, rows follow their layers. A micro-batch takes the rows that it needs along with it,
   so a request resumes with its own KV and new requests do not wait for anybody's; what no
   micro-batch asks for goes piece by piece. A stage that is asked for rows on their way waits.
+  Where there is no room for them yet, they come after the micro-batch that has need of them.
 - Before a restore, parameters and rows are fetched ahead. Rows that are written meanwhile are sent
   once more, the last of them at the switch.
 """
@@ -32,11 +33,7 @@ _DEVICE_PIECE_BYTES = 4 << 20
 Beside a GPU a piece costs two kernels a layer and a wait for them, however small it is.
 """
 
-_RESERVED_BYTES = 4 << 20
-"""Room that is left to activations: they always go first."""
-
 _WAIT_S = 0.001
-_PATIENCE_S = 0.05
 
 
 class Transfer:
@@ -64,6 +61,7 @@ class Transfer:
         self._kv = kv
         self._clock = clock
         self._timeout = timeout_s
+        self._moved = clock()
         self._piece_bytes = _PIECE_BYTES if kv.device.type == "cpu" else _DEVICE_PIECE_BYTES
         self._rows = KvPieces(
             me,
@@ -77,6 +75,11 @@ class Transfer:
         self._pieces = ParameterPieces(
             me, list(loads), store=parameters, plane=plane, piece_bytes=self._piece_bytes
         )
+
+    @property
+    def epoch(self) -> int:
+        """Under which its packets travel."""
+        return self._epoch
 
     @property
     def sent_kv_bytes(self) -> int:
@@ -104,6 +107,11 @@ class Transfer:
     def complete(self) -> bool:
         """Nothing is left to send, and everything asked for is here."""
         return not (self.unfinished or self._pieces.due or self._rows.due)
+
+    def check_progress(self) -> None:
+        """Raises `PeerLost` if nothing has come or gone for the peer timeout."""
+        if self._clock() - self._moved > self._timeout:
+            raise PeerLost(f"the transfer of epoch {self._epoch} has stopped")
 
     @property
     def urgent(self) -> bool:
@@ -138,8 +146,13 @@ class Transfer:
     # -- while serving ---------------------------------------------------------------------------
 
     def take_along(self, slots: torch.Tensor) -> None:
-        """Send the rows of these own slots now: a micro-batch that reads them leaves next."""
+        """Send the rows of these own slots first: a micro-batch that reads them leaves next."""
         self._rows.take_along(self._epoch, slots)
+        self._moved = self._clock()
+
+    def send_asked(self) -> None:
+        """Send of these what found no room before, as far as there is some now."""
+        self._rows.send_asked(self._epoch)
 
     def unsent(self, slots: torch.Tensor) -> int:
         """Bytes that `take_along` would send for these slots."""
@@ -175,7 +188,7 @@ class Transfer:
         """Send pieces for about so long, at least one, if there is room; false if none went."""
         deadline = self._clock() + seconds
         sent = False
-        while self._send_piece(self._piece_bytes + _RESERVED_BYTES):
+        while self._send_piece():
             sent = True
             if self._clock() >= deadline:
                 break
@@ -183,6 +196,7 @@ class Transfer:
 
     def store(self, packet: Packet, header: wire.Header) -> None:
         """Keep what has arrived; packets that are not about this transfer are ignored."""
+        self._moved = self._clock()
         if isinstance(header, wire.LayerParameters):
             self._pieces.receive(header, packet.tensors[0])
         elif isinstance(header, wire.KvRows):
@@ -191,36 +205,39 @@ class Transfer:
     # -- at a stroke -----------------------------------------------------------------------------
 
     def send_rest(self, epoch: int, taken: Mapping[int, torch.Tensor]) -> None:
-        """Send all rows that are missing of the slots in `taken`; nothing is written any more."""
+        """Send all rows that are missing of the slots in `taken`; nothing is written any more.
+
+        Their pages may go then. What finds no room is copied to the host, beside the memory budget,
+        until `receive_rest` ends.
+        """
         self._epoch = epoch
         self._rows.send_rest(epoch, taken)
 
     def receive_rest(self, next_packet: Callable[[float], Packet | None], deadline: float) -> None:
-        """Send the parameters that are left, and wait for all that is due here.
+        """Send what is left as there is room for it, and take in all that is due here.
 
         `next_packet` gives the next packet of this transfer, or None at a time in monotonic
-        seconds. Raises `PeerLost` at `deadline`.
+        seconds. Raises `PeerLost` at `deadline`. Everybody takes in while it waits for room, so
+        nobody waits for good.
         """
-        patience = self._clock() + _PATIENCE_S
         pieces = self._pieces
-        while pieces.unsent or pieces.due or self._rows.unended:
-            # A peer may hold on to what it has received: then some goes without room.
-            sent = self._send_piece(self._piece_bytes if self._clock() < patience else 0)
-            if sent:
-                patience = self._clock() + _PATIENCE_S
-            wait = self._clock() + (0.0 if sent else _WAIT_S)
-            packet = next_packet(wait if pieces.unsent else deadline)
+        while self.unfinished or pieces.due or self._rows.unended:
+            wait = 0.0 if self._send_piece() else _WAIT_S if self.unfinished else float("inf")
+            packet = next_packet(min(self._clock() + wait, deadline))
             if packet is not None:
                 self.store(packet, wire.decode(packet.header))
-            elif self._clock() > deadline:
+            elif self._clock() >= deadline:
                 raise PeerLost(f"waited for {self._missing()}")
         pieces.attach()
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _send_piece(self, room: int) -> bool:
-        """Send one piece to somebody for whom there is `room`; rows before parameters."""
-        return self._rows.send(self._epoch, room) or self._pieces.send(self._epoch, room)
+    def _send_piece(self) -> bool:
+        """Send one piece to somebody for whom there is room; rows before parameters."""
+        sent = self._rows.send(self._epoch) or self._pieces.send(self._epoch)
+        if sent:
+            self._moved = self._clock()
+        return sent
 
     def _missing(self) -> str:
         rows = self._rows.unended

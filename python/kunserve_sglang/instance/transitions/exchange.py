@@ -16,51 +16,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
-
-from kunserve_sglang.core.errors import InternalError, PeerLost, TransitionTimeout
+from kunserve_sglang.core.errors import (
+    MappingRefused,
+    OutOfPages,
+    PeerLost,
+    TransitionTimeout,
+)
 from kunserve_sglang.core.layout import Layout, kv_moves, layout_of, parameter_loads
 from kunserve_sglang.core.messages import Transition, TransitionStats
 from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.transfer.transfer import Transfer
+from kunserve_sglang.instance.transitions.compaction import SlotChange, compact
+from kunserve_sglang.instance.transitions.mapping import map_capacities, persistently
 from kunserve_sglang.transport import Packet
 
 _POLL_INTERVAL_S = 0.1
 """How often to ask whether whom we wait for is still there."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlotChange:
-    """The taken slots of an owner: `source[i]` becomes `target[i]` (equal unless compacted)."""
-
-    source: torch.Tensor
-    target: torch.Tensor
-
-    @property
-    def highest(self) -> int:
-        return int(self.target.max()) if len(self.target) else 0
-
-    @property
-    def moved(self) -> int:
-        return int((self.source != self.target).sum())
-
-
-def compact(taken: torch.Tensor, capacity: int) -> SlotChange:
-    """Move slots above `capacity` to the lowest free ones; raises `InternalError` if too many."""
-    high = taken > capacity
-    low = taken[~high]
-    used = torch.zeros(capacity + 1, dtype=torch.bool)
-    used[low] = True
-    used[0] = True
-    room = torch.nonzero(~used).flatten()[: int(high.sum())]
-    if len(room) < int(high.sum()):
-        raise InternalError(f"{len(taken)} slots cannot be compacted into {capacity}")
-    target = taken.clone()
-    target[high] = room
-    return SlotChange(taken, target)
 
 
 class Exchange:
@@ -71,13 +44,16 @@ class Exchange:
         body: InstanceParts,
         transition: Transition,
         *,
+        running: int | None,
         fetched: Transfer | None,
         defer: Callable[[Packet], None],
         timeout_s: float,
     ) -> None:
-        """`fetched` is what has been brought ahead for this transition, if it has.
+        """`running` is the epoch of the pipeline that stands still, if there is one.
 
-        `defer` keeps packets of the new epoch's pipeline until this member is there too.
+        `fetched` is what has been brought ahead for this transition, if it has. `defer` keeps
+        micro-batches until this member runs them: those of the new epoch's pipeline, or those of
+        the old one's if it goes on after all.
         """
         self._body = body
         self._me = body.instance
@@ -85,28 +61,46 @@ class Exchange:
         self._before = layout_of(transition.before, self._me)
         self.after = layout_of(transition.after, self._me)
         self._fetched = fetched
+        self._fetched_epoch = fetched.epoch if fetched else None
         self._defer = defer
         self._timeout = timeout_s
         self._clock = body.clock
         self._participants = [m.instance for layout in transition.before for m in layout.members]
         self._old_layers = self._before.member(self._me).layers
         self._new_layers = self.after.member(self._me).layers
+        self._started = time.perf_counter()
         self._changes: dict[int, SlotChange] = {}
         self._early: list[Packet] = []
+        self._running = running
+        self._old: list[Packet] = []
         self.left: Transfer | None = None
         """What goes on while serving, once `run` has ended."""
 
-    def run(self, first_packets: list[Packet], deadline: float) -> TransitionStats:
-        """Do it all; `deadline` is in monotonic seconds. Takes `first_packets` over.
+    def run(self, first_packets: list[Packet], join_by: float, deadline: float) -> TransitionStats:
+        """Do it all. Takes `first_packets` over.
 
-        Raises `TransitionTimeout` from the barrier, while nothing has changed yet, and `PeerLost`
-        after it, when layers or KV may be gone and the member has to recover.
+        Nobody reaches the barrier after `join_by`, and nothing is waited for after `deadline`, in
+        monotonic seconds. Raises `TransitionTimeout` from the barrier, while nothing has changed
+        yet, and `PeerLost` after it, when layers or KV may be gone and the member has to recover.
+        So it has if the system does not map its pages: the others run by the new layout, there is
+        no way back.
         """
-        started = time.perf_counter()
         try:
-            self._barrier(first_packets, deadline)
+            self._barrier(first_packets, join_by)
         except PeerLost as error:
+            self._give_back()
             raise TransitionTimeout(str(error)) from error
+        except TransitionTimeout:
+            self._give_back()
+            raise
+        try:
+            return self._change(deadline)
+        except (MappingRefused, OutOfPages) as error:
+            reason = f"this instance cannot map its part of the new layout: {error}"
+            raise PeerLost(reason) from error
+
+    def _change(self, deadline: float) -> TransitionStats:
+        """Steps 2 to 6."""
         self._compact()
         transition = self._transition
         transfer = self._fetched or self._transfer(transition.before, transition.after)
@@ -116,17 +110,17 @@ class Exchange:
             taken = {owner: change.target for owner, change in self._changes.items()}
             transfer.send_rest(transition.epoch, taken)
         remap_started = time.perf_counter()
-        freed = self._release(transfer, keep_leaving=live)
-        self._make_room(transfer)
+        freed = persistently(lambda: self._release(transfer, keep_leaving=live))
+        persistently(lambda: self._make_room(transfer))
         remap_s = time.perf_counter() - remap_started
         if not live:
             transfer.receive_rest(self._next_packet, deadline)
         remap_started = time.perf_counter()
-        map_capacities(self._body, self.after)
+        persistently(lambda: map_capacities(self._body, self.after))
         remap_s += time.perf_counter() - remap_started
         for packet in self._early:
             self._defer(packet)
-        self.left = transfer if live else self._fetch_ahead()
+        self.left = transfer if live else persistently(self._fetch_ahead)
         own = self._changes[self._me]
         if own.moved:
             self._body.engine.relocate(own.source, own.target)
@@ -136,7 +130,7 @@ class Exchange:
             sent_kv_bytes=transfer.sent_kv_bytes - sent_before,
             moved_slots=own.moved,
             remap_ms=1e3 * remap_s,
-            stall_ms=1e3 * (time.perf_counter() - started),
+            stall_ms=1e3 * (time.perf_counter() - self._started),
         )
 
     # -- step 1 ----------------------------------------------------------------------------------
@@ -149,16 +143,22 @@ class Exchange:
         for peer in self._participants:
             if peer != self._me:
                 self._body.plane.send(peer, header, [mine.source, mine.target])
-        while len(self._changes) < len(self._participants):
+        missing = set(self._participants) - {self._me}
+        while missing:
             packet = packets.pop(0) if packets else self._receive(deadline)
             if packet is None:
-                missing = set(self._participants) - set(self._changes)
                 raise TransitionTimeout(f"members {sorted(missing)} did not reach the barrier")
             received = wire.decode(packet.header)
             if received.epoch != self._transition.epoch:
-                if self._fetched is not None:
-                    self._fetched.store(packet, received)
+                if isinstance(received, wire.MicroBatch):
+                    self._old.append(packet)
+                    self._check_standstill(received)
+                else:
+                    self._keep_fetched(packet, received)
             elif isinstance(received, wire.TakenSlots):
+                if received.sender not in missing:
+                    continue  # said again, or by somebody who takes no part
+                missing.remove(received.sender)
                 # Copies: what arrived lies in memory that the sender wants back.
                 self._changes[received.sender] = SlotChange(
                     *(t.clone().cpu() for t in packet.tensors)
@@ -168,6 +168,16 @@ class Exchange:
                 self._early.append(packet)
         self._early += packets
         packets.clear()
+
+    def _check_standstill(self, batch: wire.MicroBatch) -> None:
+        """All have stood still to vote: one that runs again waits for no decision any more."""
+        if batch.epoch == self._running:
+            raise TransitionTimeout(f"instance {batch.sender} goes on as before")
+
+    def _give_back(self) -> None:
+        """The members go on as before, and with the work of before."""
+        for packet in self._old:
+            self._defer(packet)
 
     # -- step 2 ----------------------------------------------------------------------------------
 
@@ -220,7 +230,7 @@ class Exchange:
             if owner not in staying:
                 kv.dismiss(owner)
         dropped = self._old_layers.minus(self._new_layers)
-        for layer in dropped:
+        for layer in set(dropped).intersection(parameters.held()):
             parameters.drop(layer)
         return parameters.nbytes(dropped)
 
@@ -249,13 +259,17 @@ class Exchange:
             return None
         header = wire.decode(packet.header)
         if header.epoch != self._transition.epoch:
+            self._keep_fetched(packet, header)
             return None
         if isinstance(header, wire.MicroBatch):
             self._defer(packet)
             return None
-        if isinstance(header, wire.TakenSlots):
-            raise InternalError("a second barrier in one transition")
         return packet
+
+    def _keep_fetched(self, packet: Packet, header: wire.Header) -> None:
+        """A piece that was sent ahead may come after the barrier, which has overtaken it."""
+        if self._fetched is not None and header.epoch == self._fetched_epoch:
+            self._fetched.store(packet, header)
 
     def _receive(self, deadline: float) -> Packet | None:
         """The next packet, or None at the deadline.
@@ -268,10 +282,3 @@ class Exchange:
             if packet is not None or left <= 0:
                 return packet
             self._body.control.check_for_losses(self._before.epoch)
-
-
-def map_capacities(body: InstanceParts, layout: Layout) -> None:
-    """Give every owner of `layout` memory for its capacity in the layers that are held here."""
-    for member in layout.members:
-        for layer in layout.member(body.instance).layers:
-            body.kv.resize(layer, member.instance, member.capacity)

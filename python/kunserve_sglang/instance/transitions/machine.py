@@ -5,6 +5,7 @@ The participant (`participant.py`) tells it what has happened, and carries out t
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from kunserve_sglang.core.messages import (
     Commit,
     Lost,
     Mode,
+    Prepare,
     ToInstance,
     Transition,
     TransitionKind,
@@ -22,11 +24,18 @@ from kunserve_sglang.core.messages import (
 )
 from kunserve_sglang.instance.transitions.table import TABLE, Action, MemberEvent, MemberState
 
+_MAX_REJECTED = 64
+"""Epochs to remember; a message that is older than so many transitions has been lost."""
+
+
+_GIVES_UP = (MemberEvent.UNDECIDED, MemberEvent.TIMED_OUT, MemberEvent.PEER_LOST)
+
 
 @dataclass(slots=True)
 class PendingAnswer:
     """What the router is told at the end; no `commit` yet if a peer's data has overtaken it."""
 
+    epoch: int
     commit: Commit | None
     stats: TransitionStats
 
@@ -51,6 +60,9 @@ class Machine:
         self.fetching: tuple[Layout, ...] = ()
         """Layouts for which parameters and KV are fetched ahead."""
         self.pending: PendingAnswer | None = None
+        self.rejected: deque[int] = deque(maxlen=_MAX_REJECTED)
+        """Epochs that have been aborted, or for whose decision this member waits no longer: what
+        is said to prepare one of them comes late."""
         self._following = False
         self._me = instance
 
@@ -66,15 +78,16 @@ class Machine:
             return Mode.RESTORING
         return Mode.COOPERATIVE if self.layout.cooperative else Mode.INDEPENDENT
 
-    def meaning_of(self, message: ToInstance) -> MemberEvent:
+    def meaning_of(self, message: Commit | Abort | Lost) -> MemberEvent:
         """Whether a command is about what this member is in, and which part of it."""
         if isinstance(message, Lost):
             involved = self.layout.cooperative or self.state is MemberState.RECOVERING
             known = involved and message.broken == self.layout.epoch
             return MemberEvent.LOST if known else MemberEvent.UNKNOWN_LOSS
-        if not isinstance(message, Commit | Abort):
-            return MemberEvent.UNRELATED
         commit = isinstance(message, Commit)
+        if commit and message.epoch == self.layout.epoch:
+            recovering = self.state is MemberState.RECOVERING
+            return MemberEvent.UNKNOWN_COMMIT if recovering else MemberEvent.COMMITTED_AGAIN
         if self.under_way is not None:
             if self.under_way.epoch == message.epoch:
                 return MemberEvent.COMMITTED if commit else MemberEvent.ABORTED
@@ -91,12 +104,13 @@ class Machine:
         transition: Transition | None = None,
         answer: PendingAnswer | None = None,
         layout: Layout | None = None,
+        epoch: int | None = None,
     ) -> Reaction:
         """Go to the next state; returns what is to be done.
 
         `transition` is what was prepared or objected to; `answer` comes with whatever ends an
-        exchange; `layout` is that after a recovery. Raises `InternalError`, and changes
-        nothing, if this cannot happen in this state.
+        exchange; `layout` is that after a recovery; `epoch` that of an `Abort`. Raises
+        `InternalError`, and changes nothing, if this cannot happen in this state.
         """
         step = TABLE[self.state].get(event)
         if step is None:
@@ -104,6 +118,7 @@ class Machine:
         if answer is not None:
             self.pending = answer
         pending = self.pending
+        self._reject(event, epoch, transition)
         if Action.LEAVE_GROUP in step.actions:
             self._forget()
         else:
@@ -112,12 +127,27 @@ class Machine:
         self.state = self._rest() if stays else step.target
         return Reaction(step.actions, pending)
 
+    def overruled_by(self, command: ToInstance) -> bool:
+        """Whether the router, which has one transition at a time, goes on without ours."""
+        if not isinstance(command, Prepare) or self.under_way is None:
+            return False
+        return command.transition.epoch > self.under_way.epoch
+
     def _rest(self) -> MemberState:
         if self.fetching:
             return MemberState.FETCHING
         if self._following:
             return MemberState.FOLLOWING
         return MemberState.COOPERATIVE if self.layout.cooperative else MemberState.INDEPENDENT
+
+    def _reject(self, event: MemberEvent, aborted: int | None, objected: Transition | None) -> None:
+        """Remember what will not be, as far as this member knows."""
+        if event in _GIVES_UP and self.under_way is not None:
+            aborted = self.under_way.epoch
+        elif event is MemberEvent.OBJECTED and objected is not None and not only_grows(objected):
+            aborted = objected.epoch
+        if aborted is not None and aborted not in self.rejected:
+            self.rejected.append(aborted)
 
     def _remember(
         self, event: MemberEvent, transition: Transition | None, layout: Layout | None
@@ -127,14 +157,10 @@ class Machine:
                 self.growth = transition
             case MemberEvent.PREPARED:
                 self.under_way, self.growth = transition, None
-            case MemberEvent.OBJECTED if transition is not None and not only_grows(transition):
-                self.growth = None
             case MemberEvent.GROWTH_COMMITTED if self.growth is not None:
                 self.layout, self.growth = layout_of(self.growth.after, self._me), None
             case MemberEvent.GROWTH_ABORTED:
                 self.growth = None
-            case MemberEvent.UNKNOWN_COMMIT:
-                self.growth = None  # the router has gone on without it
             case MemberEvent.COMMITTED | MemberEvent.OVERTAKEN:
                 self.pending = None  # what was on its way becomes a part of this exchange
             case MemberEvent.ABORTED | MemberEvent.UNDECIDED:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from kunserve_sglang.core.layout import Layout, arriving_pages, layout_of, leaving_pages
 from kunserve_sglang.core.messages import Transition
 from kunserve_sglang.instance.agent.parts import InstanceParts
 
+_MANY_MAPPINGS = 8192
+"""Neighbouring pages share a mapping, so more are not needed, however many pages there are."""
 
-def objection(body: InstanceParts, layout: Layout, transition: Transition) -> str:
+
+def objection(
+    body: InstanceParts, layout: Layout, rejected: Collection[int], transition: Transition
+) -> str:
     """Why the member that runs by `layout` cannot take part; empty if it can.
 
-    Cached prefixes that would not fit are evicted.
+    Epochs that are `rejected` have been decided against. Cached prefixes that would not fit are
+    evicted.
     """
     me = body.instance
     before = next((x for x in transition.before if me in x.ids), None)
@@ -19,6 +27,8 @@ def objection(body: InstanceParts, layout: Layout, transition: Transition) -> st
         return "the plan has no part for this instance"
     if transition.epoch <= layout.epoch:
         return f"epoch {transition.epoch} is not after {layout.epoch}"
+    if transition.epoch in rejected:
+        return f"epoch {transition.epoch} has been decided against"
     if before != layout:
         return f"the plan starts from another layout than epoch {layout.epoch}"
     if not after.covers(body.engine.layer_count):
@@ -42,6 +52,10 @@ def _does_not_fit(
     shares = [m.capacity for m in after.members]
     if not profile.fits(after.member(me).layers, shares, beside=beside):
         return f"{shares} slots for {owners} owners do not fit the memory budget"
+    dropped = before.member(me).layers.minus(after.member(me).layers)
+    changing = body.pool.free + body.kv.pages + profile.parameter_pages(dropped)
+    if body.pool.driver.mappable() < min(changing, _MANY_MAPPINGS):
+        return "too few memory mappings are left to this process (raise vm.max_map_count)"
     return ""
 
 

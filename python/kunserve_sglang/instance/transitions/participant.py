@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
 
-from kunserve_sglang.core.errors import InternalError, PeerLost, TransitionTimeout
+from kunserve_sglang.core.errors import (
+    InternalError,
+    MappingRefused,
+    OutOfPages,
+    PeerLost,
+    TransitionTimeout,
+)
 from kunserve_sglang.core.layout import Layout, layout_of
 from kunserve_sglang.core.messages import (
     Abort,
@@ -23,11 +30,12 @@ from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.instance.transitions.answers import Answers, Occasion
-from kunserve_sglang.instance.transitions.exchange import Exchange, map_capacities
+from kunserve_sglang.instance.transitions.exchange import Exchange
 from kunserve_sglang.instance.transitions.machine import Machine, PendingAnswer, only_grows
+from kunserve_sglang.instance.transitions.mapping import kept_if_refused, map_capacities
 from kunserve_sglang.instance.transitions.objections import objection
 from kunserve_sglang.instance.transitions.recovery import reload_dropped
-from kunserve_sglang.instance.transitions.table import OBJECTIONS, Action, MemberEvent
+from kunserve_sglang.instance.transitions.table import OBJECTIONS, Action, MemberEvent, MemberState
 from kunserve_sglang.transport import Packet
 
 logger = logging.getLogger(__name__)
@@ -51,17 +59,20 @@ class Participant:
         self._timeout = peer_timeout_s
         self._clock = body.clock
         self._first_packets: list[Packet] = []
+        self._join_by = 0.0
+        """Until when every peer that has voted can still reach the barrier."""
+        self.put_off: deque[ToInstance] = deque()
+        """Commands that came while this member waited for one decision, in their order."""
         self._left: Transfer | None = None
-        answers = Answers(body, machine, commit_timeout_s=peer_timeout_s)
+        answers = Answers(body, machine)
         self._carry_out: dict[Action, Callable[[Occasion], None]] = {
             Action.VOTE_YES: answers.vote_yes,
             Action.VOTE_NO: answers.vote_no,
             Action.ACKNOWLEDGE: answers.acknowledge,
             Action.REFUSE: answers.refuse,
-            Action.AWAIT_COMMIT: answers.await_commit,
+            Action.REPEAT: answers.repeat,
             Action.ANSWER: answers.answer,
             Action.REFUSE_PENDING: answers.refuse_pending,
-            Action.MAP_GROWTH: self._map_growth,
             Action.UNMAP_GROWTH: self._unmap_growth,
             Action.USE_GROWTH: self._use_growth,
             Action.EXCHANGE: self._exchange,
@@ -85,7 +96,12 @@ class Participant:
     def poll(self) -> None:
         """Step boundary: look whether all that was on its way has arrived."""
         transfer, pending = self._work.transfer, self._machine.pending
-        if pending is not None and transfer is not None and transfer.complete:
+        if pending is None or transfer is None:
+            return
+        if not transfer.complete:
+            if self._machine.state is MemberState.FOLLOWING:
+                transfer.check_progress()
+        else:
             pending.stats = msgspec.structs.replace(
                 pending.stats, sent_kv_bytes=transfer.sent_kv_bytes
             )
@@ -102,11 +118,16 @@ class Participant:
         growing = only_grows(transition)
         if not growing:
             self._body.engine.quiesce()
-        reason = OBJECTIONS.get(machine.state) or objection(self._body, machine.layout, transition)
-        if not reason and not growing:
+        reason = OBJECTIONS.get(machine.state) or objection(
+            self._body, machine.layout, machine.rejected, transition
+        )
+        if not reason:
             try:
-                self._connect(transition)
-            except PeerLost as error:
+                if growing:
+                    self._map_growth(transition)
+                else:
+                    self._body.connect(transition)
+            except (PeerLost, OutOfPages, MappingRefused) as error:
                 reason = str(error)
         if reason:
             self._happen(
@@ -121,6 +142,8 @@ class Participant:
     def _await_decision(self, message: Prepare) -> None:
         """Stand still, but go on as a stage: members that have not stopped yet need us."""
         deadline = self._clock() + message.decision_s
+        # A peer may have voted later, but not by more than that.
+        self._join_by = deadline + message.decision_s
         while self._work.serve_deferred():
             pass
         while self._clock() < deadline:
@@ -132,17 +155,28 @@ class Participant:
                     return
                 self._work.serve(packet)
             command = self._body.control.receive()
-            if command is not None:
-                self._happen(self._machine.meaning_of(command), message=command)
-                if self._machine.under_way is None:
-                    return
+            if command is not None and not self._heed(command):
+                return
         self._happen(MemberEvent.UNDECIDED)
+
+    def _heed(self, command: ToInstance) -> bool:
+        """Obey, or put off, what comes while a decision is due; false if it is not any more."""
+        machine = self._machine
+        if isinstance(command, Commit | Abort | Lost):
+            self._happen(machine.meaning_of(command), message=command)
+        elif isinstance(command, Prepare) and machine.under_way == command.transition:
+            self._happen(MemberEvent.PREPARED_AGAIN, message=command)
+        else:
+            self.put_off.append(command)
+        if machine.overruled_by(command):
+            self._happen(MemberEvent.UNDECIDED)
+        return machine.under_way is not None
 
     def _happen(
         self,
         event: MemberEvent,
         *,
-        message: ToInstance | None = None,
+        message: Prepare | Commit | Abort | Lost | None = None,
         reason: str = "",
         transition: Transition | None = None,
         answer: PendingAnswer | None = None,
@@ -150,7 +184,13 @@ class Participant:
     ) -> None:
         if isinstance(message, Abort | Lost):
             reason = message.reason
-        reaction = self._machine.happen(event, transition=transition, answer=answer, layout=layout)
+        reaction = self._machine.happen(
+            event,
+            transition=transition,
+            answer=answer,
+            layout=layout,
+            epoch=message.epoch if isinstance(message, Abort) else None,
+        )
         occasion = Occasion(message, reason or "another transition came", reaction.answer)
         for action in reaction.actions:
             self._carry_out[action](occasion)
@@ -164,17 +204,18 @@ class Participant:
         commit = occasion.message if isinstance(occasion.message, Commit) else None
         deadline = self._clock() + (commit.deadline_s if commit else self._timeout)
         packets, self._first_packets = self._first_packets, []
-        answer = PendingAnswer(commit, TransitionStats())
+        answer = PendingAnswer(transition.epoch, commit, TransitionStats())
         exchange = Exchange(
             self._body,
             transition,
+            running=self._work.epoch,
             fetched=self._work.transfer,
             defer=self._work.defer,
             timeout_s=self._timeout,
         )
         try:
             with self._work.tracer.span("exchange", epoch=transition.epoch):
-                answer.stats = exchange.run(packets, deadline)
+                answer.stats = exchange.run(packets, min(deadline, self._join_by), deadline)
         except TransitionTimeout as error:
             self._happen(MemberEvent.TIMED_OUT, reason=str(error), answer=answer)
         except PeerLost as error:
@@ -198,16 +239,21 @@ class Participant:
         work.transfer = left
         self._body.check_pages()
 
-    def _map_growth(self, _: Occasion) -> None:
+    def _map_growth(self, transition: Transition) -> None:
         """Map first, everywhere; owners use the new slots when all stages have them.
 
         Whatever becomes of the decision, what is mapped does no harm.
         """
-        if self._machine.growth is not None:
-            map_capacities(self._body, layout_of(self._machine.growth.after, self._body.instance))
+        try:
+            map_capacities(self._body, layout_of(transition.after, self._body.instance))
+        except (OutOfPages, MappingRefused):
+            if self._machine.growth is None:
+                self._unmap_growth()
+            raise
 
-    def _unmap_growth(self, _: Occasion) -> None:
-        map_capacities(self._body, self._machine.layout)
+    def _unmap_growth(self, _: Occasion | None = None) -> None:
+        with kept_if_refused():
+            map_capacities(self._body, self._machine.layout)
 
     def _use_growth(self, _: Occasion) -> None:
         """All stages have mapped the larger capacities; the pipeline goes on."""
@@ -218,35 +264,31 @@ class Participant:
     def _release_left(self, _: Occasion) -> None:
         transfer, self._work.transfer = self._work.transfer, None
         if transfer is not None:
-            transfer.release_left()
+            with kept_if_refused():
+                transfer.release_left()
         self._body.engine.bind_kv()
 
     def _cancel_fetch(self, _: Occasion) -> None:
         """Forget what was fetched ahead; the group goes on as it is."""
         transfer, self._work.transfer = self._work.transfer, None
         if transfer is not None:
-            transfer.cancel()
+            with kept_if_refused():
+                transfer.cancel()
 
     def _leave_group(self, occasion: Occasion) -> None:
-        reason, engine = occasion.reason, self._body.engine
-        logger.warning("instance %d has lost its group: %s", self._body.instance, reason)
+        engine = self._body.engine
+        logger.warning("instance %d has lost its group: %s", self._body.instance, occasion.reason)
         self._work.drop()
-        engine.give_up(f"the instances that ran this request's layers were lost: {reason}")
+        engine.start_over()
         engine.enter_cooperation([])  # no forward pass by itself until all layers are back
 
     def _reload(self, occasion: Occasion) -> None:
         if not isinstance(occasion.message, Lost):
             raise InternalError("a recovery that the router has not asked for")
-        reload_dropped(self._body)
         alone = self._body.alone(occasion.message.epoch)
-        map_capacities(self._body, alone)
+        try:
+            reload_dropped(self._body, alone)
+        except (OutOfPages, MappingRefused) as error:
+            logger.error("recovery waits to be asked for again: %s", error)
+            return
         self._happen(MemberEvent.RECOVERED, layout=alone)
-
-    def _connect(self, transition: Transition) -> None:
-        peers = {
-            m.instance: m.address
-            for layout in (*transition.before, *transition.after)
-            for m in layout.members
-            if m.instance != self._body.instance
-        }
-        self._body.plane.connect(peers)

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
+from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.transitions.mapping import map_capacities, persistently
 
 logger = logging.getLogger(__name__)
 
 
-def reload_dropped(body: InstanceParts) -> None:
+def reload_dropped(body: InstanceParts, alone: Layout) -> None:
     """Give back everything but the layers that are held, and read the others from the checkpoint.
 
-    Nothing may be in flight. Raises `ConfigurationError` if the checkpoint cannot be read, and
-    `InternalError` if it is not what it was.
+    Maps the KV of `alone`, the layout to come. Nothing may be in flight. Raises
+    `ConfigurationError` if the checkpoint cannot be read, `InternalError` if it is not what it was,
+    and `OutOfPages` or `MappingRefused` before anything is read: it can be asked for again then.
     """
     started = time.monotonic()
-    body.kv.clear()
     parameters = body.parameters
     dropped = parameters.dropped()
+    persistently(body.kv.clear)
     for layer in dropped:
-        parameters.cancel(layer)  # what was on its way here
-        parameters.reserve(layer)
+        persistently(partial(parameters.cancel, layer))  # what was on its way here
+        persistently(partial(parameters.reserve, layer))
+    persistently(lambda: map_capacities(body, alone))
+    for layer in dropped:
         parameters.attach(layer)
     body.engine.reload(dropped)
     for layer in dropped:

@@ -35,10 +35,14 @@ class MemberEvent(StrEnum):
     # What a message means (`Machine.meaning_of`), or what came of a `Prepare`.
     GROWTH_PREPARED = auto()
     PREPARED = auto()
+    PREPARED_AGAIN = auto()
+    """What this member has voted for already is asked again."""
     OBJECTED = auto()
     FETCHED_IN_VAIN = auto()
     COMMITTED = auto()
     GROWTH_COMMITTED = auto()
+    COMMITTED_AGAIN = auto()
+    """This member runs by that layout already: its answer got lost, or is still to come."""
     UNKNOWN_COMMIT = auto()
     ABORTED = auto()
     GROWTH_ABORTED = auto()
@@ -46,7 +50,6 @@ class MemberEvent(StrEnum):
     UNKNOWN_ABORT = auto()
     LOST = auto()
     UNKNOWN_LOSS = auto()
-    UNRELATED = auto()
     # What this member notices by itself.
     OVERTAKEN = auto()
     """Data of a peer that has committed came before the router's decision."""
@@ -65,12 +68,11 @@ class Action(StrEnum):
     VOTE_NO = auto()
     ACKNOWLEDGE = auto()
     REFUSE = auto()
-    AWAIT_COMMIT = auto()
-    """A peer's data has overtaken the router's decision: wait for it, to be able to answer."""
+    REPEAT = auto()
+    """Tell the router again how a transition has ended, or that it will be told."""
     ANSWER = auto()
     """Tell the router that all is done, unless something is still on its way."""
     REFUSE_PENDING = auto()
-    MAP_GROWTH = auto()
     UNMAP_GROWTH = auto()
     USE_GROWTH = auto()
     EXCHANGE = auto()
@@ -93,7 +95,7 @@ S, E, A = MemberState, MemberEvent, Action
 
 _ABANDON = (A.CANCEL_FETCH, A.REFUSE_PENDING)
 _GIVE_UP = (A.REFUSE_PENDING, A.LEAVE_GROUP, A.PUBLISH)
-_ADOPT = (A.ADOPT, A.PUBLISH, A.AWAIT_COMMIT, A.ANSWER, A.PUBLISH)
+_ADOPT = (A.ADOPT, A.PUBLISH, A.ANSWER)
 
 _UNKNOWN = {
     E.UNKNOWN_COMMIT: TransitionStep(S.AT_REST, (A.REFUSE,)),
@@ -101,12 +103,13 @@ _UNKNOWN = {
     E.UNKNOWN_LOSS: TransitionStep(S.AT_REST),
 }
 _SERVING = _UNKNOWN | {
+    E.COMMITTED_AGAIN: TransitionStep(S.AT_REST, (A.REPEAT,)),
     E.OBJECTED: TransitionStep(S.AT_REST, (A.VOTE_NO,)),
     E.PEER_LOST: TransitionStep(S.RECOVERING, _GIVE_UP),
 }
 _ABLE = _SERVING | {
     E.PREPARED: TransitionStep(S.VOTED, (A.VOTE_YES, A.PUBLISH)),
-    E.GROWTH_PREPARED: TransitionStep(S.AT_REST, (A.MAP_GROWTH, A.VOTE_YES)),
+    E.GROWTH_PREPARED: TransitionStep(S.AT_REST, (A.VOTE_YES,)),
     E.GROWTH_COMMITTED: TransitionStep(S.AT_REST, (A.USE_GROWTH, A.PUBLISH, A.ACKNOWLEDGE)),
     E.GROWTH_ABORTED: TransitionStep(S.AT_REST, (A.UNMAP_GROWTH, A.ACKNOWLEDGE)),
 }
@@ -131,12 +134,13 @@ TABLE: dict[MemberState, dict[MemberEvent, TransitionStep]] = {
         E.ABORTED: TransitionStep(S.AT_REST, (A.ACKNOWLEDGE, A.PUBLISH)),
         E.UNDECIDED: TransitionStep(S.AT_REST, (A.PUBLISH,)),
         E.PEER_LOST: TransitionStep(S.RECOVERING, _GIVE_UP),
-        # The router repeats LOST, and nothing else concerns who waits for one decision.
+        E.PREPARED_AGAIN: TransitionStep(S.VOTED, (A.VOTE_YES,)),
+        E.UNKNOWN_COMMIT: TransitionStep(S.VOTED, (A.REFUSE,)),
+        E.UNKNOWN_ABORT: TransitionStep(S.VOTED, (A.ACKNOWLEDGE,)),
+        # The router repeats LOST and COMMIT, and waits for one decision as this member does.
         E.LOST: TransitionStep(S.VOTED),
-        E.UNKNOWN_COMMIT: TransitionStep(S.VOTED),
-        E.UNKNOWN_ABORT: TransitionStep(S.VOTED),
         E.UNKNOWN_LOSS: TransitionStep(S.VOTED),
-        E.UNRELATED: TransitionStep(S.VOTED),
+        E.COMMITTED_AGAIN: TransitionStep(S.VOTED, (A.REPEAT,)),
     },
     S.EXCHANGING: {  # reads no commands
         E.EXCHANGED: TransitionStep(S.AT_REST, _ADOPT),
