@@ -7,12 +7,17 @@ It looks at snapshots and asks for one transition at a time. Whoever it serves p
 from __future__ import annotations
 
 from kunserve_sglang.core.errors import KunServeError
-from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.core.messages import Attainable, TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
+from kunserve_sglang.policy.arrivals import Arrivals
 from kunserve_sglang.policy.attainable import attainable
+from kunserve_sglang.policy.bounds import Bounds
+from kunserve_sglang.policy.calibration import Calibration
 from kunserve_sglang.policy.decision import Decision, NoPlan
+from kunserve_sglang.policy.dropping import weighed_drop, weighed_restore
 from kunserve_sglang.policy.monitor import OverloadMonitor
 from kunserve_sglang.policy.planner import Plan, plan_drop, plan_restore
+from kunserve_sglang.policy.service_level import LatencyLimits, ServiceLevel
 from kunserve_sglang.policy.shares import plan_rebalance
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.state import ClusterState
@@ -24,12 +29,22 @@ from kunserve_sglang.policy.transition_request import (
     RestoreRequest,
     TransitionRequest,
 )
+from kunserve_sglang.policy.weighing import Expected, known_times
 
 WATCH_INTERVAL_S = 0.05
 """Seconds between two looks at a cluster, unless a look takes longer."""
 
+TELL_INTERVAL_S = 0.5
+"""Seconds between two times that instances are told what to admit, if that has changed."""
+
 RETRY_S = 1.0
 """Seconds between a request that could not be met and the next one."""
+
+FORGET_S = 10.0
+"""Seconds in which nothing is wanted until what is declined then is a matter of its own."""
+
+RECONSIDER_S = 0.25
+"""The same where it is met whenever that is best: the load may soon be another."""
 
 
 class Controller:
@@ -40,13 +55,18 @@ class Controller:
     """
 
     def __init__(self, config: ClusterConfig) -> None:
-        self.auto = config.overload_policy is OverloadPolicy.DROP
+        self.auto = config.overload_policy is not OverloadPolicy.NONE
+        self.level = ServiceLevel(ttft_ms=config.slo_ttft_ms, tpot_ms=config.slo_tpot_ms)
         self._config = config
+        self._arrivals = Arrivals()
+        self._calibration = Calibration()
+        self._bounds = Bounds()
         self._monitor = OverloadMonitor(
             Thresholds(drop=config.drop_threshold, restore=config.restore_threshold)
         )
         self._asked = False
         self._declined = False
+        self._wanted_at = float("-inf")
         self._retry_after = float("-inf")
 
     @property
@@ -61,10 +81,16 @@ class Controller:
 
     def decide(self, now: float, state: ClusterState) -> TransitionRequest | None:
         """What has to be done now, if anything; then nothing until `ended` or `refused`."""
+        self._arrivals.observe(now, state)
+        self._calibration.observe(now, state)
         if self._asked:
             return None
         request = self._monitor.observe(now, state)
-        if request is None or now < self._retry_after:
+        if request is None:
+            self._declined &= now - self._wanted_at < FORGET_S
+            return None
+        self._wanted_at = now
+        if now < self._retry_after:
             return None
         if not self.auto and request.kind is not TransitionKind.REBALANCE:
             return None
@@ -80,31 +106,85 @@ class Controller:
             tpot_limit_ms=self._config.tpot_limit_ms,
         )
 
+    def admission(self, state: ClusterState) -> dict[int, Attainable]:
+        """By instance, what it is to admit: `attainable`, and so many as hold the limits."""
+        most = self.bounds(state)
+        return {
+            i: Attainable(slots=slots, running=most.get(i, 0))
+            for i, slots in self.attainable(state).items()
+        }
+
+    def bounds(self, state: ClusterState) -> dict[int, int]:
+        """By instance, how many requests it is to run where the slots of a group are for more."""
+        return self._bounds.look(state, self._expected()) if self.weighs else {}
+
+    @property
+    def slowness(self) -> float:
+        """How many times as long as predicted decode steps have lately taken."""
+        return self._calibration.factor
+
+    def limits(self, state: ClusterState) -> LatencyLimits | None:
+        """Those of a request of usual length; None until somebody has measured costs."""
+        known = [s for s in state.instances if s.costs is not None]
+        try:
+            return self.level.limits(known_times(known))
+        except ValueError:
+            return None
+
+    def _expected(self) -> Expected:
+        return Expected(
+            level=self.level,
+            arrivals_per_s=self._arrivals.per_second,
+            slowness=self.slowness,
+        )
+
+    @property
+    def weighs(self) -> bool:
+        """Whether what users want decides."""
+        return self.auto and self._config.overload_policy is not OverloadPolicy.DROP_ALWAYS
+
     def plan(self, request: TransitionRequest, state: ClusterState, epoch: int) -> Plan:
         """What the request would do, in one step. Raises `NoPlan`."""
         match request:
             case DropRequest():
-                return plan_drop(
-                    state,
-                    epoch=epoch,
-                    reason=request.reason,
-                    max_group_size=self._config.max_group_size,
-                    instances=request.instances,
-                    tokens=request.tokens,
-                    tpot_limit_ms=self._config.tpot_limit_ms,
-                )
+                return self._drop(request, state, epoch)
             case RestoreRequest():
-                return plan_restore(
+                plan = plan_restore(
                     state,
                     epoch=epoch,
                     reason=request.reason,
                     instances=request.instances,
                     stages=request.stages,
                 )
+                weighed = request.weighed and self.weighs
+                return weighed_restore(state, plan, self._expected()) if weighed else plan
             case RebalanceRequest():
                 return plan_rebalance(
                     state, epoch=epoch, reason=request.reason, instances=request.instances
                 )
+
+    def _drop(self, request: DropRequest, state: ClusterState, epoch: int) -> Plan:
+        def plan(largest: int) -> Plan:
+            return plan_drop(
+                state,
+                epoch=epoch,
+                reason=request.reason,
+                max_group_size=largest,
+                instances=request.instances,
+                tokens=request.tokens,
+                tpot_limit_ms=self._config.tpot_limit_ms,
+            )
+
+        def shorter(largest: int) -> Plan | None:
+            try:
+                return plan(largest)
+            except NoPlan:
+                return None
+
+        full = plan(self._config.max_group_size)
+        if not (request.weighed and self.weighs):
+            return full
+        return weighed_drop(state, full, shorter, self._expected())
 
     def in_steps(self, plan: Plan, state: ClusterState) -> Plan:
         """The plan as members carry it out, `state` being what it was made of."""
@@ -135,11 +215,11 @@ class Controller:
         """Nothing was begun, because of `error`: no plan, or another transition is under way.
 
         Returns the decision to put on record if all plans were rejected and requests have to queue.
-        Once is enough, for as long as no transition ends.
+        Once is enough, until a transition ends or nothing has been wanted for a while.
         """
         self._asked = False
-        self._retry_after = now + RETRY_S
         decision = error.decision if isinstance(error, NoPlan) else None
+        self._retry_after = now + (RETRY_S if decision is None else RECONSIDER_S)
         if decision is None or self._declined:
             return None
         self._declined = True

@@ -16,6 +16,10 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     `stages` is its longest pipeline, `slots` how many token slots the cluster gains by it (loses,
     if negative). `tpot_ms` is predicted, where instances have measured what they cost; `cost` is
     of a restore: token slots for each stage gained back.
+
+    Where ways are weighed by service level, there is for each what it does to requests that are
+    there and expected: the share of them within their limits, tokens a second, and milliseconds to
+    the first token, for each token and to the end, of half of them; null if those never end.
     """
 
     what: str
@@ -25,6 +29,10 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str
     tpot_ms: float | None = None
     cost: float | None = None
+    ttft_ms: float | None = None
+    e2e_ms: float | None = None
+    attainment: float | None = None
+    tokens_per_s: float | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):

@@ -111,6 +111,7 @@ class OverloadMonitor:
         waiting = sum(s.load.waiting for s, _ in over)
         return DropRequest(
             tokens=tokens,
+            weighed=True,
             reason=f"{waiting} requests wait; demand exceeds capacity by {tokens} slots "
             f"on instances {_named(s.instance for s, _ in over)}"
             + ("" if waiting else f" within {self.thresholds.lead_s:g} s"),
@@ -144,6 +145,7 @@ class OverloadMonitor:
         return RestoreRequest(
             instances=instances,
             stages=stages,
+            weighed=True,
             reason=f"demand on instances {_named(instances)} is below "
             f"{self.thresholds.restore:.0%} of {left}{more}",
         )

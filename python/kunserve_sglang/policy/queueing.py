@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from kunserve_sglang.core.messages import Load
+from kunserve_sglang.core.load import Load
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -10, 10
@@ -160,6 +160,7 @@ def with_held(state: ClusterState, held: int, plain_slots: int = 0) -> ClusterSt
             load = msgspec.structs.replace(
                 s.load,
                 waiting=s.load.waiting + share,
+                prompts=s.load.prompts + share * s.load.prompts // s.load.waiting,
                 demand=s.load.demand + share * state.demand // known,
             )
             s = msgspec.structs.replace(s, load=load)

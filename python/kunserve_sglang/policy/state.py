@@ -8,7 +8,7 @@ import msgspec
 
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.layout import LayerRange, Layout, MemoryProfile
-from kunserve_sglang.core.messages import Load
+from kunserve_sglang.core.load import Load
 
 
 class InstanceState(msgspec.Struct, frozen=True, kw_only=True):

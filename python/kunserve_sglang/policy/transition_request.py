@@ -25,7 +25,7 @@ class Outcome(StrEnum):
 class DropRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Share parameters until there are `tokens` more slots, or between exactly these `instances`.
 
-    With neither, one merge is enough.
+    With neither, one merge is enough. If it is to be `weighed`, queueing may be better than that.
     """
 
     kind: ClassVar[TransitionKind] = TransitionKind.DROP
@@ -33,12 +33,13 @@ class DropRequest(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int | None = None
     instances: tuple[int, ...] | None = None
     reason: str = _BY_HAND
+    weighed: bool = False
 
 
 class RestoreRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Split the groups of `instances`, or all, into pipelines of at most `stages` stages.
 
-    With one stage, into full replicas.
+    With one stage, into full replicas. If it is to be `weighed`, later may be better.
     """
 
     kind: ClassVar[TransitionKind] = TransitionKind.RESTORE
@@ -46,6 +47,7 @@ class RestoreRequest(msgspec.Struct, frozen=True, kw_only=True):
     instances: tuple[int, ...] | None = None
     stages: int = 1
     reason: str = _BY_HAND
+    weighed: bool = False
 
 
 class RebalanceRequest(msgspec.Struct, frozen=True, kw_only=True):

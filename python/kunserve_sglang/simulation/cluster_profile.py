@@ -13,7 +13,7 @@ import msgspec
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.layout import MemoryProfile
-from kunserve_sglang.core.settings import parse_size
+from kunserve_sglang.core.sizes import parse_size
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

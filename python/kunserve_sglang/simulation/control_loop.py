@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kunserve_sglang.core.messages import Load, TransitionKind
+from kunserve_sglang.core.load import Load
+from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig
-from kunserve_sglang.policy.controller import Controller
-from kunserve_sglang.policy.decision import NoPlan
+from kunserve_sglang.policy.controller import TELL_INTERVAL_S, Controller
+from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import STEPS
 from kunserve_sglang.policy.state import ClusterState
-from kunserve_sglang.policy.transition_request import Outcome
+from kunserve_sglang.policy.transition_request import Outcome, TransitionRequest
 from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.instances import Instances
 from kunserve_sglang.simulation.result import SimulatedEvent
@@ -32,6 +33,7 @@ class ControlLoop:
         self._controller = Controller(config)
         self._running: RunningTransition | None = None
         self._epoch = 1
+        self._tell_at = 0.0
 
     @property
     def busy(self) -> bool:
@@ -51,6 +53,9 @@ class ControlLoop:
     def look(self, now: float, loads: Sequence[Load]) -> None:
         """One look at the cluster, and what comes of it."""
         state = self._instances.state(loads)
+        if now >= self._tell_at:
+            self._tell_at = now + TELL_INTERVAL_S
+            self._instances.bound(self._controller.bounds(state))
         if self._running is not None:
             self._look_after(self._running, now, state)
         else:
@@ -64,8 +69,8 @@ class ControlLoop:
         try:
             plan = self._controller.plan(request, state, epoch)
         except NoPlan as error:
-            if self._controller.refused(now, error) is not None:
-                self.events.append(_declined(now, request.reason, state))
+            if (decision := self._controller.refused(now, error)) is not None:
+                self.events.append(_declined(now, request, str(error), decision, state))
             return
         self._running = RunningTransition(self._controller.in_steps(plan, state), now)
         self._begin_step(self._running, now)
@@ -150,6 +155,7 @@ class ControlLoop:
             SimulatedEvent(
                 kind=kind,
                 reason=plan.reason,
+                decision=plan.decision,
                 instances=plan.instances,
                 status=outcome,
                 time=running.began,
@@ -165,11 +171,15 @@ class ControlLoop:
         )
 
 
-def _declined(now: float, reason: str, state: ClusterState) -> SimulatedEvent:
-    """A drop was needed for `reason`, and no plan was good enough: requests queue instead."""
+def _declined(
+    now: float, request: TransitionRequest, error: str, decision: Decision, state: ClusterState
+) -> SimulatedEvent:
+    """No plan was good enough for what was asked for: requests queue instead of a drop."""
     return SimulatedEvent(
-        kind=TransitionKind.DROP,
-        reason=reason,
+        kind=request.kind,
+        reason=request.reason,
+        error=error,
+        decision=decision,
         instances=[s.instance for s in state.instances],
         status=Outcome.DECLINED,
         time=now,

@@ -15,11 +15,20 @@ class Decoding:
     length, so that a run of steps costs nothing per request. `ready` is for a group, whose
     micro-batches advance separately: those that are in none.
 
-    `count` requests have `context` tokens. `expected` and `remaining` are tokens that they will
-    still produce: by `execution.output_length`, and in truth.
+    `count` requests have `context` tokens, of which `produced` are of their answers. `expected` and
+    `remaining` are tokens that they will still produce: by `execution.output_length`, and in truth.
     """
 
-    __slots__ = ("by_step", "context", "count", "expected", "ready", "remaining", "steps")
+    __slots__ = (
+        "by_step",
+        "context",
+        "count",
+        "expected",
+        "produced",
+        "ready",
+        "remaining",
+        "steps",
+    )
 
     def __init__(self) -> None:
         self.by_step: list[tuple[int, int, Job]] = []
@@ -27,6 +36,7 @@ class Decoding:
         self.steps = 0
         self.count = 0
         self.context = 0
+        self.produced = 0
         self.expected = 0
         self.remaining = 0
 
@@ -36,6 +46,7 @@ class Decoding:
         """Count a request in, whose prompt has been computed."""
         self.count += 1
         self.context += job.known
+        self.produced += job.produced
         self.expected += job.expected - job.produced
         self.remaining += job.remaining
 
@@ -43,12 +54,14 @@ class Decoding:
         """Count a request out."""
         self.count -= 1
         self.context -= job.known
+        self.produced -= job.produced
         self.expected -= job.expected - job.produced
         self.remaining -= job.remaining
 
     def grow(self, tokens: int) -> None:
         """They have produced `tokens` more, all together."""
         self.context += tokens
+        self.produced += tokens
         self.expected -= tokens
         self.remaining -= tokens
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
-from kunserve_sglang.core.messages import Load
+from kunserve_sglang.core.load import Load
 from kunserve_sglang.core.settings import ClusterConfig, MicroBatches
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.simulation.cluster_profile import Profile
@@ -140,6 +140,11 @@ class Instances:
                 )
             states.append(state)
         return ClusterState(instances=tuple(states))
+
+    def bound(self, most: Mapping[int, int]) -> None:
+        """So many requests may run at once; where nothing is said, any number."""
+        for owner in self.owners:
+            owner.bound(most.get(owner.number, 0))
 
     # -- transitions -----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kunserve_sglang.core.messages import Load, Slots
+from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.simulation.admission import Piece, PrefillAdder
 from kunserve_sglang.simulation.cluster_profile import Profile
@@ -32,15 +32,18 @@ class Owner:
     """
 
     __slots__ = (
+        "_arrived",
         "_largest",
         "_lengths",
         "_ratio",
+        "_tokens",
         "capacity",
         "chunked",
         "decoding",
         "finished",
         "full",
         "limits",
+        "most",
         "number",
         "retractions",
         "used",
@@ -52,12 +55,15 @@ class Owner:
         self.capacity = capacity
         self.limits = limits
         self.used = 0
+        self.most = limits.max_running_requests
         self.full = False
         self.waiting = WaitingQueue()
         self.chunked: Job | None = None
         self.decoding = Decoding()
         self.retractions = 0
         self.finished = 0
+        self._arrived = 0
+        self._tokens = 0
         self._ratio = INITIAL_RATIO
         self._lengths = OutputLengths()
         self._largest = LargestRequest()
@@ -73,6 +79,13 @@ class Owner:
         return self.decoding.context
 
     # -- load ------------------------------------------------------------------------------------
+
+    def bound(self, running: int) -> None:
+        """The router says how many may run at once; 0: as many as the machine allows."""
+        most = min(running, self.limits.max_running_requests) or self.limits.max_running_requests
+        if most > self.most:
+            self.full = False  # `fill` may have found all seats taken
+        self.most = most
 
     @property
     def running(self) -> int:
@@ -100,6 +113,11 @@ class Owner:
             waiting=len(self.waiting),
             demand=self.demand(steps_ahead),
             largest=self.largest_request(),
+            prompts=self.waiting.prompts,
+            longest=self.waiting.largest(),
+            produced=self.decoding.produced + steps_ahead * self.decoding.count,
+            arrived=self._arrived,
+            tokens=self._tokens + steps_ahead * self.decoding.count,
         )
 
     def largest_request(self) -> int:
@@ -110,6 +128,7 @@ class Owner:
 
     def add(self, job: Job) -> None:
         job.instance = self.number
+        self._arrived += 1
         self._expect(job)
         self.waiting.add(job)
         self.full = False
@@ -140,7 +159,7 @@ class Owner:
         )
         if self.chunked is not None and not adder.go_on(self.chunked):
             return []
-        for job in adder.fill(self.waiting, self.limits.max_running_requests - self.count):
+        for job in adder.fill(self.waiting, self.most - self.count):
             self._largest.admitted(job)
         self.full, self.chunked = adder.full, adder.chunked
         self.used += sum(piece[2] for piece in adder.pieces)
@@ -154,6 +173,7 @@ class Owner:
             if before + take < job.known:
                 continue
             job.produced += 1
+            self._tokens += 1
             if job.produced == 1:
                 job.first = now
             if job.produced == job.output:
@@ -179,6 +199,7 @@ class Owner:
     def advance(self, steps: int, now: float) -> bool:
         """`steps` decode steps, at most `most_steps`, are done; whether some requests finished."""
         self.used += steps * self.decoding.count
+        self._tokens += steps * self.decoding.count
         self._ratio = max(self._ratio - steps * _RATIO_DECAY, _MIN_RATIO)
         finished = False
         for job in self.decoding.advance(steps):
@@ -207,6 +228,7 @@ class Owner:
     def decoded(self, batch: Iterable[Job], now: float) -> None:
         """A decode micro-batch came back: one token more for each of its requests."""
         for job in batch:
+            self._tokens += 1
             job.produced += 1
             self.decoding.grow(1)
             if job.produced == job.output:

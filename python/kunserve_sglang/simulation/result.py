@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kunserve_sglang.core.messages import TransitionKind
+from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.transition_request import Outcome
 from kunserve_sglang.simulation.job import Job
 
@@ -14,7 +15,7 @@ from kunserve_sglang.simulation.job import Job
 class SimulatedEvent(msgspec.Struct, frozen=True, kw_only=True):
     """A transition. Times are simulated seconds; capacities are slots of its members.
 
-    One that was declined has never begun: no plan was good enough.
+    One that was declined has never begun: no plan was good enough, and `error` says why.
 
     Over all its steps, `waited_s` is from when members were asked to stop until all of them stood
     still, `stall_s` for how long they did, and `moving_s` how long bytes moved while they served.
@@ -33,6 +34,8 @@ class SimulatedEvent(msgspec.Struct, frozen=True, kw_only=True):
     loaded_bytes: int = 0
     capacity_before: int
     capacity_after: int
+    error: str = ""
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,23 +13,29 @@ _LARGEST_OF = 4
 
 
 class WaitingQueue(deque[Job]):
-    """In order of arrival; `demand` is the slots that all of them are expected to need."""
+    """In order of arrival; `demand` is the slots that all of them are expected to need.
 
-    __slots__ = ("demand",)
+    `prompts` are the tokens to compute before they go on, as `seqlen` of SGLang's requests.
+    """
+
+    __slots__ = ("demand", "prompts")
 
     def __init__(self) -> None:
         super().__init__()
         self.demand = 0
+        self.prompts = 0
 
     def add(self, job: Job) -> None:
         """Queue up a request, of which is known how long its output is expected to be."""
         self.append(job)
         self.demand += job.prompt + job.expected
+        self.prompts += job.known
 
     def take(self) -> Job:
         """The next one."""
         job = self.popleft()
         self.demand -= job.prompt + job.expected
+        self.prompts -= job.known
         return job
 
     def largest(self) -> int:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
-from kunserve_sglang.policy.controller import RETRY_S, Controller
+from kunserve_sglang.policy.controller import FORGET_S, RECONSIDER_S, RETRY_S, Controller
 from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.planner import plan_drop
 from kunserve_sglang.policy.state import ClusterState
@@ -70,6 +70,8 @@ class Life(RuleBasedStateMachine):
         self.pending: TransitionRequest | None = None
         self.paused_until = float("-inf")
         self.explained = False
+        self.asked_at = float("-inf")
+        self.may_forget = False
 
     @rule(
         state=st.sampled_from([INDEPENDENT, PAIR]),
@@ -87,6 +89,8 @@ class Life(RuleBasedStateMachine):
             assert self.controller.auto or request.kind is TransitionKind.REBALANCE
             assert request.reason
             self.pending = request
+            self.may_forget |= self.now - self.asked_at >= FORGET_S
+            self.asked_at = self.now
 
     @precondition(lambda self: self.pending is not None)
     @rule(outcome=st.sampled_from([Outcome.COMMITTED, Outcome.ABORTED, Outcome.FAILED]))
@@ -101,10 +105,16 @@ class Life(RuleBasedStateMachine):
     @rule(error=st.sampled_from([REJECTED, NOTHING_TO_DO, NOT_ITS_TURN]))
     def refuse(self, error: TransientError) -> None:
         explains = self.controller.refused(self.now, error) is not None
-        assert explains == (error is REJECTED and not self.explained)
+        if error is not REJECTED:
+            assert not explains
+        elif not self.explained:
+            assert explains
+        elif explains:  # again, but not in the same matter
+            assert self.may_forget
+        self.may_forget &= not explains
         self.pending = None
         self.explained |= explains
-        self.paused_until = self.now + RETRY_S
+        self.paused_until = self.now + (RECONSIDER_S if error is REJECTED else RETRY_S)
 
     @precondition(lambda self: self.pending is None)
     @rule(kind=st.sampled_from(TransitionKind), outcome=st.sampled_from([*Outcome]))
@@ -117,7 +127,7 @@ class Life(RuleBasedStateMachine):
         self.controller.auto = auto
 
 
-Life.TestCase.settings = settings(max_examples=100, deadline=None)
+Life.TestCase.settings = settings(max_examples=100)
 TestLife = Life.TestCase
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kunserve_sglang.core.messages import Load, Slots
+from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.queueing import (
     AGEING_S,
     HIGHEST_PRIORITY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kunserve_sglang.core.layout import arriving_pages, leaving_pages
@@ -106,7 +106,6 @@ def test_a_rebalance_is_one_step() -> None:
     assert plan.steps == (plan.transition,)
 
 
-@settings(deadline=None)
 @given(
     st.integers(2, 6),
     st.integers(4200, 9000),
