@@ -10,20 +10,25 @@ from collections.abc import Callable
 import msgspec
 
 from kunserve_sglang.api.events import Event
+from kunserve_sglang.api.service import ServiceStatus
 from kunserve_sglang.api.types import ClusterStatus, Policy
+from kunserve_sglang.control.control_socket import ControlLine
 from kunserve_sglang.control.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.control.descriptions import status_of
 from kunserve_sglang.control.events import EventLog, declined
 from kunserve_sglang.control.front import Front, NoFront
 from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
+from kunserve_sglang.control.plausible import check_hello, check_status
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.room import Room
+from kunserve_sglang.control.saved_state import SavedState, state_to_save, take_over
 from kunserve_sglang.core.errors import InternalError
-from kunserve_sglang.core.keys import ClusterKeys
+from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.messages import (
     PROTOCOL_VERSION,
     CacheReport,
+    Greet,
     Hello,
     Leave,
     Status,
@@ -35,6 +40,7 @@ from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.queueing import with_held
 from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.thresholds import Thresholds
 from kunserve_sglang.policy.transition_request import RestoreRequest, TransitionRequest
 
 logger = logging.getLogger(__name__)
@@ -44,24 +50,43 @@ class ControlPlane:
     """Registry, controller and coordinator, wired together.
 
     The controller asks for transitions by itself; those asked for by hand always run. `front` is
-    to be set, before `run`, by whoever brings requests to the instances.
+    to be set, before `run`, by whoever brings requests to the instances, and so is `on_gone`, which
+    is told of instances that will not answer any more.
     """
 
     def __init__(
-        self, config: ClusterConfig, address: str, keys: ClusterKeys | None = None
+        self,
+        config: ClusterConfig,
+        line: ControlLine,
+        model: ModelIdentity | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`address` is the control socket for this host; that for others needs `keys`."""
+        """`line` leads to the instances; `model` is what those serve that the router starts with.
+
+        `now` is the clock of everything that is waited for.
+        """
         self.config = config
-        self.registry = Registry(config.num_instances)
+        self.registry = Registry(config.num_instances, model, now)
         self.events = EventLog()
         self.front: Front = NoFront()
-        self.hub = ControlHub(address, tcp=config.control_address, keys=keys)
+        self.on_gone: Callable[[Instance], None] = lambda _: None
+        self.hub = ControlHub(line)
         self.coordinator = Coordinator(self.hub, config, self.events)
-        self.losses = Losses(self.registry, self.hub, self.coordinator)
+        self.losses = Losses(self.registry, self.hub, self.coordinator, self._gone)
         self.controller = Controller(config)
         self.room = Room(
-            self.registry, self.hub, lambda: self.controller.attainable(self.registry.snapshot())
+            self.registry, self.hub, lambda: self.controller.admission(self.registry.snapshot())
         )
+
+    def saved(self) -> SavedState:
+        """For a router that comes after this one."""
+        return state_to_save(self.registry, self.policy())
+
+    def take_over(self, saved: SavedState) -> None:
+        """Go on where another router has ended; to be called before `run`."""
+        take_over(self.registry, saved)
+        self.controller.auto = saved.policy.auto
+        self.controller.thresholds = msgspec.convert(saved.policy, Thresholds, from_attributes=True)
 
     async def run(self) -> None:
         """Serve the control socket and watch the load until cancelled."""
@@ -121,7 +146,7 @@ class ControlPlane:
             return self.controller.in_steps(self.controller.plan(request, state, epoch), state)
 
         event = await self.coordinator.execute(in_steps, unwanted)
-        self.controller.ended(time.monotonic(), event.kind, event.status)
+        self.controller.ended(self.registry.now(), event.kind, event.status)
         logger.info(
             "%s %s: %s, %.0f ms, capacity %d -> %d%s",
             event.kind,
@@ -146,11 +171,23 @@ class ControlPlane:
             self.controller.thresholds, **thresholds
         )
 
+    def _service(self) -> ServiceStatus | None:
+        limits = self.controller.limits(self.registry.snapshot())
+        if limits is None:
+            return None
+        return ServiceStatus(
+            ttft_ms=limits.ttft_ms,
+            tpot_ms=limits.tpot_ms,
+            weighed=self.controller.weighs,
+            slowness=self.controller.slowness,
+        )
+
     def status(self) -> ClusterStatus:
         """The body of `GET /kunserve/status`."""
         return ClusterStatus(
             epoch=self.registry.latest_epoch,
             policy=self.policy(),
+            service=self._service(),
             transition=self.coordinator.running,
             latency=self.front.latency_summary(),
             queue=self.front.queue_status(),
@@ -158,7 +195,11 @@ class ControlPlane:
         )
 
     def _on_hello(self, hello: Hello) -> Welcome | Leave:
+        check_hello(hello)
         known = hello.instance in self.registry.instances
+        if not known and not self.registry.leases.admits(hello.instance):
+            logger.warning("instance %d has to end: it serves another model", hello.instance)
+            return Leave(reason="other model")
         if not self.registry.hello(hello):
             return Leave(reason="drained")
         if not known:
@@ -168,14 +209,24 @@ class ControlPlane:
         instance = self.registry.instances[hello.instance]
         return Welcome(version=PROTOCOL_VERSION, report_cache=self.front.wants_cache(instance))
 
-    def _on_status(self, status: Status) -> None:
+    def _on_status(self, status: Status) -> Greet | None:
+        known = self.registry.instances.get(status.instance)
+        if known is None or known.hello is None:
+            return Greet()
+        check_status(status, known.hello)
         self.registry.status(status)
         self.front.room_changed()  # it may be running more than before, and so take more
+        return None if known.greeted else Greet()
 
     def _on_cache(self, report: CacheReport) -> None:
         instance = self.registry.instances.get(report.instance)
         if instance is not None:
             self.front.cache_reported(instance, report)
+
+    def _gone(self, instance: Instance) -> None:
+        """Nobody should wait for it: neither we nor those who have asked it for something."""
+        self.hub.give_up(instance.number)
+        self.on_gone(instance)
 
     async def _watch_instances(self) -> None:
         """Whatever else is under way: a transition may take minutes."""
@@ -192,7 +243,7 @@ class ControlPlane:
 
     async def look(self) -> None:
         """Look at the cluster once, and do what the controller asks for."""
-        request = self.controller.decide(time.monotonic(), self.state())
+        request = self.controller.decide(self.registry.now(), self.state())
         if request is None:
             return
         try:
@@ -200,16 +251,16 @@ class ControlPlane:
         except (NoPlan, TransitionRunning) as error:
             # Nothing to merge any more, or a transition asked for by hand: look again later.
             logger.debug("%s: %s", request.reason, error)
-            decision = self.controller.refused(time.monotonic(), error)
+            decision = self.controller.refused(self.registry.now(), error)
             if decision is not None:
-                self._declined(request.reason, str(error), decision)
+                self._declined(request, str(error), decision)
         except Exception:
             # A plan that cannot be made must not end the router, which serves without it.
             logger.exception("%s, and no plan could be made", request.reason)
-            self.controller.refused(time.monotonic(), InternalError("no plan could be made"))
+            self.controller.refused(self.registry.now(), InternalError("no plan could be made"))
 
-    def _declined(self, reason: str, error: str, decision: Decision) -> None:
-        """Requests queue instead."""
-        logger.warning("%s: %s", reason, error)
+    def _declined(self, request: TransitionRequest, error: str, decision: Decision) -> None:
+        """Requests queue instead of a drop; a restore waits."""
+        logger.warning("%s: %s", request.reason, error)
         epoch = self.coordinator.next_epoch(self.registry.latest_epoch)
-        self.events.add(declined(epoch, reason, self.registry.snapshot(), error, decision))
+        self.events.add(declined(epoch, request, self.registry.snapshot(), error, decision))

@@ -22,6 +22,8 @@ from kunserve_sglang.policy.transition_request import Outcome
 _POLL_INTERVAL_S = 0.05
 """How often to ask whether what is being fetched ahead is still wanted."""
 
+_ABORT_TIMEOUT_S = 2.0
+
 
 class TransitionRunning(TransientError):
     """Another transition is under way; there is never more than one."""
@@ -164,7 +166,8 @@ class Coordinator:
         async def tell(instance: int) -> Done | str:
             message = Commit(call=self._hub.next_call(), epoch=step.epoch, deadline_s=deadline)
             try:
-                answer = await self._hub.call(instance, message, timeout)
+                # What is decided is decided: even one that is away for a moment has to hear of it.
+                answer = await self._hub.call(instance, message, timeout, insist=True)
             except NoAnswer as error:
                 return str(error)
             return answer if isinstance(answer, Done) else f"instance {instance}: {answer}"
@@ -183,7 +186,7 @@ class Coordinator:
         async def tell(instance: int) -> None:
             message = Abort(call=self._hub.next_call(), epoch=step.epoch, reason=reason)
             try:
-                await self._hub.call(instance, message, 1.0)
+                await self._hub.call(instance, message, _ABORT_TIMEOUT_S)
             except NoAnswer:
                 return
 

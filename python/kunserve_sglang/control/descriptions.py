@@ -48,6 +48,6 @@ def status_of(instance: Instance) -> InstanceStatus:
         running=status.load.running,
         waiting=status.load.waiting,
         demand=status.load.demand,
-        stalled=status.load.stalled,
+        stalled=instance.stalled,
         counters=status.counters,
     )

@@ -30,8 +30,10 @@ class Draining:
     def __init__(self, control: ControlPlane) -> None:
         self._control = control
 
-    async def drain(self, instance: Instance, timeout_s: float) -> None:
+    async def drain(self, instance: Instance, timeout_s: float, *, migrate: bool = False) -> None:
         """Let `instance` go; its requests may take `timeout_s` seconds to end.
+
+        With `migrate` other instances go on with those that can be resumed.
 
         Raises `NotDrained`, and `NoPlan` or `TransitionRunning` if its group cannot be taken apart;
         then it takes requests as before. One that is lost is forgotten at once.
@@ -40,8 +42,10 @@ class Draining:
             raise NotDrained(f"instance {instance.number} is draining already")
         instance.draining = True
         try:
+            if migrate:
+                self._control.front.move(instance)
             await self._split_group(instance)
-            await self._wait_until_idle(instance, timeout_s)
+            await self._wait_until_idle(instance, timeout_s, migrate=migrate)
         except BaseException:
             instance.draining = False
             raise
@@ -59,7 +63,9 @@ class Draining:
                 f"the group of instance {instance.number} could not be taken apart: {event.error}"
             )
 
-    async def _wait_until_idle(self, instance: Instance, timeout_s: float) -> None:
+    async def _wait_until_idle(
+        self, instance: Instance, timeout_s: float, *, migrate: bool
+    ) -> None:
         deadline = time.monotonic() + timeout_s
         while not (instance.idle or instance.liveness.lost):
             if time.monotonic() >= deadline:
@@ -68,3 +74,5 @@ class Draining:
                     f"{instance.number} after {timeout_s:g} s; it takes new ones again"
                 )
             await asyncio.sleep(_POLL_INTERVAL_S)
+            if migrate:  # some were on their way, and others may be able to take more by now
+                self._control.front.move(instance)

@@ -6,18 +6,19 @@ import time
 from collections import deque
 
 from kunserve_sglang.api.events import Event
-from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.state import ClusterState
-from kunserve_sglang.policy.transition_request import Outcome
+from kunserve_sglang.policy.transition_request import Outcome, TransitionRequest
 
 
-def declined(epoch: int, reason: str, state: ClusterState, error: str, decision: Decision) -> Event:
-    """The event of a drop that was needed for `reason`, and that no plan was good enough for."""
+def declined(
+    epoch: int, request: TransitionRequest, state: ClusterState, error: str, decision: Decision
+) -> Event:
+    """The event of a transition that was asked for, and that no plan was good enough for."""
     return Event(
         epoch=epoch,
-        kind=TransitionKind.DROP,
-        reason=reason,
+        kind=request.kind,
+        reason=request.reason,
         instances=sorted(s.instance for s in state.instances),
         status=Outcome.DECLINED,
         time=time.time(),

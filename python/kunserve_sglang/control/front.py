@@ -31,6 +31,9 @@ class Front(Protocol):
     def room_changed(self) -> None:
         """An instance may take more than before."""
 
+    def move(self, instance: Instance) -> None:
+        """Let others go on with the requests of `instance`, those that can."""
+
     def known(self, numbers: Collection[int]) -> None:
         """The instances that there are now; all others are forgotten."""
 
@@ -56,6 +59,9 @@ class NoFront:
 
     def room_changed(self) -> None:
         """Nobody waits."""
+
+    def move(self, instance: Instance) -> None:
+        """There are none."""
 
     def known(self, numbers: Collection[int]) -> None:
         """Nothing is kept about instances."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 
 import aiohttp
@@ -24,6 +23,14 @@ _INTERVAL_S = 5.0
 """How often one that serves is asked."""
 
 _PRESENCE_TIMEOUT_S = 5.0
+_PRESENCE_CONNECT_S = 1.25
+"""A kernel answers at once; that a first packet was lost is noticed after 1 s."""
+
+_PRESENCE_TRIES = 2
+"""A router that stands still for a moment itself takes answers that have come for missing ones."""
+
+_QUIET_S = 2.0
+"""Reports come several times a second, but not in the middle of a long step."""
 
 
 class _ServerInfo(msgspec.Struct):
@@ -43,10 +50,11 @@ class _Watch:
 class HealthWatch:
     """Asks every instance for `/health` and writes down what follows from the answer.
 
-    A 200 says that it serves and a refused connection that it is gone. A slow answer or a 503
-    says neither: a busy server is not a dead server. It is then asked for something that its
-    HTTP process knows by itself, which shows that there is one. So are all instances when a control
-    connection has ended, so that one that is gone is noticed at once.
+    A 200 says that it serves and a refused connection that it is gone, and so does a host that does
+    not answer at all. A slow answer or a 503 says neither: a busy server is not a dead server. It
+    is then asked for something that its HTTP process knows by itself, which shows that there is
+    one. So is one that has been quiet, and so are all instances when a control connection has
+    ended, so that one that is gone is noticed at once.
     """
 
     def __init__(
@@ -80,10 +88,13 @@ class HealthWatch:
                 await asyncio.sleep(_TICK_S)
 
     def _is_due(self, watch: _Watch) -> bool:
-        return not watch.instance.liveness.alive or time.monotonic() >= watch.due
+        return not watch.instance.liveness.alive or self._registry.now() >= watch.due
 
     def _is_suspect(self, instance: Instance) -> bool:
-        suspected = time.monotonic() < self._registry.suspected_until
+        now = self._registry.now()
+        suspected = (
+            now < self._registry.suspected_until or instance.liveness.silence_s(now) > _QUIET_S
+        )
         return suspected and instance.liveness.alive and not instance.plain
 
     async def _ask(self, watch: _Watch) -> None:
@@ -98,18 +109,25 @@ class HealthWatch:
         elif reply.error:
             await self._look(watch)
         if reply.status:
-            instance.liveness.heard(time.monotonic())
-        watch.due = time.monotonic() + _INTERVAL_S
+            instance.liveness.heard(self._registry.now())
+        watch.due = self._registry.now() + _INTERVAL_S
         watch.asking = False
 
     async def _look(self, watch: _Watch) -> None:
         """Whether its process is there at all, which even a busy one shows at once."""
         instance = watch.instance
-        reply = await ask(self._session, instance, self._presence, _PRESENCE_TIMEOUT_S)
+        for _ in range(_PRESENCE_TRIES):
+            reply = await ask(
+                self._session, instance, self._presence, _PRESENCE_TIMEOUT_S, _PRESENCE_CONNECT_S
+            )
+            if not reply.unreachable:
+                break
         if reply.status:
-            instance.liveness.heard(time.monotonic())
+            instance.liveness.heard(self._registry.now())
         elif reply.refused:
             instance.liveness.refuses()
+        elif reply.unreachable:
+            instance.liveness.vanishes()
         watch.looking = False
 
     async def _capacity(self, instance: Instance) -> int:

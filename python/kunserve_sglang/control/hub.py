@@ -1,4 +1,4 @@
-"""The router's end of the control plane: one ROUTER socket, calls with deadlines."""
+"""The router's end of the control plane: calls with deadlines, over a line that may lose any."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
-import zmq
-import zmq.asyncio
-from zmq.auth.asyncio import AsyncioAuthenticator
-from zmq.utils.monitor import recv_monitor_message
 
+from kunserve_sglang.control.control_socket import ControlLine
+from kunserve_sglang.control.plausible import check_sender
+from kunserve_sglang.core.dropped import Dropped
 from kunserve_sglang.core.errors import TransientError
-from kunserve_sglang.core.keys import Admission, ClusterKeys
 from kunserve_sglang.core.messages import (
     Abort,
     Attainable,
     CacheReport,
     Commit,
     Done,
+    Greet,
     Hello,
     Leave,
     Lost,
@@ -48,6 +47,9 @@ _ANSWER_TO: dict[type[Call], type[Answer]] = {
     Abort: Done,
     Trace: Traced,
 }
+
+_AGAIN_S = 0.5
+"""A call is sent again after so long without an answer; members answer each of them alike."""
 
 _MAX_FIRST_CALL = 1 << 48
 
@@ -75,34 +77,18 @@ class _Waiting(NamedTuple):
 class ControlHub:
     """Receives hellos and status records, and matches answers to calls."""
 
-    def __init__(
-        self, address: str, *, tcp: str | None = None, keys: ClusterKeys | None = None
-    ) -> None:
-        """`address` is for this host, `tcp` for others as well: members only, by `keys`."""
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        # A restarted instance takes over the name of the one that died.
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        # Say so when a message is for somebody whose connection has ended.
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(address)
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.tcp = ""
-        self._doorkeeper: AsyncioAuthenticator | None = None
-        if tcp is not None and keys is not None:
-            self._doorkeeper = AsyncioAuthenticator(self._context)
-            self._doorkeeper.start()
-            self._doorkeeper.configure_curve_callback(
-                "*", credentials_provider=Admission(keys.members)
-            )
-            keys.secure(self._socket)
-            self._socket.bind(tcp)
-            self.tcp = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    def __init__(self, line: ControlLine) -> None:
+        self._line = line
+        self.tcp = line.tcp
         # Answers to a router that is not any more must not be taken for those to this one.
         self._calls = itertools.count(1 + secrets.randbelow(_MAX_FIRST_CALL))
         self._pending: dict[int, _Waiting] = {}
-        self.malformed = 0
+        self._dropped = Dropped("message")
+
+    @property
+    def malformed(self) -> int:
+        """Messages that could not be used."""
+        return self._dropped.count
 
     def next_call(self) -> int:
         """A number for the `call` field of a message."""
@@ -111,32 +97,34 @@ class ControlHub:
     async def run(
         self,
         on_hello: Callable[[Hello], Welcome | Leave],
-        on_status: Callable[[Status], None],
+        on_status: Callable[[Status], Greet | None],
         on_cache: Callable[[CacheReport], None],
     ) -> None:
         """Serve for good; the callbacks run on the event loop and must not block.
 
-        What `on_hello` returns is the answer to it.
+        What `on_hello` and `on_status` return is the answer. A callback raises
+        `msgspec.ValidationError` for what cannot be true.
         """
         while True:
-            identity, data = await self._socket.recv_multipart()
+            identity, data = await self._line.receive()
             try:
                 message = decode_to_router(data)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                self.malformed += 1
-                continue
-            try:
+                if isinstance(message, Hello | Status | CacheReport):
+                    check_sender(identity, message)
                 if isinstance(message, Hello):
                     await self._send(identity, on_hello(message))
                 elif isinstance(message, Status):
-                    on_status(message)
+                    if (answer := on_status(message)) is not None:
+                        await self._send(identity, answer)
                 elif isinstance(message, CacheReport):
                     on_cache(message)
                 else:
                     self._answered(identity, message)
-            except Exception:  # one message, and there are others to be heard
-                self.malformed += 1
-                logger.exception("a %s of %r was not understood", type(message).__name__, identity)
+            except msgspec.DecodeError as error:
+                self._dropped.because(f"{error} (of {identity!r})")
+            except Exception as error:  # one message, and there are others to be heard
+                self._dropped.because(error)
+                logger.exception("a message of %r was not understood", identity)
 
     def _answered(self, identity: bytes, answer: Answer) -> None:
         waiting = self._pending.get(answer.call)
@@ -145,35 +133,35 @@ class ControlHub:
         if waiting.takes(identity, answer):
             waiting.future.set_result(answer)
         else:
-            self.malformed += 1
+            self._dropped.because(f"an answer that {identity!r} was not asked for")
 
     async def watch_ends(self, on_end: Callable[[], None]) -> None:
         """Serve for good: `on_end` runs when a connection has ended, with its process perhaps."""
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        try:
-            while True:
-                await recv_monitor_message(monitor)
-                on_end()
-        finally:
-            self._socket.disable_monitor()
-            monitor.close(linger=0)
+        while True:
+            await self._line.ended()
+            on_end()
 
-    async def call(self, instance: int, message: Call, timeout_s: float) -> Answer:
-        """Send one command and wait for its answer.
+    async def call(
+        self, instance: int, message: Call, timeout_s: float, *, insist: bool = False
+    ) -> Answer:
+        """Send one command, again and again since it may get lost, and wait for its answer.
 
-        Raises `NoAnswer` after `timeout_s`, or as soon as the instance is gone.
+        Raises `NoAnswer` after `timeout_s`, or as soon as the instance is gone. So it does if the
+        instance is not connected, unless it is to `insist`: then it may be so again.
         """
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
         self._pending[message.call] = _Waiting(instance, message, future)
+        deadline = loop.time() + timeout_s
         try:
-            if not await self._send(connection_name(instance), message):
-                raise NoAnswer(f"instance {instance} is not connected")
-            return await asyncio.wait_for(future, timeout_s)
-        except TimeoutError:
+            while (left := deadline - loop.time()) > 0:
+                if not await self._send(connection_name(instance), message) and not insist:
+                    raise NoAnswer(f"instance {instance} is not connected")
+                await asyncio.wait({future}, timeout=min(left, _AGAIN_S))
+                if future.done():
+                    return future.result()
             kind = type(message).__name__.upper()
-            raise NoAnswer(
-                f"instance {instance} did not answer {kind} within {timeout_s:g} s"
-            ) from None
+            raise NoAnswer(f"instance {instance} did not answer {kind} within {timeout_s:g} s")
         finally:
             del self._pending[message.call]
 
@@ -183,24 +171,17 @@ class ControlHub:
             if waiting.instance == instance and not waiting.future.done():
                 waiting.future.set_exception(NoAnswer(f"instance {instance} is gone"))
 
-    async def tell(self, instance: int, message: Welcome | Leave | Lost | Attainable) -> bool:
+    async def tell(
+        self, instance: int, message: Welcome | Leave | Lost | Abort | Attainable
+    ) -> bool:
         """Send what needs no answer; false if the instance is not connected."""
         return await self._send(connection_name(instance), message)
 
     async def _send(self, identity: bytes, message: msgspec.Struct) -> bool:
-        try:
-            await self._socket.send_multipart([identity, encode(message)])
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            return False
-        return True
+        return await self._line.send(identity, encode(message))
 
     def close(self) -> None:
-        self._socket.close()
-        if self._doorkeeper is not None:
-            self._doorkeeper.stop()
-        self._context.term()
+        self._line.close()
 
 
 def _epoch(call: Call) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from operator import attrgetter
 
-from kunserve_sglang.control.liveness import Liveness, LivenessState
+from kunserve_sglang.control.leases import Leases
+from kunserve_sglang.control.liveness import Liveness
+from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.messages import Hello, Mode, Status
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
@@ -24,23 +26,34 @@ class Instance:
 
     A `draining` one gets no new requests and is in no plan: it is about to leave.
 
+    `key` is shown to it in place of any other, `""` for none at all; with None, clients' keys and
+    those of the cluster go there. With `greeted` it has met this router, and not only one before.
+
     A plain SGLang server has no agent: it never says `hello`, nor what it does. `capacity` is in
     token slots, as it was when the instance began to serve; 0 while that is unknown.
     """
 
     number: int
     url: str
+    liveness: Liveness
     hello: Hello | None = None
     capacity: int = 0
     status: Status | None = None
-    liveness: Liveness = field(default_factory=lambda: Liveness(time.monotonic()))
     draining: bool = False
     in_flight: int = 0
+    key: str | None = None
+    greeted: bool = True
 
     @property
     def plain(self) -> bool:
         """Whether it is an SGLang server without an agent, which can take no part in a drop."""
         return self.hello is None
+
+    def is_news(self, status: Status) -> bool:
+        """Whether it is of this very process, and later than what is known."""
+        if self.hello is None or status.process != self.hello.process:
+            return False
+        return self.status is None or not status.number or status.number > self.status.number
 
     @property
     def mode(self) -> Mode:
@@ -53,12 +66,23 @@ class Instance:
     @property
     def available(self) -> bool:
         """Whether it can take requests."""
-        serving = self.liveness.state is LivenessState.SERVING
-        return serving and not self.draining and not self.stalled
+        return self.liveness.alive and not self.draining and not self._says_stalled
 
     @property
     def stalled(self) -> bool:
         """Whether its requests wait, could run, and do not: then more of them would only hang."""
+        return self._says_stalled or self.quiet
+
+    @property
+    def quiet(self) -> bool:
+        """Whether its scheduler has said nothing for long: it stands still, or is in a long step.
+
+        While it reads layers from the checkpoint, it is silent for good reason.
+        """
+        return self.liveness.quiet and self.status is not None and self.mode is not Mode.RECOVERING
+
+    @property
+    def _says_stalled(self) -> bool:
         return self.status is not None and self.status.load.stalled
 
     @property
@@ -78,60 +102,73 @@ class Registry:
     come since, and has not left in good order.
     """
 
-    def __init__(self, launched: int = 0) -> None:
-        """`launched` instances are started with the router, under the first numbers."""
+    def __init__(
+        self,
+        launched: int = 0,
+        model: ModelIdentity | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`launched` instances are started with the router, under the first numbers, to serve
+        `model`. `now` is the clock of all that is said here of times.
+        """
+        self.now = now
         self.instances: dict[int, Instance] = {}
         self.expected = set(range(launched))
         self.suspected_until = 0.0
-        self._left: dict[int, Hello] = {}
-        self._next_worker = itertools.count(FIRST_WORKER)
-        self._next_instance = itertools.count(launched)
+        self.left_by: dict[int, Hello] = {}
+        """By number: how those introduced themselves that have left."""
+        self.next_worker = FIRST_WORKER
+        self.leases = Leases(launched, FIRST_WORKER, model)
 
     def hello(self, message: Hello) -> bool:
         """An instance greets; false if this very process has been told to leave.
 
         One with a new address is a new process under an old number.
         """
-        if self._left.get(message.instance) == message:
+        if self.left_by.get(message.instance) == message:
             return False
+        self.leases.use(message.instance)
         known = self.instances.get(message.instance)
         if known is None or known.hello != message:
             self.expected.add(message.instance)
             self.instances[message.instance] = Instance(
-                message.instance, message.url, message, message.capacity
+                message.instance,
+                message.url,
+                Liveness(self.now()),
+                message,
+                message.capacity,
             )
         else:
-            known.liveness.heard(time.monotonic())
+            known.liveness.speaks(self.now())
+            known.greeted = True
         return True
 
-    def new_number(self) -> int | None:
-        """For an instance that is to join: one that no other has had; None if there is none."""
-        for number in self._next_instance:
-            if number >= FIRST_WORKER:
-                return None
-            if number not in self.instances:
-                return number
-        return None
+    def new_number(self, model: ModelIdentity) -> int | None:
+        """For an instance that is to join and to serve `model`; None if there is none."""
+        return self.leases.take(model, self.now(), self.instances)
 
-    def add_worker(self, url: str) -> Instance:
-        """A plain SGLang server, under a number that no other has had."""
-        worker = Instance(next(self._next_worker), url)
-        self.instances[worker.number] = worker
-        self.expected.add(worker.number)
+    def add_worker(self, url: str, key: str | None = None, number: int | None = None) -> Instance:
+        """A plain SGLang server, under a number that no other has had, or that it has already."""
+        number = self.next_worker if number is None else number
+        self.next_worker = max(self.next_worker, number + 1)
+        worker = Instance(number, url, Liveness(self.now()), key=key)
+        self.instances[number] = worker
+        self.expected.add(number)
         return worker
 
     def forget(self, instance: Instance) -> None:
         """It has left; a new process may come under its number."""
         self.expected.discard(instance.number)
+        self.leases.give_back(instance.number)
         if instance.hello is not None:
-            self._left[instance.number] = instance.hello
+            self.left_by[instance.number] = instance.hello
         if self.instances.get(instance.number) is instance:
             del self.instances[instance.number]
 
     @property
     def left(self) -> set[int]:
         """The numbers of instances that were here and are not any more."""
-        return self._left.keys() - self.instances.keys()
+        return self.left_by.keys() - self.instances.keys()
 
     @property
     def latest_epoch(self) -> int:
@@ -145,24 +182,29 @@ class Registry:
 
     def status(self, message: Status) -> None:
         known = self.instances.get(message.instance)
-        if known is not None:
+        if known is not None and known.is_news(message):
             known.status = message
-            known.liveness.reports(time.monotonic())
+            known.liveness.reports(self.now())
 
     def suspect(self) -> None:
         """Somebody's control connection has ended: look who is still there, for a while."""
-        self.suspected_until = time.monotonic() + _SUSPECT_S
+        self.suspected_until = self.now() + _SUSPECT_S
 
     def mark_silent(self) -> None:
         """Instances that have not been heard of for long are lost until they speak again."""
-        now = time.monotonic()
+        now = self.now()
         for instance in self.instances.values():
             if not instance.plain:
                 instance.liveness.check_silence(now)
 
     def available(self) -> list[Instance]:
         """Instances that can take requests, by number."""
-        return sorted([i for i in self.instances.values() if i.available], key=_by_number)
+        return sorted(self.ready(), key=_by_number)
+
+    def ready(self) -> list[Instance]:
+        """The same in any order; quiet ones only if all are."""
+        found = [i for i in self.instances.values() if i.available]
+        return [i for i in found if not i.quiet] or found
 
     def snapshot(self, *, draining: bool = False) -> ClusterState:
         """The cluster for the policies: every live instance that has reported.

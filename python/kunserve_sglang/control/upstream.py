@@ -20,6 +20,8 @@ KEEP_ALIVE_S = 3.0
 HEALTH_TIMEOUT_S = 30.0
 """Above the 20 s that SGLang takes to find itself unhealthy."""
 
+_SILENCES = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT)
+
 
 def open_session() -> aiohttp.ClientSession:
     """For our own questions; adds nothing to them and limits nothing but connects."""
@@ -54,6 +56,13 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
 
 
+def _is_silence(error: BaseException) -> bool:
+    """Whether the host does not answer; a kernel does, even for a process that is stopped."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return isinstance(error, OSError) and error.errno in _SILENCES
+
+
 class Question(msgspec.Struct, frozen=True, kw_only=True):
     """A request whose answers are read whole."""
 
@@ -69,10 +78,19 @@ def credentials(api_key: str | None) -> list[tuple[str, str]]:
     return [("authorization", f"Bearer {api_key}")] if api_key else []
 
 
+def _as_for(instance: Instance, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Headers with the key that is for `instance` alone, if it has one of its own."""
+    if instance.key is None:
+        return headers
+    others = [header for header in headers if header[0].lower() != "authorization"]
+    return [*others, *credentials(instance.key)]
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """What one instance answered; status 0 and an `error` if there was no answer.
 
-    `refused` says that nobody listens at its address.
+    `refused` says that nobody listens at its address, `unreachable` that nothing there answers at
+    all.
     """
 
     instance: int
@@ -81,6 +99,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes = b""
     error: str = ""
     refused: bool = False
+    unreachable: bool = False
 
     @property
     def ok(self) -> bool:
@@ -94,17 +113,21 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def ask(
-    session: aiohttp.ClientSession, instance: Instance, question: Question, timeout_s: float
+    session: aiohttp.ClientSession,
+    instance: Instance,
+    question: Question,
+    timeout_s: float,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> Reply:
     """One instance's answer; never raises for what goes wrong on the way."""
     try:
         async with session.request(
             question.method,
             instance_url(instance, question.path.encode(), question.query.encode()),
-            headers=question.headers,
+            headers=_as_for(instance, question.headers),
             data=question.body or None,
             allow_redirects=False,  # nobody but the instance is asked, least of all with its key
-            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
+            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s),
         ) as response:
             return Reply(
                 instance=instance.number,
@@ -112,12 +135,19 @@ async def ask(
                 content_type=response.headers.get("Content-Type", ""),
                 body=await response.read(),
             )
+    except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
+        refused = is_refusal(error)
+        reason = "connection refused" if refused else "could not be reached"
+        return Reply(
+            instance=instance.number,
+            error=reason,
+            refused=refused,
+            unreachable=isinstance(error, TimeoutError) or _is_silence(error),
+        )
     except TimeoutError:
         return Reply(instance=instance.number, error=f"did not answer within {timeout_s:g} s")
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        refused = is_refusal(error)
-        reason = "connection refused" if refused else f"could not be asked: {error}"
-        return Reply(instance=instance.number, error=reason, refused=refused)
+        return Reply(instance=instance.number, error=f"could not be asked: {error}")
 
 
 async def ask_all(

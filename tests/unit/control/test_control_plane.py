@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.control_plane import ControlPlane
+from kunserve_sglang.control.control_socket import ControlSocket
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Transition, TransitionKind
 from kunserve_sglang.core.settings import (
@@ -32,7 +33,7 @@ from kunserve_sglang.policy.transition_request import (
 )
 from kunserve_sglang.simulation import SimulatedCluster
 from kunserve_sglang.simulation.traces import TraceRow
-from tests.unit.simulation.test_cluster import BURST, loads, profile, slow
+from tests.support.simulated import BURST, loads, profile, slow
 
 
 class Call(NamedTuple):
@@ -157,11 +158,11 @@ def replayed(calls: list[Call], config: ClusterConfig, folder: Path) -> list[Cal
     replay = Replay(calls)
 
     async def run() -> list[Call]:
-        plane = ControlPlane(config, f"ipc://{folder}/c")
+        plane = ControlPlane(config, ControlSocket(f"ipc://{folder}/c"))
         recorder = plane.controller = Recorder(config)
         try:
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr("kunserve_sglang.control.control_plane.time", replay)
+                patched.setattr(plane.registry, "now", replay.monotonic)
                 patched.setattr(plane, "state", replay.state)
                 patched.setattr(plane.coordinator, "execute", replay.execute)
                 while replay.to_the_next("decide"):
@@ -177,7 +178,7 @@ def ends(calls: list[Call]) -> set[object]:
     return {call.said for call in calls if call.name == "ended"}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     loads,
     st.integers(2, 4),
@@ -205,7 +206,11 @@ def test_router_and_simulator_ask_the_same(
 
 
 def test_they_restore_give_up_and_rebalance_alike(tmp_path: Path) -> None:
-    config = ClusterConfig(num_instances=2, dispatch=DispatchPolicy.ROUND_ROBIN)
+    config = ClusterConfig(
+        num_instances=2,
+        dispatch=DispatchPolicy.ROUND_ROBIN,
+        overload_policy=OverloadPolicy.DROP_ALWAYS,
+    )
     skewed = [TraceRow(0.02 * i, 4 if i % 2 else 120, 20 if i % 2 else 100) for i in range(60)]
     first = simulated(skewed, config, links=slow(1e3))
     begins = next(c.now for c in first if isinstance(c.said, RestoreRequest))

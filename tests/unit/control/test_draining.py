@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from kunserve_sglang.core.messages import Prepare, Vote
-from tests.support.mock_worker import CAPACITY, MockInstance, vote_no
+from kunserve_sglang.testing.mock_member import CAPACITY
+from tests.support.mock_worker import MockInstance, vote_no
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 

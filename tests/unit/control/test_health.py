@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
-from kunserve_sglang.control import health, liveness
-from tests.support.mock_worker import CAPACITY, Background, Canned, MockWorker
+from kunserve_sglang.control import control_plane, health, liveness
+from kunserve_sglang.control.registry import Registry
+from kunserve_sglang.testing.mock_member import CAPACITY
+from tests.support.mock_worker import Background, Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 
@@ -47,14 +49,21 @@ def test_an_instance_in_a_long_step_is_not_lost(
     start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It neither reports nor answers /health; its HTTP process does answer."""
+    seconds = 0.0
+    monkeypatch.setattr(
+        control_plane, "Registry", lambda count, model, _: Registry(count, model, lambda: seconds)
+    )
     router = start_router(1)
     busy = router.instances[0]
     busy.reporting = False
     monkeypatch.setattr(liveness, "SILENT_AFTER_S", 0.5)
     keeps_busy(busy.worker)
-    asked = len(busy.worker.requests("/model_info"))
-    until(lambda: len(busy.worker.requests("/model_info")) > asked + 20)
-    assert "lost" not in router.described(0)
+    for _ in range(20):
+        # Only one question is under way, so what has been answered is two steps old at most.
+        asked = len(busy.worker.requests("/model_info"))
+        seconds += 0.2
+        until(lambda asked=asked: len(busy.worker.requests("/model_info")) > asked)
+        assert "lost" not in router.described(0)
     assert router.post("/v1/completions", {}).status == 200
 
 
@@ -155,3 +164,25 @@ def test_a_planner_that_fails_ends_nothing(
     overloaded(router)
     until(lambda: len(failed) > 1)
     assert router.get("/readiness").status == 200
+
+
+@pytest.mark.usefixtures("often")
+def test_one_whose_scheduler_says_nothing_gets_no_requests_though_its_server_answers(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = start_router(2)
+    quiet = router.instances[0]
+    quiet.reporting = False
+    monkeypatch.setattr(liveness, "QUIET_AFTER_S", 0.5)
+    until(lambda: router.described(0)["stalled"])
+    assert "lost" not in router.described(0)
+    for _ in range(4):
+        assert router.post("/v1/completions", {"prompt": "to whom?"}).status == 200
+    assert not quiet.worker.requests("/v1/completions")
+    other = router.instances[1]
+    other.reporting = False
+    until(lambda: router.described(1)["stalled"])
+    until(lambda: router.post("/v1/completions").status == 200)  # it may be a long step of both
+    other.reporting = True
+    quiet.reporting = True
+    until(lambda: not router.described(0)["stalled"])

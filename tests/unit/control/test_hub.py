@@ -12,6 +12,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from kunserve_sglang.control.control_socket import ControlSocket
 from kunserve_sglang.control.hub import ControlHub, NoAnswer
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.messages import (
@@ -37,7 +38,8 @@ class Members:
     """A hub, and sockets of instances that say what they like."""
 
     def __init__(self, folder: Path) -> None:
-        self.hub = ControlHub(f"ipc://{folder}/control")
+        line = ControlSocket(f"ipc://{folder}/control")
+        self.hub, self.address = ControlHub(line), line.address
         self.reports: asyncio.Queue[CacheReport] = asyncio.Queue()
         self._context = zmq.asyncio.Context()
         self.sockets = {n: self._connect(n) for n in (0, 1)}
@@ -46,7 +48,7 @@ class Members:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.identity = connection_name(number)
-        socket.connect(self.hub.address)
+        socket.connect(self.address)
         return socket
 
     async def say(self, number: int, message: ToRouter | bytes) -> None:
@@ -152,7 +154,7 @@ def test_only_the_answer_to_a_call_is_taken_for_it(
 
 
 def test_numbers_of_calls_do_not_begin_again(tmp_path: Path) -> None:
-    first, second = (ControlHub(f"ipc://{tmp_path}/{n}") for n in "ab")
+    first, second = (ControlHub(ControlSocket(f"ipc://{tmp_path}/{n}")) for n in "ab")
     try:
         assert first.next_call() != second.next_call()
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kunserve_sglang.control.liveness import SILENT_AFTER_S, Liveness, LivenessState
+from kunserve_sglang.control.liveness import QUIET_AFTER_S, SILENT_AFTER_S, Liveness, LivenessState
 
 LATE = SILENT_AFTER_S + 1
 
@@ -29,6 +29,13 @@ PATHS = [
     ("serves silence reports", LivenessState.SERVING),
     ("serves silence refuses", LivenessState.REFUSED),
     ("serves silence refuses serves", LivenessState.SERVING),
+    ("vanishes", LivenessState.STARTING),
+    ("serves vanishes", LivenessState.UNREACHABLE),
+    ("serves vanishes reports", LivenessState.UNREACHABLE),
+    ("serves vanishes refuses", LivenessState.REFUSED),
+    ("serves refuses vanishes", LivenessState.UNREACHABLE),
+    ("serves silence vanishes", LivenessState.UNREACHABLE),
+    ("serves vanishes serves", LivenessState.SERVING),
 ]
 
 
@@ -38,6 +45,7 @@ def test_signs_lead_to_a_state(signs: str, state: LivenessState) -> None:
     steps = {
         "serves": liveness.serves,
         "refuses": liveness.refuses,
+        "vanishes": liveness.vanishes,
         "heard": lambda: liveness.heard(LATE),
         "reports": lambda: liveness.reports(LATE),
         "silence": lambda: liveness.check_silence(LATE),
@@ -50,7 +58,7 @@ def test_signs_lead_to_a_state(signs: str, state: LivenessState) -> None:
     assert (
         liveness.lost
         == bool(liveness.loss)
-        == (state in (LivenessState.REFUSED, LivenessState.SILENT))
+        == (state not in (LivenessState.STARTING, LivenessState.SERVING))
     )
 
 
@@ -60,3 +68,19 @@ def test_silence_begins_after_its_time_and_not_before() -> None:
     assert not liveness.lost
     liveness.check_silence(5.0 + LATE)
     assert liveness.loss == f"silent for {SILENT_AFTER_S:.0f} s"
+
+
+@pytest.mark.parametrize("sign", ["speaks", "reports"])
+def test_only_its_scheduler_shows_that_it_is_not_quiet(sign: str) -> None:
+    liveness = Liveness(now=5.0)
+    late = 6.0 + QUIET_AFTER_S
+    liveness.check_silence(late - 1.0)
+    assert not liveness.quiet
+    liveness.serves()
+    liveness.heard(late)
+    liveness.check_silence(late)
+    assert liveness.quiet
+    getattr(liveness, sign)(late)
+    assert not liveness.quiet
+    liveness.check_silence(late + QUIET_AFTER_S)
+    assert not liveness.quiet

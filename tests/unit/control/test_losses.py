@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from kunserve_sglang.control import health
+from kunserve_sglang.control.registry import Instance
+from kunserve_sglang.control.upstream import Reply
 from kunserve_sglang.core.messages import Lost
 from tests.support.mock_worker import MockInstance
 from tests.support.router_harness import RouterCluster
@@ -116,6 +120,47 @@ def test_a_new_process_under_the_number_of_a_dead_one_is_no_member(group: Router
     until(lambda: survivor.lost)
     assert survivor.lost[0].instances == (1,)
     until(lambda: modes(group) == ["independent", "independent"])
+
+
+def test_requests_to_a_host_that_has_vanished_end(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections stay open for ever, as far as this host can tell."""
+    router = start_router(1)
+    (vanished,) = router.instances
+    vanished.worker.hanging.add("/v1/completions")
+
+    async def no_answer(_session: object, instance: Instance, *_: object) -> Reply:
+        return Reply(instance=instance.number, error="could not be reached", unreachable=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(router.post, "/v1/completions", {})
+        until(lambda: vanished.worker.requests("/v1/completions"))
+        monkeypatch.setattr(health, "ask", no_answer)
+        vanished.hang_up()
+        assert answer.result(30).error["code"] == "upstream_lost"
+    assert router.described(0)["lost"] == "host does not answer"
+
+
+def test_one_answer_that_is_missing_is_no_loss(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the router itself that has stood still."""
+    router = start_router(1)
+    ask, asked = health.ask, []
+
+    async def every_other(*about: Any) -> Reply:
+        asked.append(about)
+        if len(asked) % 2:
+            return Reply(instance=0, error="could not be reached", unreachable=True)
+        return await ask(*about)
+
+    monkeypatch.setattr(health, "ask", every_other)
+    monkeypatch.setattr(health, "_INTERVAL_S", 1e9)
+    until(lambda: router.instances[0].worker.requests("/health"))
+    router.instances[0].hang_up()  # who ends a connection is looked after
+    until(lambda: len(asked) >= 6)
+    assert "lost" not in router.described(0)
 
 
 def test_what_a_loss_is_called() -> None:
