@@ -9,9 +9,11 @@ from typing import Any
 
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from kunserve_sglang.api.calls import Access
 from kunserve_sglang.router.http.answers import Code, error_answer
+from kunserve_sglang.router.http.sites import Sites
 from kunserve_sglang.router.settings import RouterConfig
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -38,6 +40,8 @@ class Keys:
     def __init__(self, config: RouterConfig) -> None:
         self._admin = config.admin_key
         self._read = config.cluster.read_api_key
+        self._api = config.api_key
+        self._sites = Sites(config.cluster.host, config.cluster.trusted)
         keys = {self._admin, self._read, config.api_key, config.cluster.admin_api_key}
         keys.add(config.instance_admin_key)
         # The longest first, or the rest of a key that begins with another would stay.
@@ -50,14 +54,12 @@ class Keys:
         return (Holder.READ, Holder.ADMIN) if self._read else ()
 
     def holder(self, connection: HTTPConnection) -> Holder:
-        header = connection.headers.get("authorization", "").encode("latin-1")
-        if not header:
+        scope = connection.scope
+        if not any(name == b"authorization" and value for name, value in scope["headers"]):
             return Holder.NONE
-        scheme, _, given = header.partition(b" ")
-        if scheme.lower() == b"bearer":
-            for key, holder in ((self._admin, Holder.ADMIN), (self._read, Holder.READ)):
-                if key and secrets.compare_digest(given, key.encode()):
-                    return holder
+        for key, holder in ((self._admin, Holder.ADMIN), (self._read, Holder.READ)):
+            if key and _holds_key(key, scope):
+                return holder
         return Holder.UNKNOWN
 
     def open(self, access: Access, connection: HTTPConnection) -> bool:
@@ -66,10 +68,10 @@ class Keys:
         return not needed or self.holder(connection) in needed
 
     def guard(self, access: Access, endpoint: Endpoint) -> Endpoint:
-        """`endpoint` for those who may call it; without a key set, for everybody."""
+        """`endpoint` for those who may call it; without a key, for all but pages of others."""
         needed = self.needed(access)
         if not needed:
-            return endpoint
+            return self._sparing_pages(endpoint) if access is Access.CHANGE else endpoint
 
         async def guarded(request: Request) -> Response:
             if self.holder(request) in needed:
@@ -83,6 +85,30 @@ class Keys:
 
         return guarded
 
+    def refuse_inference(self, scope: Scope) -> Response | None:
+        """The answer to a request that must go to no instance; before any work is done for it."""
+        if not self._api:
+            return self._sites.refuse_inference(scope)
+        if scope["method"] == "OPTIONS" or _holds_key(self._api, scope):
+            return None  # browsers ask without a key whether they may come with one
+        return error_answer(
+            401,
+            "api_key_required",
+            "this call needs the API key: Authorization: Bearer <key>",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def refuse_reading(self, scope: Scope) -> Response | None:
+        """The answer to a question that some page has a browser ask, where it needs no key."""
+        return None if self._read else self._sites.refuse_reading(scope)
+
+    def _sparing_pages(self, endpoint: Endpoint) -> Endpoint:
+        async def spared(request: Request) -> Response:
+            refusal = self._sites.refuse_change(request.scope, await request.body())
+            return refusal or await endpoint(request)
+
+        return spared
+
     def redact(self, value: Any) -> Any:
         """`value`, made of JSON types, without our keys in any of its texts."""
         if isinstance(value, str):
@@ -92,5 +118,17 @@ class Keys:
         if isinstance(value, list):
             return [self.redact(v) for v in value]
         if isinstance(value, dict):
-            return {self.redact(k): self.redact(v) for k, v in value.items()}
+            return {
+                self.redact(k): "[key]" if v and k == "api_key" else self.redact(v)
+                for k, v in value.items()
+            }
         return value
+
+
+def _holds_key(key: str, scope: Scope) -> bool:
+    """Whether a request has come with this key; takes as long for all wrong ones of a length."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(given) != 1:
+        return False  # servers differ in which of several they read
+    scheme, _, shown = given[0].partition(b" ")
+    return scheme.lower() == b"bearer" and secrets.compare_digest(shown, key.encode())

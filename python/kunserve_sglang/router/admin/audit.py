@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import unquote_plus
 
 import msgspec
@@ -47,6 +47,15 @@ class _Excerpt:
             return self._data.decode(errors="replace")
 
 
+class _Answered(TypedDict, total=False):
+    """What came of a call, as far as there is anything to say."""
+
+    status: int
+    result: str | None
+    epoch: int | None
+    message: str | None
+
+
 class Audited:
     """ASGI middleware around one endpoint; it sees the answer that errors have been made into."""
 
@@ -72,7 +81,7 @@ class Audited:
                 answered.add(message)
             await send(message)
 
-        outcome: dict[str, Any] = {}
+        outcome: _Answered = {}
         try:
             await self._app(scope, hear, say)
             outcome = _outcome(status, answered.value())
@@ -86,7 +95,7 @@ class Audited:
             self._write(HTTPConnection(scope), asked_at, asked.value(), outcome)
 
     def _write(
-        self, connection: HTTPConnection, time: datetime, body: Any, outcome: dict[str, Any]
+        self, connection: HTTPConnection, time: datetime, body: Any, outcome: _Answered
     ) -> None:
         path, query = connection.scope["path"], connection.scope["query_string"].decode()
         query = f"?{unquote_plus(query)}" if query else ""
@@ -111,13 +120,17 @@ class Audited:
             return "[nested too deeply]"
 
 
-def _outcome(status: int, answer: Any) -> dict[str, Any]:
+def _outcome(status: int, answer: Any) -> _Answered:
     """`result` in one word: an error's code, how a transition ended, or `ok`."""
     if not isinstance(answer, dict):
         return {"status": status, "result": "ok" if status < 400 else "failed"}
     if status >= 400 and isinstance(error := answer.get("error"), dict):
         return {"status": status, "result": error.get("code"), "message": error.get("message")}
     if answer.get("status") in set(Outcome):
-        told = {"status": status, "result": answer["status"], "epoch": answer.get("epoch")}
+        told: _Answered = {
+            "status": status,
+            "result": answer["status"],
+            "epoch": answer.get("epoch"),
+        }
         return {**told, "message": answer["error"]} if answer.get("error") else told
     return {"status": status, "result": "accepted" if status == 202 else "ok"}

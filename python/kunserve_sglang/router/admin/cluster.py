@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,7 +20,7 @@ from kunserve_sglang.api.types import (
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
 from kunserve_sglang.core.layout import Layout
-from kunserve_sglang.core.messages import TransitionKind, to_json_types
+from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.transition_request import (
     REQUEST_TYPES,
@@ -70,9 +71,9 @@ class Admin:
 
     async def set_policy(self, request: Request) -> Response:
         body = await read_body(request, PolicyBody)
-        given = to_json_types(body)
+        given = msgspec.to_builtins(body)
         auto = given.pop("auto", None)
-        wanted = {**to_json_types(self._control.policy()), **given}
+        wanted = {**msgspec.to_builtins(self._control.policy()), **given}
         if wanted["restore"] >= wanted["drop"]:
             field = "restore" if "restore" in given else "drop"
             raise RequestError(

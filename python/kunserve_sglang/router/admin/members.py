@@ -18,11 +18,17 @@ from kunserve_sglang.api.types import (
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.descriptions import worker_of
 from kunserve_sglang.control.draining import Draining
+from kunserve_sglang.core.hosts import is_private
 from kunserve_sglang.core.processes import this_host
-from kunserve_sglang.core.settings import shared_settings
 from kunserve_sglang.router.admin.background import Background
 from kunserve_sglang.router.http.answers import RequestError, json_answer
-from kunserve_sglang.router.http.bodies import read_body, read_timeout, read_wait, read_worker_id
+from kunserve_sglang.router.http.bodies import (
+    read_body,
+    read_migrate,
+    read_timeout,
+    read_wait,
+    read_worker_id,
+)
 from kunserve_sglang.router.settings import RouterConfig
 
 logger = logging.getLogger(__name__)
@@ -34,7 +40,6 @@ class Members:
     def __init__(self, control: ControlPlane, config: RouterConfig, background: Background) -> None:
         self._control = control
         self._config = config
-        self._model = config.model
         self._registry = control.registry
         self._draining = Draining(control)
         self._background = background
@@ -46,23 +51,26 @@ class Members:
         return json_answer(Workers(workers=workers, total=len(workers), stats=stats))
 
     async def add_worker(self, request: Request) -> Response:
-        url = _server_url((await read_body(request, WorkerBody)).url)
+        body = await read_body(request, WorkerBody)
+        url, key = _server_url(body.url), body.api_key
+        if key is None and self._config.api_key and not is_private(url):
+            key = ""  # the cluster's key goes in clear only to whom it was named for
         for known in self._registry.instances.values():
             if known.url.rstrip("/") == url:
                 message = f"{url} is instance {known.number} already"
                 raise RequestError(409, "worker_exists", message, "url")
-        worker = self._registry.add_worker(url)
+        worker = self._registry.add_worker(url, key)
         logger.info("worker %d: plain SGLang at %s", worker.number, url)
         return json_answer(worker_of(worker), 201)
 
     async def join(self, request: Request) -> Response:
         model = (await read_body(request, JoinBody)).model
-        if self._model is not None and (difference := self._model.difference(model)):
+        serves = self._registry.leases.model
+        if serves is not None and (difference := serves.difference(model)):
             raise RequestError(409, "other_model", f"not the cluster's {difference}", "model")
-        number = self._registry.new_number()
+        number = self._registry.new_number(model)
         if number is None:
             raise RequestError(409, "no_number", "so many instances have joined that none is left")
-        self._model = model
         logger.info("instance %d is to join", number)
         return json_answer(self._membership(number))
 
@@ -78,16 +86,15 @@ class Members:
             api_key=self._config.api_key,
             instance_admin_key=self._config.instance_admin_key,
             owners=cluster.largest_group,
-            **shared_settings(cluster),
-        )
+        ).sharing(cluster)
 
     async def drain(self, request: Request) -> Response:
         number = read_worker_id(request)
-        timeout_s, wait = read_timeout(request), read_wait(request)
+        timeout_s, wait, migrate = read_timeout(request), read_wait(request), read_migrate(request)
         instance = self._registry.instances.get(number)
         if instance is None:
             raise RequestError(404, "unknown_worker", f"there is no worker {number}", "id")
-        draining = self._draining.drain(instance, timeout_s)
+        draining = self._draining.drain(instance, timeout_s, migrate=migrate)
         task = await self._background.begin(draining, "not drained", wait=wait)
         return json_answer(worker_of(instance), 200 if task.done() else 202)
 

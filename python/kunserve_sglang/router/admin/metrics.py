@@ -148,8 +148,13 @@ class ControlPlaneCollector(Collector):
         yield requests
         yield CounterMetricFamily(
             "kunserve:dispatch_retries",
-            "Requests sent to another instance because the first was out of reach or refused them.",
+            "Requests sent to another instance: the first was out of reach, full or lost.",
             value=self._stats.retries,
+        )
+        yield CounterMetricFamily(
+            "kunserve:streams_resumed",
+            "Streams that another instance went on with, after theirs was lost.",
+            value=self._stats.resumed,
         )
         yield CounterMetricFamily(
             "kunserve:answers_cut",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET
@@ -15,9 +15,13 @@ from kunserve_sglang.core.errors import KunServeError
 ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     409: "conflict_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
     422: "invalid_request_error",
     429: "overloaded_error",
     431: "invalid_request_error",
@@ -26,18 +30,23 @@ ERROR_TYPES = {
     502: "upstream_error",
     503: "unavailable_error",
     504: "timeout_error",
+    505: "not_supported_error",
 }
 
 _RETRY_AFTER_S = 1
 
 Code = Literal[
     "admin_key_required",
+    "api_key_required",
     "bad_json",
     "bad_path",
     "bad_priority",
     "bad_request",
+    "bodies_too_large",
+    "body_too_large",
     "drain_refused",
     "drain_timeout",
+    "foreign_site",
     "headers_too_large",
     "instance_failed",
     "internal_error",
@@ -47,6 +56,7 @@ Code = Literal[
     "no_instance",
     "no_number",
     "no_plan",
+    "not_json",
     "not_found",
     "not_ready",
     "not_supported",
@@ -57,7 +67,10 @@ Code = Literal[
     "queue_timeout",
     "read_key_required",
     "router_stopping",
+    "stream_lost",
     "trace_running",
+    "too_many_connections",
+    "too_slow",
     "transition_running",
     "unhealthy",
     "unknown_instance",
@@ -77,9 +90,12 @@ class RequestError(KunServeError):
         self.code = code
         self.field = field
 
+    def answer(self) -> Response:
+        return error_answer(self.status, self.code, str(self), field=self.field)
+
 
 def json_answer(
-    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """`content` may hold structs and enums."""
     return Response(

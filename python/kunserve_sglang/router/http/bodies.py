@@ -12,13 +12,16 @@ from starlette.requests import Request
 from kunserve_sglang.api.types import DRAIN_TIMEOUT_S, Body, Limit, Seconds, WorkerId
 from kunserve_sglang.control.registry import Registry
 from kunserve_sglang.router.http.answers import RequestError
+from kunserve_sglang.router.http.body_check import check_body
 
 _B = TypeVar("_B", bound=Body)
+_T = TypeVar("_T")
 
 
 async def read_body(request: Request, kind: type[_B]) -> _B:
     """The body as `kind`; an empty one counts as `{}`. Raises `RequestError` (400 or 422)."""
     data = (await request.body()).strip() or b"{}"
+    check_body(request.scope["path"], data)
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
@@ -40,39 +43,36 @@ def _unfit(text: str) -> RequestError:
 def read_limit(request: Request) -> int | None:
     """`?limit=n`, a positive number. Raises `RequestError` (422)."""
     text = request.query_params.get("limit")
-    try:
-        return None if text is None else msgspec.convert(text, Limit, strict=False)
-    except msgspec.ValidationError:
-        message = "limit: a positive number is expected"
-        raise RequestError(422, "invalid_field", message, "limit") from None
+    return None if text is None else _read("limit", text, Limit, "a positive number")
 
 
 def read_wait(request: Request) -> bool:
     """`?wait=false` or `?wait=true`, which is the default. Raises `RequestError` (422)."""
-    text = request.query_params.get("wait", "true")
-    try:
-        return msgspec.convert(text, bool, strict=False)
-    except msgspec.ValidationError:
-        message = "wait: true or false is expected"
-        raise RequestError(422, "invalid_field", message, "wait") from None
+    return _read("wait", request.query_params.get("wait", "true"), bool, "true or false")
+
+
+def read_migrate(request: Request) -> bool:
+    """`?migrate=true` or `?migrate=false`, the default. Raises `RequestError` (422)."""
+    return _read("migrate", request.query_params.get("migrate", "false"), bool, "true or false")
 
 
 def read_timeout(request: Request) -> float:
     """`?timeout_s=n`, how long requests under way may take to end. Raises `RequestError` (422)."""
     text = request.query_params.get("timeout_s", str(DRAIN_TIMEOUT_S))
-    try:
-        return msgspec.convert(text, Seconds, strict=False)
-    except msgspec.ValidationError:
-        message = "timeout_s: a number of seconds from 0 to 86400 is expected"
-        raise RequestError(422, "invalid_field", message, "timeout_s") from None
+    return _read("timeout_s", text, Seconds, "a number of seconds from 0 to 86400")
 
 
 def read_worker_id(request: Request) -> int:
     """`{id}` in the path. Raises `RequestError` (422)."""
+    return _read("id", request.path_params["id"], WorkerId, "a number")
+
+
+def _read(name: str, text: str, kind: type[_T], expected: str) -> _T:
     try:
-        return msgspec.convert(request.path_params["id"], WorkerId, strict=False)
+        return msgspec.convert(text, kind, strict=False)
     except msgspec.ValidationError:
-        raise RequestError(422, "invalid_field", "id: a number is expected", "id") from None
+        message = f"{name}: {expected} is expected"
+        raise RequestError(422, "invalid_field", message, name) from None
 
 
 def check_instances(registry: Registry, ids: Iterable[int]) -> None:

@@ -36,8 +36,10 @@ class Connection(Protocol):
 class ClientRequest:
     """One request, read whole, and the state of its answer.
 
-    `scope` is that of ASGI. `refusal` is what the last instance without room has said. `gone` says
-    that the client has left; `on_gone` is called then, and what is written afterwards goes nowhere.
+    `scope` is that of ASGI. `streams` says that the answer comes in events as they happen.
+    `refusal` is what the last instance without room has said. `gone` says that the client has left;
+    `on_gone` is called then, which cancels the task of the request unless something else was set,
+    and what is written afterwards goes nowhere.
     """
 
     __slots__ = (
@@ -55,6 +57,7 @@ class ClientRequest:
         "scope",
         "started",
         "status",
+        "streams",
     )
 
     def __init__(
@@ -68,6 +71,7 @@ class ClientRequest:
         self.ended = False
         self.gone = False
         self.status = 0
+        self.streams = False
         self.refusal: Response | None = None
         self.on_gone: Callable[[], object] | None = None
         self._connection = connection

@@ -7,7 +7,9 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
+from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.control.upstream import target
+from kunserve_sglang.core.resumption import JOURNAL_HEADER, RESUME_HEADER
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -30,8 +32,12 @@ _HOP_BY_HOP = frozenset(
 
 _BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
 
+_OUR_OWN = frozenset({JOURNAL_HEADER, RESUME_HEADER})
+"""Between the router and its instances alone."""
+
 # The body has been read and its length is known, and `Host` names whom we talk to.
-_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+_NOT_FORWARDED = _HOP_BY_HOP | _OUR_OWN | {b"host", b"content-length", b"expect"}
+_NOT_ANSWERED = _HOP_BY_HOP | _OUR_OWN
 
 
 def request_headers(headers: Headers) -> list[tuple[str, str]]:
@@ -42,16 +48,23 @@ def request_headers(headers: Headers) -> list[tuple[str, str]]:
     ]
 
 
-def request_head(scope: Scope, body: bytes, url: str) -> bytes:
-    """A client's request line and headers as they go to the instance at `url`.
+def request_head(scope: Scope, body: bytes, instance: Instance, further: Headers = ()) -> bytes:
+    """A client's request line and headers, and `further` ones, as they go to `instance`.
 
     Raises `ValueError` as `target` does.
     """
     method, where = scope["method"], target(scope["raw_path"], scope["query_string"])
     lines = [
-        b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), where, urlsplit(url).netloc.encode())
+        b"%b %b HTTP/1.1\r\nhost: %b\r\n"
+        % (method.encode(), where, urlsplit(instance.url).netloc.encode())
     ]
-    lines += [b"%b: %b\r\n" % header for header in _without(scope["headers"], _NOT_FORWARDED)]
+    left_out = _NOT_FORWARDED
+    if (key := instance.key) is not None:
+        left_out |= {b"authorization"}
+        if key:
+            lines.append(b"authorization: Bearer %b\r\n" % key.encode())
+    lines += [b"%b: %b\r\n" % header for header in _without(scope["headers"], left_out)]
+    lines += [b"%b: %b\r\n" % header for header in further]
     if body or method in _BODY_EXPECTED:
         lines.append(b"content-length: %d\r\n" % len(body))
     lines.append(b"\r\n")
@@ -60,7 +73,7 @@ def request_head(scope: Scope, body: bytes, url: str) -> bytes:
 
 def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """An instance's headers, names in lower case, as they go to the client."""
-    return _without(headers, _HOP_BY_HOP)
+    return _without(headers, _NOT_ANSWERED)
 
 
 def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:

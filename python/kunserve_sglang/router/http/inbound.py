@@ -8,96 +8,87 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 import httptools
-from starlette.types import Scope
 
-from kunserve_sglang.router.http.answers import Code, error_answer
+from kunserve_sglang.router.http.answers import error_answer
 from kunserve_sglang.router.http.client_request import ClientRequest
+from kunserve_sglang.router.http.incoming import Fault, Incoming
+from kunserve_sglang.router.http.limits import Limits, Pace
 
 logger = logging.getLogger(__name__)
 
-_MAX_HEAD_BYTES = 1 << 16
-"""Of a request line and its headers, after the first read; more is no request but an attack."""
+_LINGER_S = 2.0
+"""How long what a refused client still sends is read, so that it comes to reading its answer."""
 
-_QUIET_S = 75.0
-"""Above what HTTP clients keep idle connections for, so that it is they who close them."""
-
-_SWEEP_S = 5.0
-_CANCEL_S = 0.5
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 Handler = Callable[[ClientRequest], Coroutine[Any, Any, None]]
 
 
-class HttpServer:
-    """Accepts connections and runs `handler`, one task a request."""
+class Clients:
+    """What all connections of clients have in common.
 
-    def __init__(self, handler: Handler) -> None:
+    `handler` runs in one task a request. `body_bytes` are those of all requests that are read or
+    under way; `addresses` counts the connections of each client.
+    """
+
+    def __init__(self, handler: Handler, limits: Limits) -> None:
         self.handler = handler
+        self.limits = limits
+        self.body_bytes = 0
+        self.addresses: Counter[str] = Counter()
         self.connections: set[ClientConnection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.loop = asyncio.get_running_loop()
-
-    async def start(self, listener: Any, backlog: int) -> None:
-        """`listener` is a bound socket."""
-        self._server = await self.loop.create_server(
-            lambda: ClientConnection(self), sock=listener, backlog=backlog
-        )
-        self._sweep()
-
-    async def stop(self, grace_s: float) -> None:
-        """Take no more requests; those under way have `grace_s`, then they are cancelled."""
-        self._server.close()
-        self._sweeping.cancel()
-        for connection in list(self.connections):
-            connection.finish()
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=grace_s)
-        for task in self.tasks:
-            task.cancel()
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=_CANCEL_S)
-        for connection in list(self.connections):
-            connection.transport.close()
-
-    def _sweep(self) -> None:
-        since = self.loop.time() - _QUIET_S
-        for connection in list(self.connections):
-            if connection.quiet_since < since:
-                connection.finish()
-        self._sweeping = self.loop.call_later(_SWEEP_S, self._sweep)
 
 
 class ClientConnection(asyncio.Protocol):
     """One client's connection; its requests are answered one after the other."""
 
-    def __init__(self, server: HttpServer) -> None:
+    def __init__(self, clients: Clients) -> None:
         self.congested = False
-        self.quiet_since = server.loop.time()
-        self._server = server
+        self._clients = clients
+        self._quiet_since = clients.loop.time()
         self._parser = httptools.HttpRequestParser(self)
+        self._incoming: Incoming | None = None
         self._current: ClientRequest | None = None
         self._waiting: deque[ClientRequest] = deque()
         self._closing = False
-        self._head_bytes = 0
-        self._reading_head = False
+        self._refused = False
         self._owes_continue = False
+        self._held = 0
+        self._read_size = 0
+        self._draining: Pace | None = None
+        self._unsent = 0
 
     # --- the connection ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        # Two fields, where addresses of IPv6 have four.
-        self._peer = transport.get_extra_info("peername")[:2]
-        self._here = transport.get_extra_info("sockname")[:2]
-        self._server.connections.add(self)
+        # Two fields, where addresses of IPv6 have four, and paths none.
+        peer, here = (transport.get_extra_info(name) for name in ("peername", "sockname"))
+        self._peer = peer[:2] if isinstance(peer, tuple) else ("", 0)
+        self._here = here[:2] if isinstance(here, tuple) else ("", 0)
+        if isinstance(peer, tuple):
+            self._clients.limits.bound(transport.get_extra_info("socket"))
+        self._scheme = "https" if transport.get_extra_info("sslcontext") else "http"
+        clients, address = self._clients, self._peer[0]
+        clients.connections.add(self)
+        clients.addresses[address] += 1
+        if clients.addresses[address] > clients.limits.connections_per_address:
+            self._refuse(Fault(503, "too_many_connections", "too many connections of this address"))
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 (a Protocol)
-        self._server.connections.discard(self)
+        clients, address = self._clients, self._peer[0]
+        clients.connections.discard(self)
+        clients.addresses[address] -= 1
+        if not clients.addresses[address]:
+            del clients.addresses[address]
+        self._let_go(self._held)
         self._closing = True
         self._waiting.clear()
         if self._current is not None:
@@ -107,22 +98,27 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self._current is None:
-            self.quiet_since = self._server.loop.time()
-        if self._reading_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
-                self._refuse(431, "headers_too_large", "the headers are too large")
-                return
+        self._read_size = len(data)
+        if self._incoming is not None:
+            self._incoming.arrived(len(data))
         try:
-            while data:
-                try:
-                    self._parser.feed_data(data)
-                    return
-                except httptools.HttpParserUpgrade as upgrade:
-                    data = self._without_upgrade(data[upgrade.args[0] :])
+            self._feed(data)
+        except httptools.HttpParserCallbackError as error:
+            logger.error("a request could not be read", exc_info=error)
+            self._refuse(Fault(500, "internal_error", "the request could not be read"))
         except httptools.HttpParserError as error:
-            self._refuse(400, "bad_request", f"this is no HTTP request: {error}")
+            self._refuse(Fault(400, "bad_request", f"this is no HTTP request: {error}"))
+        else:
+            if self._incoming is not None and (fault := self._incoming.oversize()):
+                self._refuse(fault)
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._without_upgrade(data[upgrade.args[0] :])
 
     def pause_writing(self) -> None:
         self.congested = True
@@ -140,18 +136,40 @@ class ClientConnection(asyncio.Protocol):
         if self._current is None:
             self.transport.close()
 
+    def sweep(self, now: float) -> None:
+        """Part with a client that has not moved for too long, in whichever direction."""
+        limits = self._clients.limits
+        if self.congested or self.transport.is_closing():
+            unsent = self.transport.get_write_buffer_size()
+            if self._draining is None:
+                self._draining, self._unsent = Pace(now, 0), unsent
+            elif self._draining.stalled(now, self._unsent - unsent, limits):
+                self.transport.abort()
+            return
+        self._draining = None
+        if self._current is not None:
+            return
+        if self._incoming is not None:
+            if self._incoming.stalled(now):
+                self._refuse(Fault(408, "too_slow", "the request has not come in time"))
+        elif now - self._quiet_since > limits.quiet_s:
+            self.finish()
+
     def _without_upgrade(self, rest: bytes) -> bytes:
         """What is to be parsed in place of a request that offered another protocol, and of `rest`.
 
         The parser takes what follows such an offer for no HTTP, so a new one goes on as if it had
         not been made. CONNECT is refused: nothing follows it.
         """
-        method = self._parser.get_method()
-        if method == b"CONNECT":
-            self._refuse(400, "bad_path", "CONNECT: this is no proxy to other hosts")
+        method, offered = self._parser.get_method(), self._incoming
+        if self._closing or offered is None:
             return b""
-        lines = [b"%b %b HTTP/1.1\r\n" % (method, self._target)]
-        lines += [b"%b: %b\r\n" % header for header in self._headers if header[0] != b"upgrade"]
+        if method == b"CONNECT":
+            self._refuse(Fault(400, "bad_path", "CONNECT: this is no proxy to other hosts"))
+            return b""
+        version = self._parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (method, offered.target, version)]
+        lines += [b"%b: %b\r\n" % header for header in offered.headers if header[0] != b"upgrade"]
         self._parser = httptools.HttpRequestParser(self)
         return b"".join((*lines, b"\r\n", rest))
 
@@ -161,86 +179,89 @@ class ClientConnection(asyncio.Protocol):
         if self._current is not None:
             self._current.keep_alive = False
 
-    def _refuse(self, status: int, code: Code, message: str) -> None:
-        """For what cannot be parsed; not if an answer is under way, which must stay readable."""
-        busy = self._current is not None
+    def _refuse(self, fault: Fault) -> None:
+        """For what is not read to its end; an answer that is under way must stay readable."""
+        if self._refused:
+            return
+        self._refused = True
         self._refuse_more()
-        if not busy:
+        if self._current is None:
             scope = {"method": "GET", "http_version": "1.1"}
             refused = self._current = ClientRequest(self, scope, b"", keep_alive=False)
-            refused.answer(error_answer(status, code, message))
+            refused.answer(fault.answer())
 
     # --- what the parser finds ---
 
     def on_message_begin(self) -> None:
-        self._reading_head = True
-        self._head_bytes = 0
-        self._target = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._body: list[bytes] = []
+        if not self._refused:
+            self._incoming = Incoming(
+                self._clients.limits, self._clients.loop.time(), self._read_size
+            )
 
     def on_url(self, part: bytes) -> None:
-        self._target += part
+        if self._incoming is not None:
+            self._incoming.target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._reading_head:  # trailers come after the body, and have no say any more
-            self._headers.append((name.lower(), value))
+        incoming = self._incoming
+        # Trailers come after the body, and have no say any more.
+        if incoming is not None and not incoming.head_done:
+            incoming.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self._reading_head = False
-        if self._parser.should_upgrade():
+        incoming = self._incoming
+        if incoming is None or self._parser.should_upgrade():
             return
-        if any(n == b"expect" and v.lower() == b"100-continue" for n, v in self._headers):
+        if fault := incoming.head_fault(self._parser.get_http_version()):
+            self._refuse(fault)
+        elif incoming.wants_continue():
             self._owes_continue = self._current is not None
             if not self._owes_continue:
                 self.transport.write(_CONTINUE)
 
     def on_body(self, part: bytes) -> None:
-        self._body.append(part)
+        if self._incoming is None or self._refused:
+            return
+        self._owes_continue = False
+        self._incoming.part(part)
+        self._held += len(part)
+        self._clients.body_bytes += len(part)
+        if self._clients.body_bytes > self._clients.limits.all_bodies:
+            self._refuse(Fault(503, "bodies_too_large", "the bodies of all requests are too large"))
 
     def on_message_complete(self) -> None:
-        if self._parser.should_upgrade():
+        incoming = self._incoming
+        if incoming is None or self._refused or self._parser.should_upgrade():
             return
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        scope = self._scope()
-        keep_alive = scope["http_version"] == "1.1" and self._parser.should_keep_alive()
-        request = ClientRequest(self, scope, body, keep_alive=keep_alive)
+        self._incoming, self._owes_continue = None, False
+        if fault := incoming.oversize():
+            self._refuse(fault)
+            return
+        method, version = self._parser.get_method(), self._parser.get_http_version()
+        scope = incoming.scope(method, version, self._scheme, self._peer, self._here)
+        keep_alive = version == "1.1" and self._parser.should_keep_alive()
+        request = ClientRequest(self, scope, incoming.whole_body(), keep_alive=keep_alive)
         if self._current is None:
             self._begin(request)
         elif not self._closing:
             self._waiting.append(request)
             self.transport.pause_reading()
 
-    def _scope(self) -> Scope:
-        raw_path, _, query = self._target.partition(b"?")
-        return {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": self._parser.get_http_version(),
-            "method": self._parser.get_method().decode("ascii"),
-            "scheme": "http",
-            "path": raw_path.decode("latin-1"),  # as it stands: what is encoded is another path
-            "raw_path": raw_path,
-            "query_string": query,
-            "root_path": "",
-            "headers": self._headers,
-            "client": self._peer,
-            "server": self._here,
-        }
-
     # --- one request after the other ---
 
     def _begin(self, request: ClientRequest) -> None:
         self._current = request
-        self.quiet_since = float("inf")
-        task = self._server.loop.create_task(self._server.handler(request))
-        self._server.tasks.add(task)
+        task = self._clients.loop.create_task(self._clients.handler(request))
+        request.on_gone = task.cancel
+        self._clients.tasks.add(task)
         task.add_done_callback(lambda task: self._handled(request, task))
 
     def _handled(self, request: ClientRequest, task: asyncio.Task[None]) -> None:
-        self._server.tasks.discard(task)
+        self._clients.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s failed", request.scope["path"], exc_info=error)
+            if not request.started and not request.gone:
+                request.answer(error_answer(500, "internal_error", "a bug in the router"))
         if not request.ended and not request.gone:
             # Half an answer must not look like a whole one.
             self.transport.close()
@@ -248,14 +269,32 @@ class ClientConnection(asyncio.Protocol):
     def answered(self, request: ClientRequest) -> None:
         """All of the current request's answer is written."""
         self._current = None
-        self.quiet_since = self._server.loop.time()
-        if self._closing or not request.keep_alive:
+        self._let_go(len(request.body))
+        self._quiet_since = self._clients.loop.time()
+        if self._refused:
+            self._linger()
+        elif self._closing or not request.keep_alive:
             self._closing = True
             self.transport.close()
         elif self._waiting:
             self._begin(self._waiting.popleft())
             if not self._waiting:
                 self.transport.resume_reading()
-        elif self._owes_continue:
-            self._owes_continue = False
-            self.transport.write(_CONTINUE)
+        elif self._incoming is not None:
+            self._incoming.go_on(self._quiet_since)
+            if self._owes_continue:
+                self._owes_continue = False
+                self.transport.write(_CONTINUE)
+
+    def _linger(self) -> None:
+        """Close in a moment: a connection with unread bytes takes its last answer with it."""
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.transport.resume_reading()
+        self._clients.loop.call_later(_LINGER_S, self.transport.close)
+
+    def _let_go(self, size: int) -> None:
+        """Of the bytes of bodies that this connection holds."""
+        size = min(size, self._held)
+        self._held -= size
+        self._clients.body_bytes -= size

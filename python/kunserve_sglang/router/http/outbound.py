@@ -9,17 +9,33 @@ import asyncio
 import errno
 import socket
 import ssl
+import weakref
+from collections import defaultdict
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from kunserve_sglang.control.upstream import CONNECT_TIMEOUT_S, KEEP_ALIVE_S
+from kunserve_sglang.core.heartbeats import watch_host
 from kunserve_sglang.router.http.heads import BODILESS, Headers
+
+_RACE_S = 1.0
+"""An instance that closes an idle connection when a request is on its way has done so by then."""
+
+_SMALL_BODY = 4096
 
 
 class BrokenOff(ConnectionError):
-    """The instance's answer ended before its end, or is no HTTP."""
+    """The instance's answer ended before its end, or is no HTTP.
+
+    `unread` says that the request only met the end of a connection that had been idle: servers
+    close these without looking at what has come meanwhile.
+    """
+
+    def __init__(self, reason: str, *, unread: bool = False) -> None:
+        super().__init__(reason)
+        self.unread = unread
 
 
 class Sink(Protocol):
@@ -41,7 +57,10 @@ class InstanceConnection(asyncio.Protocol):
     def __init__(self, url: str) -> None:
         self.url = url
         self.idle_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self.reused = False
         self.lost = False
+        self._ended = False
         self._parser = httptools.HttpResponseParser(self)
         self._sink: Sink | None = None
         self._answered: asyncio.Future[None] | None = None
@@ -61,13 +80,18 @@ class InstanceConnection(asyncio.Protocol):
         self._ended = False
         self._until_closed = False
         self._reusable = False
-        self._answered = asyncio.get_running_loop().create_future()
+        self._begun = False
+        self._asked_at = self._loop.time()
+        self._answered = self._loop.create_future()
         if self.lost:
-            self._fail("closed the connection")
+            self._closed()
         else:
-            self._transport.write(request)
-            if body:
+            # In one packet if it is small, and without a copy if it is not.
+            if len(body) > _SMALL_BODY:
+                self._transport.write(request)
                 self._transport.write(body)
+            else:
+                self._transport.write(request + body)
         return self._answered
 
     def release(self) -> bool:
@@ -97,6 +121,7 @@ class InstanceConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        watch_host(self._transport.get_extra_info("socket"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
@@ -105,7 +130,7 @@ class InstanceConnection(asyncio.Protocol):
         if error is None and self._until_closed:
             self._end()
         else:
-            self._fail(f"closed the connection{f': {error}' if error else ''}")
+            self._closed(f": {error}" if error else "")
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink
@@ -141,13 +166,19 @@ class InstanceConnection(asyncio.Protocol):
         if not self._answered.done():
             self._answered.set_result(None)
 
-    def _fail(self, reason: str) -> None:
+    def _closed(self, why: str = "") -> None:
+        at_once = self._loop.time() - self._asked_at < _RACE_S
+        unread = self.reused and at_once and not self._begun
+        self._fail(f"closed the connection{why}", unread=unread)
+
+    def _fail(self, reason: str, *, unread: bool = False) -> None:
         if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(BrokenOff(reason))
+            self._answered.set_exception(BrokenOff(reason, unread=unread))
 
     # --- what the parser finds ---
 
     def on_message_begin(self) -> None:
+        self._begun = True
         if self._ended:
             self._reusable = False  # more than was asked for
 
@@ -184,17 +215,21 @@ class InstanceConnections:
 
     def __init__(self) -> None:
         self._idle: dict[str, list[InstanceConnection]] = {}
+        self._open: defaultdict[str, weakref.WeakSet[InstanceConnection]] = defaultdict(
+            weakref.WeakSet
+        )
         self._loop = asyncio.get_running_loop()
         self._tls: ssl.SSLContext | None = None
         self._sweeping: asyncio.TimerHandle | None = None
 
-    async def get(self, url: str) -> InstanceConnection:
+    async def get(self, url: str, *, new: bool = False) -> InstanceConnection:
         """A kept connection, or a new one. Raises `OSError` if none could be made in time."""
-        idle = self._idle.get(url)
+        idle = None if new else self._idle.get(url)
         since = self._loop.time() - KEEP_ALIVE_S
         while idle:
             connection = idle.pop()
             if not connection.lost and connection.idle_since > since:
+                connection.reused = True
                 return connection
             connection.close()
         try:
@@ -211,6 +246,11 @@ class InstanceConnections:
         self._idle.setdefault(connection.url, []).append(connection)
         if self._sweeping is None:
             self._sweeping = self._loop.call_later(KEEP_ALIVE_S, self._sweep)
+
+    def abort(self, url: str) -> None:
+        """End all connections to an instance that is gone, and the requests under way on them."""
+        for connection in self._open.pop(url, ()):
+            connection.close()
 
     def close(self) -> None:
         if self._sweeping is not None:
@@ -251,5 +291,6 @@ class InstanceConnections:
             except OSError as error:
                 failure = error
             else:
+                self._open[url].add(connection)
                 return connection
         raise failure

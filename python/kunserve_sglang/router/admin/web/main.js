@@ -5,7 +5,7 @@ import { Confirmation } from "./confirm.js";
 import { byId, setText } from "./dom.js";
 import { showEvents } from "./events.js";
 import { showFigures } from "./figures.js";
-import { percent, timeOfDay } from "./format.js";
+import { duration, percent, timeOfDay } from "./format.js";
 import { History } from "./history.js";
 import { showMap } from "./map.js";
 import { Poller } from "./poll.js";
@@ -34,7 +34,7 @@ function show({ status, events }) {
   byId("main").classList.remove("stale");
   const running = status.transition;
   setConnection(running ? `${running.kind} in progress` : "live", running ? "busy" : "good");
-  showPolicy(status.policy);
+  showPolicy(status.policy, status.service);
   showFigures(status);
   history.add(status, events);
   history.show();
@@ -76,10 +76,14 @@ function setActions(possible) {
   for (const button of Object.values(actions)) button.disabled = !possible;
 }
 
-function showPolicy(policy) {
+function showPolicy(policy, service) {
+  const drops = `drops when demand exceeds ${percent(policy.drop)} of the capacity`;
+  const weighed = service?.weighed
+    ? ` and more requests keep their limits that way (${duration(service.ttft_ms)} to the first ` +
+      `token, ${duration(service.tpot_ms)} for each after it)`
+    : "";
   const text = policy.auto
-    ? `Automatic: drops when demand exceeds ${percent(policy.drop)} of the capacity, ` +
-      `restores below ${percent(policy.restore)}.`
+    ? `Automatic: ${drops}${weighed}, restores below ${percent(policy.restore)}.`
     : "Automatic drops and restores are off.";
   setText(byId("policy"), text);
 }
