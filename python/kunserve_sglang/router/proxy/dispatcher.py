@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -101,28 +100,20 @@ class Dispatcher:
         prompt = Prompt(0) if self._prompts is None else await self._prompts.read(path, body)
         return Weight(request_tokens(body), prompt)
 
-    def pick(self, policy: Policy, weight: Weight, tried: Collection[int] = ()) -> Instance | None:
-        """An available instance that is not among the `tried`, if there is one."""
-        available = [i for i in self._registry.available() if i.number not in tried]
+    def pick(
+        self, policy: Policy, weight: Weight, fits: Callable[[Instance], bool]
+    ) -> Instance | None:
+        """An available instance that `fits`, if there is one."""
+        available = [i for i in self._registry.available() if fits(i)]
         if not available:
             return None
         turn, self._turn = self._turn, self._turn + 1
         return available[policy([self._candidate(i, weight.prompt) for i in available], turn)]
 
-    @contextmanager
-    def under_way(self, instance: Instance, weight: Weight) -> Iterator[None]:
+    def under_way(self, instance: Instance, weight: Weight) -> UnderWay:
         """Counts a request as sent to `instance` inside the block."""
-        ticket = next(self._tickets)
         sent = self._sent.setdefault(instance.number, {})
-        sent[ticket] = weight.tokens
-        instance.in_flight += 1
-        prefixes = self._prefixes
-        try:
-            with prefixes.on_its_way(instance, weight.prompt) if prefixes else nullcontext():
-                yield
-        finally:
-            instance.in_flight -= 1
-            del sent[ticket]
+        return UnderWay(instance, weight, sent, next(self._tickets), self._prefixes)
 
     def _candidate(self, instance: Instance, prompt: Prompt) -> Candidate:
         """Of a plain server we know what we have sent there ourselves, and nothing else."""
@@ -152,3 +143,35 @@ class Dispatcher:
         """
         sent = list(self._sent.get(instance.number, {}).values())
         return sent[known:]
+
+
+class UnderWay:
+    """One request at one instance; `sent` are the tokens of all that are there, by ticket."""
+
+    __slots__ = ("_instance", "_prefix", "_sent", "_ticket", "_tokens")
+
+    def __init__(
+        self,
+        instance: Instance,
+        weight: Weight,
+        sent: dict[int, int],
+        ticket: int,
+        prefixes: PrefixIndex | None,
+    ) -> None:
+        self._instance = instance
+        self._tokens = weight.tokens
+        self._sent = sent
+        self._ticket = ticket
+        self._prefix = prefixes.on_its_way(instance, weight.prompt) if prefixes else None
+
+    def __enter__(self) -> None:
+        self._sent[self._ticket] = self._tokens
+        self._instance.in_flight += 1
+        if self._prefix is not None:
+            self._prefix.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._instance.in_flight -= 1
+        del self._sent[self._ticket]
+        if self._prefix is not None:
+            self._prefix.__exit__(*error)

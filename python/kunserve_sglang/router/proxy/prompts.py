@@ -23,7 +23,7 @@ import msgspec
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from kunserve_sglang.core.blocks import block_hashes
-from kunserve_sglang.core.settings import PromptFormat
+from kunserve_sglang.core.prompt_format import PromptFormat
 from kunserve_sglang.router.proxy.prefix_index import Prompt
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,11 @@ T = TypeVar("T")
 
 _BYTES_PER_TOKEN = 4
 _MAX_WAITING = 64
-"""More requests than these do not wait to be tokenized; those that come then go by load."""
+_MAX_WAITING_BYTES = 2 << 20
+"""More than these do not wait to be tokenized, which takes a second for so many bytes: requests
+that come then go by load, and so do larger ones."""
 
-_LARGEST_BODY = 8 << 20
+_LARGEST_BODY = 1 << 20
 
 
 class _Unreadable(Exception):
@@ -96,14 +98,16 @@ class PromptReader:
         self._template = _load(form, _chat_template, "chats")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._waiting = 0
+        self._waiting_bytes = 0
 
     async def read(self, path: str, body: bytes) -> Prompt:
         """The prompt of a request; never raises for what is in `body`."""
         unknown = Prompt(len(body) // _BYTES_PER_TOKEN)
         reads = self._READS.get(path)
-        if reads is None or self._waiting >= _MAX_WAITING or len(body) > _LARGEST_BODY:
+        if reads is None or not self._has_time_for(body):
             return unknown
         self._waiting += 1
+        self._waiting_bytes += len(body)
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, self._read, reads, body)
@@ -111,6 +115,15 @@ class PromptReader:
             return unknown
         finally:
             self._waiting -= 1
+            self._waiting_bytes -= len(body)
+
+    def _has_time_for(self, body: bytes) -> bool:
+        """Whether neither this request nor those behind it would wait for long."""
+        return (
+            self._waiting < _MAX_WAITING
+            and len(body) <= _LARGEST_BODY
+            and self._waiting_bytes + len(body) <= _MAX_WAITING_BYTES
+        )
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+
+from starlette.responses import Response
 
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.upstream import is_refusal
 from kunserve_sglang.policy.dispatch import Policy, first
-from kunserve_sglang.router.http.answers import error_answer, retry_later
+from kunserve_sglang.router.http.answers import RequestError, error_answer, retry_later
+from kunserve_sglang.router.http.body_check import check_body
 from kunserve_sglang.router.http.client_request import ClientRequest
-from kunserve_sglang.router.http.heads import Headers, answer_headers, request_head
-from kunserve_sglang.router.http.outbound import BrokenOff, InstanceConnections
-from kunserve_sglang.router.proxy.busy import BACKPRESSURE, BusyAnswer
+from kunserve_sglang.router.http.heads import request_head
+from kunserve_sglang.router.http.outbound import (
+    BrokenOff,
+    InstanceConnection,
+    InstanceConnections,
+)
+from kunserve_sglang.router.proxy.attempts import Attempts
+from kunserve_sglang.router.proxy.busy import BusyAnswer
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight
-from kunserve_sglang.router.proxy.latency import Latency, StreamTimer
+from kunserve_sglang.router.proxy.journal import Journals
+from kunserve_sglang.router.proxy.latency import Latency
+from kunserve_sglang.router.proxy.moves import Moves
+from kunserve_sglang.router.proxy.relay import Relay
 from kunserve_sglang.router.proxy.request_queue import RequestQueue, TurnedAway
 
 logger = logging.getLogger(__name__)
@@ -25,21 +37,27 @@ _SAME_EVERYWHERE = frozenset({"/get_model_info", "/model_info", "/v1/models"})
 
 _CLIENT_CLOSED_REQUEST = 499
 
+_AGAIN_S = 0.2
+"""How often somebody is looked for who takes a request that has lost its instance."""
+
 
 @dataclass(slots=True)
 class ProxyStats:
-    """Counted since start: answers by status, second choices, answers that broke off."""
+    """Counted since start: answers by status, further attempts, streams that went on elsewhere and
+    answers that broke off."""
 
     answers: Counter[int] = field(default_factory=Counter)
     retries: int = 0
+    resumed: int = 0
     cut: int = 0
 
 
 class Proxy:
     """Gives each request to an instance, and its answer back to the client.
 
-    A request is sent again only if no instance can have run it: no connection could be made, or
-    SGLang had no room for it in its queue.
+    A request goes to another instance if the first cannot have run it (no connection could be made,
+    or SGLang had no room for it in its queue), or was lost before its answer was whole: another one
+    begins anew, or goes on with a stream. What two instances were lost with is not tried again.
     """
 
     def __init__(
@@ -50,6 +68,8 @@ class Proxy:
         latency: Latency,
         queue: RequestQueue,
         dispatcher: Dispatcher,
+        journals: Journals,
+        moves: Moves,
     ) -> None:
         self.stats = ProxyStats()
         self._latency = latency
@@ -58,11 +78,11 @@ class Proxy:
         self._policy = policy
         self._queue = queue
         self._dispatcher = dispatcher
+        self._journals = journals
+        self._moves = moves
+        self._now = time.monotonic
 
     async def __call__(self, request: ClientRequest) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        request.on_gone = task.cancel
         request.arrived = self._latency.clock()
         try:
             await self._serve(request)
@@ -78,6 +98,11 @@ class Proxy:
     async def _serve(self, request: ClientRequest) -> None:
         """Send the request when it is its turn, or say why it is not sent."""
         # Whoever is let in has to go at once, so what takes time comes before.
+        try:
+            check_body(request.scope["path"], request.body)
+        except RequestError as error:
+            request.answer(error.answer())
+            return
         weight = await self._dispatcher.weigh(request.scope["path"], request.body)
         try:
             async with self._queue.admitted(request.scope):
@@ -86,120 +111,155 @@ class Proxy:
             request.answer(refusal.answer)
 
     async def _dispatch(self, request: ClientRequest, weight: Weight) -> None:
-        """Try instances until one has taken the request."""
+        """Try instances until one has answered the request."""
         policy = first if request.scope["path"] in _SAME_EVERYWHERE else self._policy
-        tried: set[int] = set()
-        while (instance := self._next(policy, weight, tried)) is not None:
-            self.stats.retries += bool(tried)
-            with self._dispatcher.under_way(instance, weight):
-                if await self._relay(instance, request):
-                    return
-            tried.add(instance.number)
-        if request.refusal is not None:
-            request.answer(request.refusal)
-            return
-        known = len(self._registry.instances)
-        request.answer(
-            retry_later("no_instance", f"none of {known} instances can take requests now")
+        with self._journals.of(request) as journal:
+            attempts = Attempts(journal)
+            while (
+                instance := self._next(policy, weight, attempts)
+            ) is not None or await self._may_come(attempts):
+                if instance is None:
+                    continue
+                self.stats.retries += bool(attempts)
+                with self._dispatcher.under_way(instance, weight):
+                    if await self._relay(instance, request, attempts):
+                        return
+            if request.started:
+                self._cut_off(request, attempts)
+            else:
+                request.answer(self._nobody(request, attempts))
+
+    def _next(self, policy: Policy, weight: Weight, attempts: Attempts) -> Instance | None:
+        """One that has room, or else any: what was let in once is not held back again."""
+        if attempts.exhausted:
+            return None
+        pick, has_room = self._dispatcher.pick, self._queue.has_room
+        return pick(policy, weight, lambda i: attempts.may_try(i) and has_room(i)) or pick(
+            policy, weight, attempts.may_try
         )
 
-    def _next(self, policy: Policy, weight: Weight, tried: set[int]) -> Instance | None:
-        """One that has room, or else any: what was let in once is not held back again."""
-        pick = self._dispatcher.pick
-        return pick(policy, weight, tried | self._queue.full()) or pick(policy, weight, tried)
+    async def _may_come(self, attempts: Attempts) -> bool:
+        """Wait a moment for a request that was taken already: it is not turned away so soon."""
+        since = attempts.since
+        if since is None or attempts.exhausted or self._now() - since > self._queue.timeout_s:
+            return False
+        known = self._registry.instances.values()
+        if not any(attempts.suits(i) and not (i.liveness.lost or i.draining) for i in known):
+            return False
+        await asyncio.sleep(_AGAIN_S)
+        attempts.look_again()
+        return True
 
-    async def _relay(self, instance: Instance, request: ClientRequest) -> bool:
-        """False if the instance cannot have run it, and another may be tried."""
-        head = request_head(request.scope, request.body, instance.url)
+    def _nobody(self, request: ClientRequest, attempts: Attempts) -> Response:
+        """What a request is told that no instance can answer."""
+        if attempts.lost:
+            return error_answer(502, "upstream_lost", attempts.why_lost())
+        if request.refusal is not None:
+            return request.refusal
+        known = len(self._registry.instances)
+        return retry_later("no_instance", f"none of {known} instances can take requests now")
+
+    async def _relay(self, instance: Instance, request: ClientRequest, attempts: Attempts) -> bool:
+        """False if the request has no answer yet, and another instance may be tried.
+
+        Everything that is forwarded only computes an answer, so it does no harm if two do.
+        """
         try:
-            connection = await self._connections.get(instance.url)
+            if not await self._ask(instance, request, attempts):
+                attempts.refused_by(instance)
+                return False
+        except BrokenOff as error:
+            return self._lost(instance, request, attempts, error)
+        self.stats.resumed += attempts.accepted and request.streams
+        return True
+
+    def _lost(
+        self, instance: Instance, request: ClientRequest, attempts: Attempts, error: BrokenOff
+    ) -> bool:
+        """Whether that is the end of the request."""
+        journal = attempts.journal
+        if journal is not None and journal.delivered:
+            request.end()
+            return True
+        if attempts.moving:
+            attempts.moved_from(instance, self._now())
+            return False
+        attempts.lost_with(instance, str(error), self._now())
+        logger.warning("%s before its answer was whole", attempts.lost[-1])
+        if attempts.may_go_on(request):
+            return False
+        self._cut_off(request, attempts)
+        return True
+
+    def _cut_off(self, request: ClientRequest, attempts: Attempts) -> None:
+        """Too late for another answer: a stream says so, and the connection is closed."""
+        self.stats.cut += 1
+        if request.streams:
+            request.write(attempts.last_event())
+
+    async def _ask(self, instance: Instance, request: ClientRequest, attempts: Attempts) -> bool:
+        """False if the instance cannot have run the request; raises `BrokenOff`."""
+        connection = await self._connection(instance)
+        if connection is None:
+            return False
+        try:
+            return await self._exchange(instance, connection, request, attempts)
+        except BrokenOff as error:
+            if not error.unread or attempts.moving:
+                raise
+            # Most likely it never saw the request, and this counts for no loss if it is there.
+            connection = await self._connection(instance, new=True)
+            if connection is None:
+                raise
+            return await self._exchange(instance, connection, request, attempts)
+
+    async def _connection(
+        self, instance: Instance, *, new: bool = False
+    ) -> InstanceConnection | None:
+        try:
+            return await self._connections.get(instance.url, new=new)
         except OSError as error:
             if is_refusal(error):
                 instance.liveness.refuses()
             logger.warning("instance %d: %s", instance.number, error)
-            return False
-        relay = _Relay(request, self._latency)
+            return None
+
+    async def _exchange(
+        self,
+        instance: Instance,
+        connection: InstanceConnection,
+        request: ClientRequest,
+        attempts: Attempts,
+    ) -> bool:
+        """As `_ask`, on this connection."""
+        journal = None if instance.plain else attempts.journal
+        relay = Relay(request, self._latency, journal)
         request.comes_from(connection)
+        self._moves.sent(instance, connection, request, attempts)
         try:
+            body, further = self._journals.question(request, journal)
+            head = request_head(request.scope, body, instance, further)
             bodiless = request.scope["method"] == "HEAD"
-            await connection.ask(head, request.body, relay, bodiless=bodiless)
+            await connection.ask(head, body, relay, bodiless=bodiless)
+            if relay.unfit:
+                attempts.unfit(instance)
+            if request.started and not request.ended:
+                return False
             if relay.redirect:
                 message = f"instance {instance.number} answered with a redirect ({relay.redirect})"
                 request.answer(error_answer(502, "instance_failed", message))
-            return relay.busy is None or self._refused(relay.busy, request)
-        except BrokenOff as error:
-            self._broken_off(instance, request, error)
-            return True
+            return relay.busy is None or self._refused(relay.busy, request, attempts)
         finally:
+            self._moves.ended(instance, connection)
             # Unless it has all of the answer, this closes it: how an instance learns that nobody
             # waits any more.
             self._connections.put(connection)
             relay.close()
 
-    def _refused(self, busy: BusyAnswer, request: ClientRequest) -> bool:
+    def _refused(self, busy: BusyAnswer, request: ClientRequest, attempts: Attempts) -> bool:
         """Pass on that the instance is busy, unless another may still have room."""
         request.refusal = busy.response(self._queue.retry_after_s())
-        if busy.queue_full:
+        if busy.queue_full or attempts.accepted:
             return False
         request.answer(request.refusal)
         return True
-
-    def _broken_off(self, instance: Instance, request: ClientRequest, error: BrokenOff) -> None:
-        if not request.started:
-            message = f"instance {instance.number} {error}"
-            logger.warning("%s", message)
-            request.answer(error_answer(502, "upstream_lost", message))
-            return
-        # Too late for a status: the client sees its connection closed before the end.
-        self.stats.cut += 1
-        logger.warning("instance %d in mid-answer %s", instance.number, error)
-
-
-class _Relay:
-    """An instance's answer on its way to the client; runs for every chunk of every stream.
-
-    That it is busy is kept in `busy`: there may be another to try. The status of a redirect is kept
-    in `redirect`, and nothing of it goes on: it names addresses that only instances know.
-    """
-
-    __slots__ = ("_latency", "_request", "_timer", "busy", "redirect")
-
-    def __init__(self, request: ClientRequest, latency: Latency) -> None:
-        self._request = request
-        self._latency = latency
-        self._timer: StreamTimer | None = None
-        self.busy: BusyAnswer | None = None
-        self.redirect = 0
-
-    def head(self, status: int, headers: Headers) -> None:
-        if status in BACKPRESSURE:
-            self.busy = BusyAnswer(status, answer_headers(headers))
-            return
-        if 300 <= status < 400 and status != 304:
-            self.redirect = status
-            return
-        self._request.start(status, answer_headers(headers))
-        if status == 200 and _is_stream(headers):
-            self._timer = StreamTimer(self._latency, self._request.arrived)
-
-    def body(self, data: bytes) -> None:
-        if self._timer is not None:
-            self._timer.chunk()
-        if self.busy is not None:
-            self.busy.body += data
-        elif not self.redirect:
-            self._request.write(data)
-
-    def end(self) -> None:
-        if self.busy is None and not self.redirect:
-            self._request.end()
-
-    def close(self) -> None:
-        """However it ended."""
-        if self._timer is not None:
-            self._timer.end()
-
-
-def _is_stream(headers: Headers) -> bool:
-    """Whether tokens come as they are made; of other answers the first chunk says nothing."""
-    return any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)

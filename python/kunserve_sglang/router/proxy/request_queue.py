@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 
 from prometheus_client import Histogram
@@ -106,7 +105,7 @@ class RequestQueue:
         )
         self._registry = registry
         self._given_limit = config.max_in_flight
-        self._timeout_s = config.queue_timeout_s
+        self.timeout_s = config.queue_timeout_s
         self._clock = clock
         self._line: WaitingLine[_Waiter] = WaitingLine(config.max_queued)
         self._ends = EndRate(clock())
@@ -116,26 +115,18 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._line)
 
-    @asynccontextmanager
-    async def admitted(self, scope: Scope) -> AsyncIterator[None]:
-        """Waits for room; the block sends the request, at first without waiting for anything.
+    def admitted(self, scope: Scope) -> Turn:
+        """Waits for room; the block sends the request, at first without waiting for anything."""
+        return Turn(self, scope)
 
-        Raises `TurnedAway`, for a priority that is none as well.
-        """
-        priority = read_priority(scope["headers"])
-        if scope["method"] in _QUESTIONS:
-            yield
-            return
-        await self._turn(priority)
-        try:
-            yield
-        finally:
-            self._ends.ended(self._clock())
-            self.let_in()
+    def leave(self) -> None:
+        """One that had entered has its answer, or has none to expect."""
+        self._ends.ended(self._clock())
+        self.let_in()
 
-    def full(self) -> set[int]:
-        """The instances that should get no more requests now."""
-        return {i.number for i in self._available() if self._room(i) <= 0}
+    def has_room(self, instance: Instance) -> bool:
+        """Whether it should get more requests now."""
+        return self._room(instance) > 0
 
     def let_in(self) -> None:
         """Wake as many as there is room for. To be called whenever there may be more of it."""
@@ -164,7 +155,8 @@ class RequestQueue:
         while (waiter := self._line.take()) is not None:
             waiter.decide(Shed.STOPPING)
 
-    async def _turn(self, priority: int) -> None:
+    async def enter(self, priority: int) -> None:
+        """Wait for room. Raises `TurnedAway`."""
         if not self._line and self._free() > 0:
             return
         if not self._available():
@@ -175,7 +167,7 @@ class RequestQueue:
         displaced = self._line.join(waiter, priority, joined)
         if displaced is not None:
             displaced.decide(Shed.FULL if displaced is waiter else Shed.DISPLACED)
-        timer = asyncio.get_running_loop().call_later(self._timeout_s, waiter.decide, Shed.TIMEOUT)
+        timer = asyncio.get_running_loop().call_later(self.timeout_s, waiter.decide, Shed.TIMEOUT)
         try:
             verdict = await waiter.verdict
         except asyncio.CancelledError:
@@ -209,7 +201,30 @@ class RequestQueue:
         return in_flight_limit(self._given_limit, load, instance.capacity) - instance.in_flight
 
     def _available(self) -> list[Instance]:
-        return [i for i in self._registry.instances.values() if i.available]
+        return self._registry.ready()
+
+
+class Turn:
+    """A request's, from when it comes; what only asks something does not wait for it.
+
+    To be entered once. That raises `TurnedAway`, for a priority that is none as well.
+    """
+
+    __slots__ = ("_queue", "_scope", "_waits")
+
+    def __init__(self, queue: RequestQueue, scope: Scope) -> None:
+        self._queue = queue
+        self._scope = scope
+        self._waits = scope["method"] not in _QUESTIONS
+
+    async def __aenter__(self) -> None:
+        priority = read_priority(self._scope["headers"])
+        if self._waits:
+            await self._queue.enter(priority)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._waits:
+            self._queue.leave()
 
 
 def read_priority(headers: Iterable[tuple[bytes, bytes]]) -> int:

@@ -9,12 +9,13 @@ from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.core.messages import CacheReport
 from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
 from kunserve_sglang.router.proxy.latency import Latency
+from kunserve_sglang.router.proxy.moves import Moves
 from kunserve_sglang.router.proxy.prefix_index import PrefixIndex
 from kunserve_sglang.router.proxy.request_queue import RequestQueue
 
 
 class Traffic:
-    """Queue, latencies and index of prefixes; a `Front` of the control plane.
+    """Queue, requests under way, latencies and index of prefixes; a `Front` of the control plane.
 
     `prefixes` is there only for a policy that asks for it: instances report their caches then.
     """
@@ -22,6 +23,8 @@ class Traffic:
     def __init__(self, registry: Registry, config: ClusterConfig) -> None:
         self.latency = Latency()
         self.queue = RequestQueue(registry, config)
+        self.moves = Moves()
+        self._registry = registry
         self.prefixes = PrefixIndex() if config.dispatch is DispatchPolicy.LMETRIC else None
 
     def held(self) -> int:
@@ -43,6 +46,10 @@ class Traffic:
     def room_changed(self) -> None:
         self.queue.let_in()
 
+    def move(self, instance: Instance) -> None:
+        self.moves.move(instance, self._registry.available())
+
     def known(self, numbers: Collection[int]) -> None:
+        self.moves.keep(numbers)
         if self.prefixes is not None:
             self.prefixes.keep(numbers)

@@ -1,0 +1,111 @@
+"""Where a request has been, and whether it may be tried elsewhere."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kunserve_sglang.api.types import ErrorAnswer, ErrorDetail
+from kunserve_sglang.control.registry import Instance
+from kunserve_sglang.router.http.answers import ERROR_TYPES
+from kunserve_sglang.router.http.client_request import ClientRequest
+from kunserve_sglang.router.proxy.journal import Journal
+
+MAX_LOSSES = 2
+"""So many instances may be lost while they have one request: it may well be the reason."""
+
+
+class Attempts:
+    """The instances that one request was sent to.
+
+    `lost` are those that broke off before the answer was whole, with what they said last. A new
+    process under the number of such a one is another instance. `journal` is there if the request
+    may ask for a stream that can be resumed. `moving` says that its instance is about to be left,
+    and `since` when one was left first.
+    """
+
+    __slots__ = ("_left", "_refusing", "journal", "lost", "moving", "since")
+
+    def __init__(self, journal: Journal | None) -> None:
+        self.journal = journal
+        self.lost: list[str] = []
+        self.moving = False
+        self.since: float | None = None
+        self._left: list[Instance] = []
+        self._refusing: list[Instance] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._left or self._refusing)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether an instance has had the request: then it is not turned away for want of room."""
+        return self.since is not None
+
+    def may_try(self, instance: Instance) -> bool:
+        return self.suits(instance) and not _among(self._refusing, instance)
+
+    def suits(self, instance: Instance) -> bool:
+        """Whether it may be tried, now or when it has room.
+
+        A plain server knows no journals, so it cannot go on with a stream.
+        """
+        if instance.plain and self.journal is not None and self.journal.events:
+            return False
+        return not _among(self._left, instance)
+
+    def may_go_on(self, request: ClientRequest) -> bool:
+        """Whether another instance may answer, after what has been delivered."""
+        if not request.started:
+            return True
+        return self.journal is not None and self.journal.resumable
+
+    def refused_by(self, instance: Instance) -> None:
+        """It cannot have run the request: it was out of reach, or had no room."""
+        self._refusing.append(instance)
+
+    def look_again(self) -> None:
+        """Those that had no room may have some now."""
+        self._refusing.clear()
+
+    def unfit(self, instance: Instance) -> None:
+        """It cannot go on with what has begun."""
+        self._left.append(instance)
+
+    def moved_from(self, instance: Instance, now: float) -> None:
+        """It had the request, and is in order."""
+        self.moving = False
+        self._leave(instance, now)
+
+    def lost_with(self, instance: Instance, how: str, now: float) -> None:
+        """It had the request, and may have run some of it."""
+        self.lost.append(f"instance {instance.number} {how}")
+        self._leave(instance, now)
+
+    def _leave(self, instance: Instance, now: float) -> None:
+        self._left.append(instance)
+        self.since = self.since or now
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it must not be tried again."""
+        return len(self.lost) >= MAX_LOSSES
+
+    def why_lost(self) -> str:
+        """For its client."""
+        journal = self.journal
+        if self.lost and journal is not None and journal.kept and not journal.resumable:
+            return f"{self.lost[-1]}, and this stream cannot be resumed"
+        if self.exhausted:
+            return f"the request is not tried again: {', '.join(self.lost)} while they had it"
+        why = self.lost[-1] if self.lost else "its instance leaves"
+        return f"{why}, and no other can take the request"
+
+    def last_event(self) -> bytes:
+        """For a stream that ends before its end, wherever it stands."""
+        detail = ErrorDetail(message=self.why_lost(), type=ERROR_TYPES[502], code="stream_lost")
+        return b"\n\ndata: %b\n\n" % msgspec.json.encode(ErrorAnswer(error=detail))
+
+
+def _among(instances: list[Instance], instance: Instance) -> bool:
+    """By identity: what a record says of an instance changes all the time."""
+    return any(instance is one for one in instances)

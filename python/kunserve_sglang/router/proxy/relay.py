@@ -1,0 +1,102 @@
+"""An instance's answer on its way to the client; runs for every chunk of every stream."""
+
+from __future__ import annotations
+
+from kunserve_sglang.core.resumption import JOURNAL_HEADER
+from kunserve_sglang.router.http.client_request import ClientRequest
+from kunserve_sglang.router.http.heads import Headers, answer_headers
+from kunserve_sglang.router.proxy.busy import BACKPRESSURE, BusyAnswer
+from kunserve_sglang.router.proxy.journal import Journal
+from kunserve_sglang.router.proxy.latency import Latency, StreamTimer
+
+_MAX_HELD_DIGITS = 6
+"""Of the length of an answer that is held: below a megabyte."""
+
+
+class Relay:
+    """Where one instance's answer to one request goes.
+
+    That it is busy is kept in `busy`: there may be another to try. The status of a redirect is kept
+    in `redirect`, and nothing of it goes on: it names addresses that only instances know. An answer
+    of moderate and known length goes on once it is whole: no client can use a part of it, and as
+    long as nothing was delivered another instance may still answer. With a `journal`, the records
+    in a stream go there. `unfit` is the status of an answer with which a stream that has begun
+    cannot go on.
+    """
+
+    __slots__ = (
+        *("_held", "_journal", "_latency", "_request", "_start", "_timer"),
+        *("busy", "redirect", "unfit"),
+    )
+
+    def __init__(
+        self, request: ClientRequest, latency: Latency, journal: Journal | None = None
+    ) -> None:
+        self._request = request
+        self._journal = journal
+        self._latency = latency
+        self._timer: StreamTimer | None = None
+        self._start: tuple[int, Headers] | None = None
+        self._held: list[bytes] = []
+        self.busy: BusyAnswer | None = None
+        self.redirect = 0
+        self.unfit = 0
+
+    def head(self, status: int, headers: Headers) -> None:
+        journal, self._journal = self._journal, None
+        if status in BACKPRESSURE:
+            self.busy = BusyAnswer(status, answer_headers(headers))
+            return
+        if 300 <= status < 400 and status != 304:
+            self.redirect = status
+            return
+        if journal is not None and any(name == JOURNAL_HEADER for name, _ in headers):
+            journal.kept = True
+            self._journal = journal
+        if self._request.started:
+            if self._journal is None or status != 200:
+                self.unfit = status
+            return
+        if _is_held(headers):
+            self._start = status, answer_headers(headers)
+            return
+        self._request.start(status, answer_headers(headers))
+        if status == 200 and _is_stream(headers):
+            self._request.streams = True
+            self._timer = StreamTimer(self._latency, self._request.arrived)
+
+    def body(self, data: bytes) -> None:
+        if self._timer is not None:
+            self._timer.chunk()
+        if self._journal is not None:
+            self._request.write(self._journal.pass_on(data))
+        elif self.busy is not None:
+            self.busy.body += data
+        elif self._start is not None:
+            self._held.append(data)
+        elif not (self.redirect or self.unfit):
+            self._request.write(data)
+
+    def end(self) -> None:
+        if self.busy is not None or self.redirect or self.unfit:
+            return
+        if self._start is not None:
+            self._request.start(*self._start)
+            self._request.write(b"".join(self._held))
+        elif self._journal is not None:
+            self._request.write(self._journal.rest())
+        self._request.end()
+
+    def close(self) -> None:
+        """However it ended."""
+        if self._timer is not None:
+            self._timer.end()
+
+
+def _is_held(headers: Headers) -> bool:
+    return any(n == b"content-length" and len(v) <= _MAX_HELD_DIGITS for n, v in headers)
+
+
+def _is_stream(headers: Headers) -> bool:
+    """Whether tokens come as they are made; of other answers the first chunk says nothing."""
+    return any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
