@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import secrets
+from typing import Any
 
 import msgspec
 import torch
@@ -17,16 +18,18 @@ from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.agent.control import ControlLink
 from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline.profiling import load_or_measure
+from kunserve_sglang.instance.pipeline.screening import Screen, ScreenedPlane
 from kunserve_sglang.instance.ranks.ranked import ranked_control, ranked_plane
 from kunserve_sglang.instance.ranks.ranks import Ranks
+from kunserve_sglang.sglang_seam.engine import SglangEngine
+from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner
+from kunserve_sglang.sglang_seam.scheduling import Scheduling
 from kunserve_sglang.transport import HostAwareDataPlane
 
-if TYPE_CHECKING:
-    from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner
-    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+_MAX_PROCESS = 1 << 48
 
 
-def cost_model(scheduler: KunServeScheduler) -> CostModel:
+def cost_model(scheduler: Scheduling, engine: SglangEngine) -> CostModel:
     """Measured on this machine, or remembered from an earlier start."""
     config, ranks = scheduler.model_config, scheduler.ranks
     device = scheduler.tp_worker.model_runner.torch_device
@@ -46,10 +49,10 @@ def cost_model(scheduler: KunServeScheduler) -> CostModel:
         key = (*key, *backends, graphs, scheduler.max_running_requests)
     work, how = shapes_for(scheduler), timing(device.type)
     with torch.inference_mode():
-        return load_or_measure(scheduler.engine, repr(key), work, how, ranks)
+        return load_or_measure(engine, repr(key), work, how, ranks)
 
 
-def shapes_for(scheduler: KunServeScheduler) -> list[Work]:
+def shapes_for(scheduler: Scheduling) -> list[Work]:
     """What a profile of this instance measures."""
     return shapes(
         scheduler.tp_worker.model_runner.torch_device.type,
@@ -60,7 +63,7 @@ def shapes_for(scheduler: KunServeScheduler) -> list[Work]:
     )
 
 
-def _largest_chunk(scheduler: KunServeScheduler) -> int:
+def _largest_chunk(scheduler: Scheduling) -> int:
     return int(scheduler.chunked_prefill_size or scheduler.max_prefill_tokens)
 
 
@@ -69,34 +72,36 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def build_agent(scheduler: KunServeScheduler) -> Agent:
+def build_agent(scheduler: Scheduling, engine: SglangEngine) -> Agent:
     """Connects to the router; of several ranks, the first does."""
     runner: KunServeModelRunner = scheduler.tp_worker.model_runner
     instance, ranks = scheduler.instance, scheduler.ranks
     profile = runner.kv_cache_configurator.profile
     _check_alike(profile, ranks)
     rank_socket = f"{instance.data_socket}-{ranks.rank}"
-    plane = ranked_plane(
-        HostAwareDataPlane(
-            rank_socket if ranks.rank else instance.data_socket,
-            tcp=instance.data_address,
-            keys=instance.keys,
-            host=instance.host,
-            device=runner.torch_device,
-            transport=instance.transport,
-        ),
-        ranks,
+    raw = HostAwareDataPlane(
+        rank_socket if ranks.rank else instance.data_socket,
+        tcp=instance.data_address,
+        keys=instance.keys,
+        host=instance.host,
+        device=runner.torch_device,
+        transport=instance.transport,
+        windows=runner.memory.windows,
     )
+    screen = Screen(runner.token_to_kv_pool.store, runner.memory.parameters)
+    plane = ranked_plane(ScreenedPlane(raw, screen), ranks)
+    process = 1 + secrets.randbelow(_MAX_PROCESS)
     hello = Hello(
         version=PROTOCOL_VERSION,
         instance=instance.instance,
         url=instance.url,
         data_address=plane.address,
         scheduler=type(scheduler).__name__,
-        layer_count=scheduler.engine.layer_count,
+        layer_count=engine.layer_count,
         memory=profile,
         capacity=scheduler.max_total_num_tokens,
         costs=scheduler.costs.model,
+        process=process,
     )
 
     def link() -> ControlLink:
@@ -109,12 +114,13 @@ def build_agent(scheduler: KunServeScheduler) -> Agent:
         pool=runner.memory.pool,
         parameters=runner.memory.parameters,
         kv=runner.token_to_kv_pool.store,
-        engine=scheduler.engine,
+        engine=engine,
         plane=plane,
         control=ranked_control(link, ranks),
         costs=scheduler.costs,
         clock=scheduler.clock,
         rank=ranks.rank,
+        process=process,
     )
     return Agent(body, peer_timeout_s=instance.peer_timeout_s)
 

@@ -6,8 +6,8 @@ import importlib.util
 from typing import Any
 
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.settings import Transport
 from kunserve_sglang.core.sglang_flags import wanted_device
+from kunserve_sglang.core.transports import Transport
 
 _OFF = {
     "speculative_algorithm": "speculative decoding",

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from kunserve_sglang.core.errors import KunServeError
 from kunserve_sglang.execution.suspects import Suspects
-
-if TYPE_CHECKING:
-    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from kunserve_sglang.sglang_seam.scheduling import Scheduling
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ class _ContainedStep:
 class Containment:
     """Keeps failures from the requests that have no part in them."""
 
-    def __init__(self, scheduler: KunServeScheduler) -> None:
+    def __init__(self, scheduler: Scheduling) -> None:
         self.failures = 0
         self._scheduler = scheduler
         self._suspects: Suspects[Any] = Suspects()
@@ -95,15 +93,18 @@ class Containment:
                 raise
             self.failures += 1
             logger.exception("request %s failed while it was taken in", request.rid)
-            self._answer(request, _failure("taking it in", error))
+            self.answer(request, _failure("taking it in", error))
 
     def passed(self, batch: Any) -> None:
         """The result of this batch has been applied."""
         if self._suspects and batch.chunked_req is None and self._suspects.passed(batch.reqs):
             self._in_a_row = 0
 
-    def look_again(self) -> None:
-        """Before requests are admitted: nobody is to wait for suspects that cannot run."""
+    def look_again(self, fits: Callable[[Any], bool]) -> None:
+        """Before requests are admitted: nobody is to wait for suspects that cannot run.
+
+        `fits` says whether one that waits could be admitted.
+        """
         if not self._suspects:
             return
         scheduler = self._scheduler
@@ -111,7 +112,7 @@ class Containment:
         there = {*waiting, *running}
         self._suspects.keep(there.__contains__)
         tried = [r for r in there if self._suspects.may_run(r)]
-        if self._suspects and not any(r in running or scheduler.waiting.fits(r) for r in tried):
+        if self._suspects and not any(r in running or fits(r) for r in tried):
             self._suspects.clear()
 
     def may_run(self, request: Any) -> bool:
@@ -141,7 +142,7 @@ class Containment:
                 guilty.sampling_params,
             )
             guilty.finished_reason = _failure(step, error)
-            self._answer(guilty, guilty.finished_reason)
+            self.answer(guilty, guilty.finished_reason)
             self._in_a_row = 0
         self._answer_ended([r for r in everybody if r.finished() and r is not guilty], step, error)
         scheduler.wait_again([r for r in everybody if not r.finished()])
@@ -157,9 +158,10 @@ class Containment:
         except Exception:
             logger.exception("%d answers cannot be sent", len(unanswered))
             for request in unanswered:
-                self._answer(request, _failure(step, error))
+                self.answer(request, _failure(step, error))
 
-    def _answer(self, request: Any, reason: Any) -> None:
+    def answer(self, request: Any, reason: Any) -> None:
+        """Tell a client why its request has ended, outside of what a step sends."""
         answer = AbortReq(rid=request.rid, finished_reason=reason.to_json())
         self._scheduler.ipc_channels.send_to_tokenizer.send_output(answer, request)
 

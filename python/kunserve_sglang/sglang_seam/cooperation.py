@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,11 +23,12 @@ from kunserve_sglang.core.settings import MicroBatches
 from kunserve_sglang.execution.formation import Outlook, look_ahead
 from kunserve_sglang.instance.pipeline.request_table import rows_on_host
 from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
+from kunserve_sglang.sglang_seam.containment import Containment
+from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.launched import Launched, launching
 from kunserve_sglang.sglang_seam.lookahead import batch_work, chunks_of, crowd_work, prompts_ahead
-
-if TYPE_CHECKING:
-    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from kunserve_sglang.sglang_seam.scheduling import Scheduling
+from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 _WAIT_MS = 100
 _ROOM_WAIT_MS = 1
@@ -48,8 +49,17 @@ class _Flight:
 class Cooperation:
     """Turns of the loop in cooperative mode; takes SGLang's batches over and gives them back."""
 
-    def __init__(self, scheduler: KunServeScheduler) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduling,
+        engine: SglangEngine,
+        waiting: WaitingRequests,
+        containment: Containment,
+    ) -> None:
         self._scheduler = scheduler
+        self._engine = engine
+        self._waiting = waiting
+        self._containment = containment
         self._entered = False
         self._overlaps = False
         self._ready = no_requests()
@@ -63,7 +73,7 @@ class Cooperation:
         scheduler = self._scheduler
         began = scheduler.clock()
         scheduler.process_input_requests(scheduler.receive_requests())
-        if not scheduler.engine.cooperating:
+        if not scheduler.cooperating:
             return False
         try:
             return self._work(began)
@@ -140,7 +150,7 @@ class Cooperation:
                 self._count()
                 return False
             scheduler.cur_batch_for_debug = batch
-        with scheduler.containment.doing("running a batch", batch.reqs):
+        with self._containment.doing("running a batch", batch.reqs):
             sequence = self._submit(batch, outlook)
         chunked = None if batch.chunked_req is None else Launched(batch.chunked_req)
         self._flights.append(_Flight(sequence, batch, chunked))
@@ -150,7 +160,7 @@ class Cooperation:
     def _submit(self, batch: Any, outlook: Outlook) -> int:
         agent = self._scheduler.agent
         with agent.tracer.span("schedule"):
-            begun = self._scheduler.engine.begin(batch)
+            begun = self._engine.begin(batch)
         try:
             return agent.pipeline.submit(*begun, outlook.work_of(batch_work(batch)))
         except PeerLost:
@@ -174,7 +184,7 @@ class Cooperation:
             return False
         with scheduler.agent.tracer.span("finish", sequence=sequence):
             with flight.chunked.restored() if flight.chunked else contextlib.nullcontext():
-                result = scheduler.engine.finish(flight.batch, hidden)
+                result = self._engine.finish(flight.batch, hidden)
                 scheduler.process_batch_result(flight.batch, result)
             self._absorb(flight.batch)
         return True
@@ -182,7 +192,7 @@ class Cooperation:
     def _failed(self, flight: _Flight, error: StageFailed) -> None:
         """A stage could not run it; nothing more is expected of what was discarded before."""
         if flight.batch is not None:
-            self._scheduler.containment.contain("running a batch", flight.batch.reqs, error)
+            self._containment.contain("running a batch", flight.batch.reqs, error)
 
     def _absorb(self, batch: Any) -> None:
         """What is left of a batch that has come back is ready for its next step."""
@@ -196,9 +206,9 @@ class Cooperation:
         return look_ahead(
             scheduler.costs,
             crowd_work(self._crowd),
-            prompts_ahead(scheduler, pipeline.stages),
+            prompts_ahead(scheduler, self._waiting, pipeline.stages),
             pipeline.peers_work(),
-            layers=scheduler.engine.layer_count,
+            layers=self._engine.layer_count,
             stages=pipeline.stages,
             split=scheduler.instance.micro_batches is MicroBatches.LOOKAHEAD,
         )
@@ -239,7 +249,7 @@ class Cooperation:
         ready = self._ready.reqs[:share]
         rows = torch.tensor([request.req_pool_idx for request in ready])
         lengths = [request.seqlen - 1 for request in ready]
-        live = self._scheduler.engine.request_table()
+        live = self._engine.request_table()
         table, places = rows_on_host(live, rows, max(lengths))
         room = _KV_ALONG_BYTES
         for index, (place, length) in enumerate(zip(places.tolist(), lengths, strict=True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.managers.overlap_utils import resolve_forward_inputs
@@ -16,9 +16,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.instance_config import LEAVE_SIGNAL
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.messages import Load, Slots
-from kunserve_sglang.core.settings import LEAVE_SIGNAL
+from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.execution.stage_graphs import batch_sizes, first_drop_ranges
 from kunserve_sglang.instance.agent.cache_log import CacheLog
@@ -27,11 +27,11 @@ from kunserve_sglang.sglang_seam.batches import described
 from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
+from kunserve_sglang.sglang_seam.progress import Progress
+from kunserve_sglang.sglang_seam.scheduling import Scheduling
 from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
 from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages
-
-if TYPE_CHECKING:
-    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 _CAPACITY_COPIES = (
     "pool_stats_observer",
@@ -45,8 +45,10 @@ _CAPACITY_COPIES = (
 class SglangEngine:
     """Everything here runs on the scheduler's thread, between its steps or inside a forward."""
 
-    def __init__(self, scheduler: KunServeScheduler) -> None:
+    def __init__(self, scheduler: Scheduling, waiting: WaitingRequests, progress: Progress) -> None:
         self._scheduler = scheduler
+        self._waiting = waiting
+        self._progress = progress
         self._runner = scheduler.tp_worker.model_runner
         self._pool = self._runner.token_to_kv_pool
         self._allocator = scheduler.token_to_kv_pool_allocator
@@ -55,6 +57,8 @@ class SglangEngine:
         self._stages = stages_for(self._runner, self._decoder)
         self._arrived: Hidden | None = None
         self._lengths = OutputLengths()
+        self.requests_arrived = 0
+        self._answered = 0
         self._prefixes: PrefixWatch | None = None
         self.cooperating = False
         self.layer_count = self._decoder.layer_count
@@ -77,8 +81,13 @@ class SglangEngine:
             waiting=len(waiting),
             demand=used + max(prompts + expected, first),
             largest=self._largest_of(running),
-            attainable=scheduler.waiting.attainable,
-            stalled=scheduler.progress.stalled,
+            attainable=self._waiting.attainable,
+            stalled=self._progress.stalled,
+            prompts=prompts,
+            longest=first,
+            produced=sum(len(r.output_ids) for r in running),
+            arrived=self.requests_arrived,
+            tokens=self._answered,
         )
 
     def _expected_output(self, request: Any) -> int:
@@ -90,15 +99,21 @@ class SglangEngine:
             route=request.routing_key or "",
         )
 
+    def answered(self, requests: list[Any], before: int) -> None:
+        """A step is applied: count the tokens of answers, of which they had `before`, and ends."""
+        self._answered += max(0, sum(len(r.output_ids) for r in requests) - before)
+        for request in requests:
+            if request.finished():
+                self.ended(request)
+
     def ended(self, request: Any) -> None:
         """Learn from a request that has come to its end how long answers get."""
         if not isinstance(request.finished_reason, FINISH_ABORT):
             limit = request.sampling_params.max_new_tokens
             self._lengths.ended(len(request.output_ids), limit, request.routing_key or "")
 
-    def give_up(self, reason: str) -> None:
-        self._scheduler.give_up(reason)
-        self.clear_slots()
+    def start_over(self) -> None:
+        self._scheduler.start_over()
 
     def clear_slots(self) -> None:
         """No slot is taken any more, by a request or by the prefix cache."""
@@ -169,10 +184,10 @@ class SglangEngine:
         for name in _CAPACITY_COPIES:
             # Frozen dataclasses; there is one capacity, and it has changed.
             object.__setattr__(getattr(scheduler, name), "max_total_num_tokens", slots)
-        scheduler.waiting.limit_prompts()
+        self._waiting.limit_prompts()
 
-    def limit_requests(self, slots: int) -> None:
-        self._scheduler.waiting.limit(slots)
+    def limit_requests(self, slots: int, running: int) -> None:
+        self._waiting.limit(slots, running)
 
     def request_table(self) -> torch.Tensor:
         table: torch.Tensor = self._scheduler.req_to_token_pool.req_to_token

@@ -9,8 +9,8 @@ import torch
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, _set_kv_buffer_impl
 
+from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
-from kunserve_sglang.core.settings import InstanceConfig
 from kunserve_sglang.instance.store.budget import Memory, build_kv, profile_of
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore
 from kunserve_sglang.sglang_seam.allocator import ElasticSlotAllocator

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.execution.formation import Outlook, chunks_ahead
-
-if TYPE_CHECKING:
-    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from kunserve_sglang.sglang_seam.scheduling import Scheduling
+from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 
 def crowd_work(crowd: Any) -> Work:
@@ -26,13 +25,13 @@ def batch_work(batch: Any) -> Work:
     return Work(decodes=batch.batch_size(), context=int(batch.seq_lens_cpu.sum()))
 
 
-def prompts_ahead(scheduler: KunServeScheduler, chunks: int) -> list[Chunk]:
+def prompts_ahead(scheduler: Scheduling, waiting: WaitingRequests, chunks: int) -> list[Chunk]:
     """The next prefill work, at most `chunks` times what SGLang takes at once."""
     limit = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
-    return chunks_ahead(_prompts_left(scheduler), limit=limit, count=chunks)
+    return chunks_ahead(_prompts_left(scheduler, waiting), limit=limit, count=chunks)
 
 
-def _prompts_left(scheduler: KunServeScheduler) -> Iterator[Chunk]:
+def _prompts_left(scheduler: Scheduling, waiting: WaitingRequests) -> Iterator[Chunk]:
     """Of the prompts that may come next, all that has not been computed.
 
     Cached prefixes of waiting requests are not looked up: that would cost a walk of the tree for
@@ -43,12 +42,12 @@ def _prompts_left(scheduler: KunServeScheduler) -> Iterator[Chunk]:
         done = chunked.extend_range.end
         yield Chunk(done, chunked.seqlen - done)
     if not scheduler.running_batch.batch_is_full:
-        for request in filter(scheduler.waiting.fits, scheduler.waiting_queue):
+        for request in filter(waiting.fits, scheduler.waiting_queue):
             yield Chunk(0, request.seqlen)
 
 
 @contextlib.contextmanager
-def chunks_of(scheduler: KunServeScheduler, outlook: Outlook) -> Iterator[None]:
+def chunks_of(scheduler: Scheduling, outlook: Outlook) -> Iterator[None]:
     """Let SGLang cut prompts into chunks no longer than the outlook says."""
     configured = scheduler.chunked_prefill_size
     if configured is not None:

@@ -10,13 +10,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from kunserve_sglang.core.settings import instance_from_environment
+from kunserve_sglang.core.instance_config import instance_from_environment
+from kunserve_sglang.core.processes import show_stacks_when_asked
 
 
 def register() -> None:
     """Hook into SGLang in the processes of a KunServe instance, and nowhere else."""
     if instance_from_environment() is None:
         return
+    show_stacks_when_asked()
     # Ranks would get a queue in /dev/shm, which nothing here uses, and which stays after a SIGKILL.
     os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
@@ -24,6 +26,11 @@ def register() -> None:
 
     from kunserve_sglang.sglang_seam import logprobs, penalties
     from kunserve_sglang.sglang_seam.admission import next_chunk_within_pool
+    from kunserve_sglang.sglang_seam.answers import (
+        ollama_answer,
+        text_only_anthropic,
+        text_only_messages,
+    )
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
     for target, hook, kind in (
@@ -51,6 +58,22 @@ def register() -> None:
         (
             "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.apply",
             penalties.additive_first,
+            HookType.AROUND,
+        ),
+        (
+            "entrypoints.openai.serving_chat.OpenAIServingChat._process_messages",
+            text_only_messages,
+            HookType.BEFORE,
+        ),
+        (
+            "entrypoints.anthropic.serving.AnthropicServing._convert_to_chat_completion_request",
+            text_only_anthropic,
+            HookType.AFTER,
+        ),
+        ("entrypoints.ollama.serving.OllamaServing.handle_chat", ollama_answer, HookType.AROUND),
+        (
+            "entrypoints.ollama.serving.OllamaServing.handle_generate",
+            ollama_answer,
             HookType.AROUND,
         ),
         ("entrypoints.engine._set_envs_and_config", _fork_children, HookType.AFTER),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -16,13 +15,12 @@ import zmq
 # every imported name `Scheduler`, and a subclass must not inherit from itself.
 from sglang.srt.managers import scheduler as upstream
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils import DynamicGradMode
 
 from kunserve_sglang.core.cost_model import CostEstimate
 from kunserve_sglang.core.errors import InternalError, PeerLost
+from kunserve_sglang.core.instance_config import InstanceConfig, instance_from_environment
 from kunserve_sglang.core.processes import divide_cpus
-from kunserve_sglang.core.settings import InstanceConfig, instance_from_environment
 from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.ranks.ranked import clock_of
 from kunserve_sglang.instance.ranks.ranks import Fact, open_ranks
@@ -34,6 +32,7 @@ from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeWorker
 from kunserve_sglang.sglang_seam.penalties import counted
 from kunserve_sglang.sglang_seam.progress import Progress
+from kunserve_sglang.sglang_seam.resumed_requests import begin_with_outputs
 from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 _IDLE_WAIT_MS = 500
@@ -41,9 +40,6 @@ _NO_ROOM_WAIT_MS = 50
 """For requests that wait while nothing runs: soon enough for one whose grammar is being built."""
 
 _AWAKE = Fact("an event", msgspec.msgpack.Decoder(bool))
-
-INSTANCE_LOST = "InstanceLost"
-"""The type of the error that ends a request whose group has lost a member."""
 
 
 class _LayersLeft(Exception):
@@ -58,6 +54,7 @@ class KunServeScheduler(upstream.Scheduler):
     running_batch: Any
     last_batch: Any
     chunked_req: Any
+    _pending_chunked_abort_req: Any
     max_total_num_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,14 +67,14 @@ class KunServeScheduler(upstream.Scheduler):
             torch.set_num_threads(len(instance.cpus))
         super().__init__(*args, **kwargs)
         self._in_own_loop = False
-        self.waiting = WaitingRequests(self)
-        self.containment = Containment(self)
-        self.cooperation = Cooperation(self)
-        self.engine = SglangEngine(self)
         self.clock = clock_of(self.ranks)
-        self.progress = Progress(self)
-        self.costs = CostEstimate(cost_model(self))
-        self.agent = build_agent(self)
+        self.containment = Containment(self)
+        self.waiting = WaitingRequests(self, self.containment)
+        self.progress = Progress(self, self.waiting)
+        self.engine = SglangEngine(self, self.waiting, self.progress)
+        self.cooperation = Cooperation(self, self.engine, self.waiting, self.containment)
+        self.costs = CostEstimate(cost_model(self, self.engine))
+        self.agent = build_agent(self, self.engine)
         self._idle = self._build_idle_poller()
 
     def init_tp_model_worker(self) -> None:
@@ -107,8 +104,6 @@ class KunServeScheduler(upstream.Scheduler):
         """The launcher refuses to serve without our key: it proves that the plugin took effect."""
         return {**super().get_init_info(), "kunserve": type(self).__name__}
 
-    # -- the loop --------------------------------------------------------------------------------
-
     def event_loop_normal(self) -> None:
         """Without overlap scheduling."""
         self._run(super().event_loop_normal)
@@ -121,9 +116,9 @@ class KunServeScheduler(upstream.Scheduler):
     def _run(self, independent_loop: Callable[[], None]) -> None:
         """SGLang's own loop, for as long as all layers are here; else the cooperative one."""
         while not self.gracefully_exit:
-            self._in_own_loop = not self.engine.cooperating
+            self._in_own_loop = not self.cooperating
             with contextlib.suppress(_LayersLeft), self.containment.contained():
-                if self.engine.cooperating:
+                if self.cooperating:
                     self.cooperation.turn()
                 else:
                     self.progress.moved()  # a transition may have taken its time
@@ -139,22 +134,37 @@ class KunServeScheduler(upstream.Scheduler):
             super().process_input_requests([])
         self.progress.look()
         self.agent.poll()
-        if self._in_own_loop and self.engine.cooperating:
+        if self._in_own_loop and self.cooperating:
             raise _LayersLeft
+
+    def handle_batch_generate_request(self, recv_req: Any) -> None:
+        """Several of one client's: where one fails, the others are taken in."""
+        for request in recv_req:
+            with self.containment.taking_in(request):
+                self.handle_generate_request(request)
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        begin_with_outputs(req, self.model_config.think_end_id)
+        self.engine.requests_arrived += not is_retracted
+        super()._add_request_to_queue(req, is_retracted)
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """One step; in cooperative mode its last part only."""
         with self.containment.doing("running a batch", batch.reqs):
-            if self.engine.cooperating:
+            if self.cooperating:
                 return super().run_batch(batch, *args, **kwargs)
             with self.agent.tracer.span("step", requests=len(batch.reqs)):
                 return super().run_batch(batch, *args, **kwargs)
 
+    def launch_batch_sample_if_needed(self, batch_result: Any, cur_batch: Any) -> Any:
+        """The end of a step with a grammar, which SGLang samples once the one before is applied."""
+        with self.containment.doing("sampling", cur_batch.reqs if cur_batch else []):
+            return super().launch_batch_sample_if_needed(batch_result, cur_batch)
+
     def get_new_batch_prefill(self, running_batch: Any) -> Any:
         """Admit from the queue; who is too large for now stays there and holds up nobody."""
         with self.waiting.admissible(running_batch):
-            chunked = [] if self.chunked_req is None else [self.chunked_req]
-            ahead = [*chunked, *self.waiting_queue]
+            ahead = [r for r in (self.chunked_req, *self.waiting_queue) if r is not None]
             with self.containment.doing("forming a batch", ahead):
                 return super().get_new_batch_prefill(running_batch)
 
@@ -173,13 +183,12 @@ class KunServeScheduler(upstream.Scheduler):
     def process_batch_result(self, batch: Any, result: Any) -> None:
         """Requests that end in this step teach how long answers get."""
         under_way = [r for r in batch.reqs if not r.finished()]
+        before = sum(len(r.output_ids) for r in under_way)
         with self.containment.doing("applying the result of a batch", batch.reqs):
             super().process_batch_result(batch, result)
         self.containment.passed(batch)
         self.progress.moved()
-        for request in under_way:
-            if request.finished():
-                self.engine.ended(request)
+        self.engine.answered(under_way, before)
 
     def on_idle(self) -> None:
         """Nothing to run; if somebody waits all the same, then not by spinning."""
@@ -199,8 +208,11 @@ class KunServeScheduler(upstream.Scheduler):
         return self.ranks.agree(_AWAKE, lambda: bool(self._idle.poll(timeout_ms)))
 
     def receive_requests(self) -> list[Any]:
-        requests: list[Any] = self.request_receiver.recv_requests()
-        return requests
+        return list(self.request_receiver.recv_requests())
+
+    @property
+    def cooperating(self) -> bool:
+        return self.engine.cooperating
 
     @property
     def paused(self) -> bool:
@@ -236,24 +248,16 @@ class KunServeScheduler(upstream.Scheduler):
             self.running_batch = settled(self.running_batch, self.last_batch, self.chunked_req)
         self.last_batch = None
 
-    def give_up(self, reason: str) -> None:
-        """End all requests that hold slots; whoever calls this takes the slots away."""
-        failure = FINISH_ABORT(reason, HTTPStatus.SERVICE_UNAVAILABLE, INSTANCE_LOST)
-        for request in self.requests_with_slots():
-            request.finished_reason = failure
-            request.req_pool_idx = request.kv = None
-            echo = AbortReq(rid=request.rid, finished_reason=failure.to_json())
-            self.ipc_channels.send_to_tokenizer.send_output(echo, request)
+    def start_over(self) -> None:
+        """What is in flight never comes back: all requests go on from the tokens that they have."""
+        requests = self.take_back_everything([])
         self.cooperation.forget()
-        self.running_batch = no_requests()
-        self.last_batch = self.chunked_req = self.cur_batch_for_debug = None
-        self._pending_chunked_abort_req = None
+        self.wait_again(requests)
 
     def take_back_everything(self, involved: list[Any]) -> list[Any]:
         """Leave no request with slots, in a batch or in the queue; returns all there were.
 
-        Those that have produced tokens come first. `involved` are those of the step that failed:
-        some may be in no batch any more.
+        Those with tokens come first. `involved`, of the step that failed, may be in no batch now.
         """
         found = {r.rid: r for r in (*self.requests_with_slots(), *involved, *self.waiting_queue)}
         self.engine.clear_slots()
@@ -289,11 +293,8 @@ class KunServeScheduler(upstream.Scheduler):
 
     def _build_idle_poller(self) -> zmq.Poller:
         poller = zmq.Poller()
-        for socket in (
-            self.ipc_channels.recv_from_tokenizer,
-            self.ipc_channels.recv_from_rpc,
-            *self.agent.poll_handles,
-        ):
-            if socket is not None:  # SGLang has sockets on rank 0 only
-                poller.register(socket, zmq.POLLIN)
+        channels = self.ipc_channels
+        sockets = [channels.recv_from_tokenizer, channels.recv_from_rpc, *self.agent.poll_handles]
+        for socket in (s for s in sockets if s is not None):  # SGLang's are on rank 0 only
+            poller.register(socket, zmq.POLLIN)
         return poller

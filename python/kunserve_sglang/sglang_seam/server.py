@@ -9,25 +9,34 @@ import logging
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.processes import die_with_parent, spin_shortly
-from kunserve_sglang.core.settings import (
+from kunserve_sglang.core.instance_config import (
     INSTANCE_ENVIRONMENT,
     LEAVE_SIGNAL,
     InstanceConfig,
-    PromptFormat,
 )
+from kunserve_sglang.core.processes import (
+    compile_nothing,
+    die_with_parent,
+    show_stacks_when_asked,
+    spin_shortly,
+)
+from kunserve_sglang.core.prompt_format import PromptFormat
 from kunserve_sglang.sglang_seam.access import guard_admin_calls
+from kunserve_sglang.sglang_seam.answers import mend_answers
 from kunserve_sglang.sglang_seam.compatibility import (
     check_heads,
     check_server_args,
     place_on_gpus,
     with_defaults,
 )
+from kunserve_sglang.sglang_seam.cpu_dtype import suited_dtype
+from kunserve_sglang.sglang_seam.journaled_streams import keep_journals
 
 # Importing SGLang takes ten seconds of CPU time; every process of an instance needs it.
 _PRELOAD = (
@@ -62,23 +71,36 @@ def preload(device: str) -> None:
         return
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     spin_shortly()
+    compile_nothing()
     for name in _PRELOAD:
         importlib.import_module(name)
     registry = importlib.import_module("sglang.srt.models.registry")
     registry.ModelRegistry.get_supported_archs()
 
 
-def parse_server_args(argv: list[str]) -> Any:
+def parse_server_args(argv: list[str], budget: int, say: Callable[[str], None]) -> Any:
     """SGLang's own flags to its `ServerArgs`; raises `ConfigurationError` if we cannot honour it.
 
-    Exits with SGLang's usage message for a flag that SGLang does not know.
+    On a CPU it is a dtype that suits it and `budget`, the bytes of one instance, unless the flags
+    name one; `say` gets what the user should know. Exits with SGLang's usage message for a flag
+    that SGLang does not know.
     """
     from sglang.srt import server_args as upstream
     from sglang.srt.configs.model_config import ModelConfig
 
     upstream.logger.addFilter(_not_about_cuda_graphs)
     try:
+        before = dict(os.environ)
         server_args = upstream.prepare_server_args(with_defaults(argv))
+        choice = suited_dtype(server_args, budget)
+        if choice is not None and choice.note:
+            say(choice.note)
+            # What SGLang has written there it would take for the user's at a second look.
+            os.environ.clear()
+            os.environ.update(before)
+            server_args = upstream.prepare_server_args(
+                [*with_defaults(argv), "--dtype", choice.dtype]
+            )
     except (ValueError, OSError) as error:
         raise ConfigurationError(str(error)) from error
     check_server_args(server_args)
@@ -139,12 +161,14 @@ def add_sglang_flags(parser: argparse.ArgumentParser) -> None:
 def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
     """Body of an instance's main process: tokenizer and HTTP server; never returns normally.
 
-    Refuses to serve (exit status 3) if our scheduler did not take the place of SGLang's.
+    Refuses to serve (exit status 3) if our scheduler did not take the place of SGLang's: here, or
+    in the process that serves as one, which on GPUs loads plugins by itself.
     """
     die_with_parent(signal.SIGKILL)
     # A process group of its own, so that a Ctrl-C reaches the launcher alone; but no session: Linux
     # shares CPUs among sessions first, and was seen to starve a pinned scheduler for seconds.
     os.setpgid(0, 0)
+    show_stacks_when_asked()
     _fresh_process(config, folder)
     signal.signal(LEAVE_SIGNAL, _leave)
     address = urlsplit(config.url)
@@ -156,9 +180,13 @@ def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
     from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
     from sglang.srt.managers.scheduler import run_scheduler_process
-    from sglang.srt.utils import kill_process_tree
+
+    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
     plugins.load_plugins()
+    if importlib.import_module("sglang.srt.managers.scheduler").Scheduler is not KunServeScheduler:
+        # Before anything takes memory: without a plugin, no budget holds.
+        _refuse_to_serve("its main process")
     guard_admin_calls()
     # SGLang logs the arguments that it gets here, and tells them to whoever asks for /server_info.
     tokenizer, template, ports, scheduler, watchdog = Engine._launch_subprocesses(
@@ -168,12 +196,9 @@ def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
         run_detokenizer_process_func=run_detokenizer_process,
     )
     if "kunserve" not in scheduler.scheduler_infos[0]:
-        logging.getLogger(__name__).error(
-            "the KunServe plugin did not take effect in SGLang's scheduler; refusing to serve "
-            "(is the kunserve-sglang package installed, with its entry points?)"
-        )
-        kill_process_tree(os.getpid(), include_parent=False)
-        os._exit(3)
+        _refuse_to_serve("its scheduler")
+    mend_answers(http_server.app, tokenizer)
+    keep_journals(http_server.app, tokenizer, config.admin_key)
     keyed = _changed(server_args, admin_api_key=config.admin_key)
     http_server._setup_and_run_http_server(
         keyed, tokenizer, template, ports, scheduler.scheduler_infos, watchdog
@@ -186,6 +211,18 @@ def _changed(server_args: Any, **changes: Any) -> Any:
     for name, value in changes.items():
         object.__setattr__(server_args, name, value)
     return server_args
+
+
+def _refuse_to_serve(where: str) -> NoReturn:
+    from sglang.srt.utils import kill_process_tree
+
+    logging.getLogger(__name__).error(
+        "the KunServe plugin did not take effect in %s; refusing to serve "
+        "(is the kunserve-sglang package installed, with its entry points?)",
+        where,
+    )
+    kill_process_tree(os.getpid(), include_parent=False)
+    os._exit(3)
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from kunserve_sglang.sglang_seam.containment import Containment
 from kunserve_sglang.sglang_seam.lengths import needed_to_admit
-
-if TYPE_CHECKING:
-    from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from kunserve_sglang.sglang_seam.scheduling import Scheduling
 
 REQUEST_TOO_LARGE = "RequestTooLarge"
 """The type of the error that ends a request which no drop has made room for."""
@@ -28,10 +26,12 @@ class WaitingRequests:
     may wait for a drop; the queue behind it goes on meanwhile.
     """
 
-    def __init__(self, scheduler: KunServeScheduler) -> None:
+    def __init__(self, scheduler: Scheduling, containment: Containment) -> None:
         self._scheduler = scheduler
+        self._containment = containment
         self._seen: object = None
         self._told = 0
+        self._most = 0
         self._hopeless_since: dict[str, float] = {}
         self.limit_prompts()
 
@@ -43,9 +43,12 @@ class WaitingRequests:
             min(max(self._told, scheduler.max_total_num_tokens), scheduler.tp_worker.max_slots)
         )
 
-    def limit(self, slots: int) -> None:
-        """The router says how many slots this instance could get."""
-        self._told = slots
+    def limit(self, slots: int, running: int) -> None:
+        """The router says how many slots this instance could get, and how many requests may run.
+
+        With 0, as many as there are slots for.
+        """
+        self._told, self._most = slots, running
         self.limit_prompts()
 
     def limit_prompts(self) -> None:
@@ -56,28 +59,40 @@ class WaitingRequests:
     def admissible(self, running: Any) -> Iterator[None]:
         """Let SGLang see, and admit from, the waiting requests that it could run now.
 
-        Not those that are too large, and while some are tried apart, none but these.
+        Not those that are too large nor, beyond the first of the others, more than may run; and
+        while some are tried apart, none but these.
         """
         scheduler = self._scheduler
         if self._situation(running) != self._seen:
             running.batch_is_full = False
-        scheduler.containment.look_again()
+        self._containment.look_again(self.fits)
         whole = scheduler.waiting_queue
         aside = set() if running.batch_is_full else {r for r in whole if not self.may_run(r)}
         if aside:
             aside -= self._turned_away(aside)
             whole = [r for r in whole if not r.finished()]
             scheduler.waiting_queue = [r for r in whole if r not in aside]
+        beyond = self._beyond(scheduler.waiting_queue)
+        if beyond:
+            scheduler.waiting_queue = scheduler.waiting_queue[: -len(beyond)]
         try:
             yield
         finally:
+            if beyond:
+                scheduler.waiting_queue = [*scheduler.waiting_queue, *beyond]
             if aside:
                 scheduler.waiting_queue = _in_order(scheduler.waiting_queue, aside, whole)
             self._seen = self._situation(running)
 
+    def _beyond(self, queue: list[Any]) -> list[Any]:
+        """Those for whom there is no seat beside the requests that run."""
+        if not self._most:
+            return []
+        return queue[max(0, self._most - len(self._scheduler.requests_with_slots())) :]
+
     def may_run(self, request: Any) -> bool:
         """Whether SGLang gets to see it."""
-        return self.fits(request) and self._scheduler.containment.may_run(request)
+        return self.fits(request) and self._containment.may_run(request)
 
     def fits(self, request: Any) -> bool:
         """Whether SGLang would admit it if nothing else were in the pool."""
@@ -102,8 +117,7 @@ class WaitingRequests:
             )
             reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE, REQUEST_TOO_LARGE)
             request.finished_reason = reason
-            echo = AbortReq(rid=request.rid, finished_reason=reason.to_json())
-            scheduler.ipc_channels.send_to_tokenizer.send_output(echo, request)
+            self._containment.answer(request, reason)
         self._hopeless_since = {r: t for r, t in since.items() if hopeless[r] not in gone}
         for request in aside - gone:
             if request.rid not in hopeless:

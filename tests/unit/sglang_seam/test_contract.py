@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from fork import load_spec
-from kunserve_sglang.core.settings import INSTANCE_ENVIRONMENT
+from kunserve_sglang.core.flags import flags_of
+from kunserve_sglang.core.instance_config import INSTANCE_ENVIRONMENT
+from kunserve_sglang.launch.options import INSTANCE_FLAGS, SERVER_FLAGS
 from seam.compare import compare
 from seam.facts import Fact
 from seam.pinned import read_pinned
@@ -36,7 +38,12 @@ NOT_SGLANGS = {
     "intermediate_size": "of a configuration of transformers",
     "items": "of a dictionary",
     "values": "of a dictionary",
+    "get": "of a dictionary",
+    "extend": "of a list",
+    "startswith": "of a string",
     "encode": "of a string",
+    "model_max_length": "of a tokenizer of transformers",
+    "apply_chat_template": "of a tokenizer of transformers",
     "addFilter": "of a logger",
     "popleft": "of a deque",
     "modules": "of a torch module",
@@ -59,6 +66,16 @@ VALUES = {
     "last": "a key of our own dictionary",
     "hidden_states": "a key of PPProxyTensors",
     "residual": "a key of PPProxyTensors",
+    "content": "of a message of OpenAI's API",
+    "body": "a key of an ASGI message",
+    "index": "a key of an output",
+    "type": "a key of an ASGI message",
+    "error": "a key of an answer",
+    "message": "a key of an answer",
+    "code": "a key of an answer",
+    "image_url": "a kind of part of a message",
+    "video_url": "a kind of part of a message",
+    "audio_url": "a kind of part of a message",
 }
 """Strings beside names that `getattr` gets, which are none."""
 
@@ -186,6 +203,8 @@ def test_every_flag_is_in_the_table(table: list[Entry], installed: Source) -> No
     """Those of SGLang's that our code gives, reads, speaks of or takes for itself."""
     listed = {entry.name for entry in table if entry.scope == FLAGS}
     named = foreign.constants(foreign.PACKAGE, r"(?<![\w-])--[a-z][a-z0-9-]*")
+    records = (*SERVER_FLAGS, *INSTANCE_FLAGS)
+    named |= {name for record in records for flag in flags_of(record) for name in flag.names}
     flags = [Entry(FLAGS, name, frozenset({Use.SETS}), "", "") for name in named - OWN_FLAGS]
     found = {flag.name for flag in flags if installed.fact(flag) is not None}
 

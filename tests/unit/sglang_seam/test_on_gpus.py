@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.sglang_flags import wanted_device
-from kunserve_sglang.launch.lifecycle import memory_budget
+from kunserve_sglang.launch.options import LaunchOptions, with_budget
 from kunserve_sglang.sglang_seam.compatibility import (
     check_server_args,
     place_on_gpus,
@@ -108,11 +107,11 @@ def test_instances_take_gpus_in_turns() -> None:
 
 
 def test_a_gpu_says_itself_how_much_there_is() -> None:
-    flags = argparse.Namespace(memory_budget=None, num_instances=2)
-    assert memory_budget(flags, ["--device", "cuda"]) == 0
-    assert memory_budget(flags, []) > 0
-    flags.memory_budget = "1GiB"
-    assert memory_budget(flags, ["--device", "cuda"]) == 1 << 30
+    options = LaunchOptions()
+    assert with_budget(options, 2, ["--device", "cuda"]).memory_budget == 0
+    assert with_budget(options, 2, []).memory_budget > 0
+    given = LaunchOptions(memory_budget=1 << 30)
+    assert with_budget(given, 2, ["--device", "cuda"]) is given
 
 
 def test_graphs_of_negative_size_are_refused() -> None:
