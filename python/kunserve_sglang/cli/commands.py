@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -41,7 +40,7 @@ from kunserve_sglang.cli.views import (
     policy_view,
 )
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import format_size
+from kunserve_sglang.core.sizes import format_size
 from kunserve_sglang.policy.transition_request import Outcome
 
 _TRANSITION_TIMEOUT_S = 600.0
@@ -118,6 +117,7 @@ def drain(session: Session, flags: Flags) -> None:
     query = {"wait": "true" if flags.wait else "false"}
     timeout_s = DRAIN_TIMEOUT_S if flags.timeout_s is None else flags.timeout_s
     query["timeout_s"] = f"{timeout_s:g}"
+    query["migrate"] = "true" if flags.migrate else "false"
     answer = session.client.call(
         "drain",
         query=query,
@@ -157,7 +157,7 @@ def _read_policy(values: Sequence[str]) -> PolicyBody:
     """`name=value` pairs; checked here with the very type that the router checks with."""
     if not values:
         raise Usage("policy set: give what to change, for example drop=0.9 auto=off")
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, str] = {}
     for text in values:
         name, equals, value = text.partition("=")
         if not equals:
@@ -215,6 +215,9 @@ def _drained(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         metavar="SECONDS",
         help=f"how long its requests may take to end ({DRAIN_TIMEOUT_S})",
+    )
+    parser.add_argument(
+        "--migrate", action="store_true", help="let others go on with its requests meanwhile"
     )
 
 

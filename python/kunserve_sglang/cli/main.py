@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kunserve_sglang import __version__
 from kunserve_sglang.api.client import RouterClient
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return Exit.OK
 
 
-def _add_common(parser: argparse.ArgumentParser, *, raw: Any, default: Any = None) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, *, raw: bool | str, default: str | None = None
+) -> None:
     group = parser.add_argument_group("router")
     group.add_argument("--url", default=default, help=f"its address (default: {DEFAULT_URL})")
     group.add_argument("--admin-api-key", default=default, metavar="KEY", help="opens all calls")

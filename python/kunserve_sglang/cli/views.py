@@ -16,7 +16,7 @@ from kunserve_sglang.api.types import ClusterStatus, InstanceStatus, PlanAnswer,
 from kunserve_sglang.cli.bar import Legend, MemoryBar, memory_shares
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.messages import Mode
-from kunserve_sglang.core.settings import format_size
+from kunserve_sglang.core.sizes import format_size
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.transition_request import Outcome
 
@@ -133,6 +133,9 @@ def _headline(status: ClusterStatus) -> Text:
     text = Text(f"epoch {status.epoch}   ")
     text.append("automatic" if policy.auto else "by hand only", "green" if policy.auto else "dim")
     text.append(f"   drop above {policy.drop:.0%}, restore below {policy.restore:.0%}")
+    if (service := status.service) is not None:
+        limits = f"   limits {service.ttft_ms:,.0f} ms, {service.tpot_ms:,.0f} ms a token"
+        text.append(limits, "" if service.weighed else "dim")
     for name, quantiles in (("TTFT", status.latency.ttft_ms), ("TPOT", status.latency.tpot_ms)):
         if quantiles.p50 is not None and quantiles.p99 is not None:
             text.append(f"   {name} p50 {quantiles.p50:,.0f} ms, p99 {quantiles.p99:,.0f} ms")

@@ -10,7 +10,8 @@ from rich.console import Console
 from kunserve_sglang.api.types import InstanceStatus
 from kunserve_sglang.cli.bar import Legend, MemoryBar, Shares, memory_shares
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.messages import Mode, Pages, Slots
+from kunserve_sglang.core.load import Pages, Slots
+from kunserve_sglang.core.messages import Mode
 
 
 def instance(number: int, used: int, cached: int, *, group: tuple[int, ...]) -> InstanceStatus:
