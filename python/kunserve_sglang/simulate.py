@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.settings import (
-    ClusterConfig,
-    DispatchPolicy,
-    ExchangeMode,
-    MicroBatches,
-    OverloadPolicy,
-)
+from kunserve_sglang.core.flags import add_flags, read_flags
+from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult, load_profile
 from kunserve_sglang.simulation.report import Slo, counted, table, to_json
 from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window
+
+CLUSTER_FLAGS = (
+    *("drop_threshold", "restore_threshold", "max_group_size", "slo_ttft_ms", "slo_tpot_ms"),
+    *("tpot_limit_ms", "exchange", "micro_batches", "dispatch"),
+)
+"""The settings of a cluster that make a difference here."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,26 +55,7 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--max-total", type=int, help="cut requests longer than so many tokens")
     load.add_argument("--seed", type=int, default=1, help="of --rate-scale")
     cluster = flags.add_argument_group("the cluster, as in launch_server")
-    defaults = ClusterConfig()
-    cluster.add_argument("--drop-threshold", type=float, default=defaults.drop_threshold)
-    cluster.add_argument("--restore-threshold", type=float, default=defaults.restore_threshold)
-    cluster.add_argument("--max-group-size", type=int, default=defaults.max_group_size)
-    cluster.add_argument("--tpot-limit-ms", type=float, help="drop nothing that would exceed it")
-    cluster.add_argument(
-        "--exchange", type=ExchangeMode, choices=list(ExchangeMode), default=defaults.exchange
-    )
-    cluster.add_argument(
-        "--micro-batches",
-        type=MicroBatches,
-        choices=list(MicroBatches),
-        default=defaults.micro_batches,
-    )
-    cluster.add_argument(
-        "--dispatch",
-        type=DispatchPolicy,
-        choices=list(DispatchPolicy),
-        default=defaults.dispatch,
-    )
+    add_flags(cluster, [ClusterConfig], only=CLUSTER_FLAGS)
     cluster.add_argument(
         "--watch-interval",
         type=float,
@@ -99,6 +82,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     """All runs of the sweep, the table, and the files if they are asked for."""
     profile = load_profile(flags.profile)
     rows = requests(flags)
+    cluster = read_flags(flags, ClusterConfig, only=CLUSTER_FLAGS)
     slo = None
     if flags.slo_ttft is not None:
         slo = Slo(ttft_s=flags.slo_ttft, attainment=flags.slo_attainment)
@@ -107,7 +91,15 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         f"({profile.source})"
     )
     results = [
-        simulate(profile, _config(flags, count, policy), rows, flags, console)
+        simulate(
+            profile,
+            msgspec.structs.replace(
+                cluster, num_instances=count, overload_policy=OverloadPolicy(policy)
+            ),
+            rows,
+            flags,
+            console,
+        )
         for count, policy in itertools.product(flags.instances, flags.compare)
     ]
     setup = {
@@ -119,10 +111,10 @@ def run(flags: argparse.Namespace, console: Console) -> None:
             name: getattr(flags, name)
             for name in (
                 *("start", "duration", "rate_scale", "prompt_scale", "output_scale", "max_total"),
-                *("seed", "drop_threshold", "restore_threshold", "max_group_size"),
-                *("tpot_limit_ms", "exchange", "micro_batches", "dispatch"),
+                "seed",
             )
         },
+        **{name: getattr(cluster, name) for name in CLUSTER_FLAGS},
     }
     figures = to_json(results, slo, setup)
     console.print(table(figures))
@@ -173,20 +165,6 @@ def simulate(
             bars.update(task, completed=finished, at=f"at {now:,.0f} s")
 
         return cluster.run(rows, progress)
-
-
-def _config(flags: argparse.Namespace, count: int, policy: str) -> ClusterConfig:
-    return ClusterConfig(
-        num_instances=count,
-        dispatch=flags.dispatch,
-        overload_policy=OverloadPolicy(policy),
-        drop_threshold=flags.drop_threshold,
-        restore_threshold=flags.restore_threshold,
-        max_group_size=flags.max_group_size,
-        tpot_limit_ms=flags.tpot_limit_ms,
-        exchange=flags.exchange,
-        micro_batches=flags.micro_batches,
-    )
 
 
 def _write(

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
@@ -34,15 +33,13 @@ def main() -> int:
     _open_audit_log()
     try:
         config = router_from_environment()
-        listener = listen(config.cluster)
+        listener = listen(config)
         _raise_file_limit()
         # What was imported stays for good: full collections need not walk it while streams wait.
         gc.collect()
         gc.freeze()
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             runner.run(_run(config, listener))
-        if config.runtime_folder and _is_orphan(config):
-            shutil.rmtree(config.runtime_folder, ignore_errors=True)
     except ConfigurationError as error:
         logger.error("%s", error)
         return 2

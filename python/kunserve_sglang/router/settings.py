@@ -7,9 +7,11 @@ import os
 import msgspec
 
 from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.hosts import is_local
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import ClusterKeys, new_admin_key
-from kunserve_sglang.core.settings import ClusterConfig, PromptFormat
+from kunserve_sglang.core.prompt_format import PromptFormat
+from kunserve_sglang.core.settings import ClusterConfig
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
 """Environment variable that carries `RouterConfig` to the router process."""
@@ -22,9 +24,12 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     credentials that they came with, and the router's own questions carry this key. What acts on
     instances carries `instance_admin_key`, which nobody but they and the router know.
     `prompts` is there where a dispatch policy looks into them and there is a tokenizer.
-    `launcher` is the process that started the router: when it is killed, the router ends too and
-    removes `runtime_folder` in its place. `model` is what instances that join have to serve; None
+    `launcher` is the process that started the router: when it is killed, the router ends too.
+    `model` is what instances that join have to serve; None
     leaves it to the first. `keys` open the control socket to other hosts.
+    `listener` is the descriptor of a listening socket that outlives this process, for one that is
+    started after it: clients wait there meanwhile. In `state_file` it finds what this one has been
+    told.
     """
 
     cluster: ClusterConfig
@@ -32,10 +37,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     prompts: PromptFormat | None = None
     launcher: int = 0
-    runtime_folder: str = ""
     model: ModelIdentity | None = None
     keys: ClusterKeys | None = None
     instance_admin_key: str = msgspec.field(default_factory=new_admin_key)
+    listener: int | None = None
+    state_file: str = ""
 
     def __post_init__(self) -> None:
         read = self.cluster.read_api_key
@@ -45,6 +51,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if read and read == self.admin_key:
             raise ConfigurationError("--read-api-key must differ from the admin key")
+        if not (self.admin_key or self.cluster.allow_open or is_local(self.cluster.host)):
+            raise ConfigurationError(
+                f"--host {self.cluster.host} is open to others, and everybody could use and change "
+                "the cluster: give --api-key or --admin-api-key, or --allow-open if that is meant"
+            )
         if self.cluster.control_address and not self.admin_key:
             raise ConfigurationError(
                 "--control-address needs --admin-api-key, or anybody could join the cluster"
@@ -70,3 +81,8 @@ def router_from_environment() -> RouterConfig:
         return msgspec.json.decode(text, type=RouterConfig)
     except msgspec.DecodeError as error:
         raise ConfigurationError(f"{CLUSTER_ENVIRONMENT} is unreadable: {error}") from error
+
+
+def launcher_socket(control_address: str) -> str:
+    """Where a launcher asks its router, whatever certificates that wants of others."""
+    return f"{control_address.removeprefix('ipc://')}.http"

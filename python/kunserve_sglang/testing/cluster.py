@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil
 
-from kunserve_sglang.core.processes import die_with_parent, free_port
+from kunserve_sglang.core.processes import die_with_parent, family, free_port
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -145,7 +145,7 @@ class Cluster:
         """End the launcher and all its descendants: ask, wait a little, then insist."""
         if self._process is None:
             return
-        family = _descendants(self._process.pid)
+        started = family(self._process.pid)[1:]
         self._process.terminate()
         deadline = time.monotonic() + self._stop_timeout_s
         try:
@@ -153,7 +153,7 @@ class Cluster:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        _, alive = psutil.wait_procs(family, timeout=max(1.0, deadline - time.monotonic()))
+        _, alive = psutil.wait_procs(started, timeout=max(1.0, deadline - time.monotonic()))
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)
@@ -180,11 +180,3 @@ def log_tail(log: Path, lines: int = _TAIL_LINES) -> str:
     with log.open(errors="replace") as file:
         tail = deque(file, maxlen=lines)
     return f"--- end of {log} ---\n{''.join(tail)}"
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        children: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-    return children

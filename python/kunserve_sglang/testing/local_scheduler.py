@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kunserve_sglang.core.settings import INSTANCE_ENVIRONMENT, InstanceConfig
+from kunserve_sglang.core.instance_config import INSTANCE_ENVIRONMENT, InstanceConfig
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput

@@ -24,7 +24,7 @@ from typing import Self
 
 import psutil
 
-from kunserve_sglang.core.processes import divide_cpus
+from kunserve_sglang.core.processes import divide_cpus, family
 from kunserve_sglang.testing.cluster import (
     READY_TIMEOUT_S,
     STOP_TIMEOUT_S,
@@ -120,21 +120,17 @@ class PlainServer(Cluster):
             file.unlink(missing_ok=True)
 
     def _pin_scheduler(self) -> None:
-        schedulers = [p for p in self._family() if "sglang::scheduler" in " ".join(p.cmdline())]
+        schedulers = [p for p in family(self.pid) if "sglang::scheduler" in " ".join(p.cmdline())]
         if len(schedulers) != 1:
             raise ClusterError(f"a server has {len(schedulers)} schedulers, expected one")
         for thread in schedulers[0].threads():
             os.sched_setaffinity(thread.id, self._cpus)
 
-    def _family(self) -> list[psutil.Process]:
-        own = psutil.Process(self.pid)
-        return [own, *own.children(recursive=True)]
-
     def _shared_files(self) -> set[Path]:
         """What our processes, and no others, have mapped from `/dev/shm`."""
         found: set[Path] = set()
         try:
-            for process in self._family():
+            for process in family(self.pid):
                 found |= {Path(m.path) for m in process.memory_maps()}
         except (ClusterError, psutil.NoSuchProcess):
             return set()  # it has ended already
@@ -173,6 +169,8 @@ class UpstreamCluster:
         self._stack = ExitStack()
         self._members: list[Cluster] = []
         self.url = ""
+        self.server_urls: list[str] = []
+        """The servers themselves, past the router."""
 
     def __enter__(self) -> Self:
         """Raises `ClusterError` if one of them does not become ready."""
@@ -200,6 +198,7 @@ class UpstreamCluster:
             router = Cluster(router_command, self._logs / "upstream-router.log")
             self._members = [*servers, stack.enter_context(router)]
             self.url = router.url
+            self.server_urls = [server.url for server in servers]
             for server in servers:
                 _call("POST", f"{router.url}/workers", {"url": server.url})
             self._wait_until_serving()
@@ -257,7 +256,8 @@ def unpack_upstream(folder: Path) -> None:
 
 def _call(method: str, url: str, body: object = None) -> dict[str, dict[str, int]]:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, method=method)
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(request, timeout=10) as response:
         answer: dict[str, dict[str, int]] = json.load(response)
     return answer

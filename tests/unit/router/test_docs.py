@@ -16,6 +16,7 @@ import pytest
 
 from kunserve_sglang.api.calls import CALLS
 from kunserve_sglang.control.control_plane import ControlPlane
+from kunserve_sglang.control.control_socket import ControlSocket
 from kunserve_sglang.control.upstream import open_session
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.router.admin.access import Keys
@@ -80,7 +81,7 @@ def test_every_route_is_described(tmp_path: Path) -> None:
     config = RouterConfig(cluster=ClusterConfig(), control_address=f"ipc://{tmp_path}/c")
 
     async def routes() -> set[tuple[str, str]]:
-        control = ControlPlane(config.cluster, config.control_address)
+        control = ControlPlane(config.cluster, ControlSocket(config.control_address))
         traffic = Traffic(control.registry, config.cluster)
         try:
             async with open_session() as session:

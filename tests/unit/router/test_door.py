@@ -118,7 +118,7 @@ _PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     method=st.sampled_from([b"GET", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"HEAD"]),
     pieces=st.lists(_PIECES | st.binary(min_size=1, max_size=2), min_size=1, max_size=8),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.launch.options import LaunchOptions
 from kunserve_sglang.launch.server import Supervisor
 from tests.support.mock_worker import Canned, MockWorker
 from tests.support.router_harness import RouterCluster
@@ -43,7 +44,7 @@ def test_instances_see_their_own_key_and_plain_servers_never(
 
 
 def test_every_cluster_has_another_key() -> None:
-    clusters = [Supervisor(ClusterConfig(), []) for _ in range(3)]
+    clusters = [Supervisor(ClusterConfig(), LaunchOptions(), []) for _ in range(3)]
     keys = {cluster._instance(0, (), 0).admin_key for cluster in clusters}
     assert len(keys) == 3
     assert min(map(len, keys)) > 40

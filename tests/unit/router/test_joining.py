@@ -9,7 +9,6 @@ import msgspec
 import pytest
 import zmq
 
-from kunserve_sglang.control.registry import FIRST_WORKER, Registry
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys, new_keys
@@ -18,7 +17,8 @@ from kunserve_sglang.core.processes import this_host
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.instance.agent.control import ControlLink
 from kunserve_sglang.router.settings import RouterConfig
-from tests.support.mock_worker import CAPACITY, LAYERS, MODEL, PROFILE
+from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS, PROFILE
+from tests.support.mock_worker import MODEL
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 
@@ -91,11 +91,29 @@ def test_who_does_not_fit_is_told_why(
     assert join(router).json["instance"] == 0
 
 
-def test_a_router_alone_takes_the_model_of_the_first(start_router: Start) -> None:
+OTHER = msgspec.structs.replace(MODEL, layers=5)
+
+
+def test_a_router_alone_serves_what_its_first_instance_serves(start_router: Start) -> None:
     router = start_router(0)
-    assert join(router).json["owners"] == 8
-    assert join(router, msgspec.structs.replace(MODEL, layers=5)).status == 409
+    assert join(router, OTHER).json["owners"] == 8  # asked, and never came
+    number = join(router).json["instance"]
+    router.instances.append(router.add(number))
+    router.ready(1)
+    assert join(router, OTHER).error["code"] == "other_model"
     assert join(router).status == 200
+    assert router.call("DELETE", f"/workers/{number}").status == 200
+    assert join(router, OTHER).status == 200
+
+
+def test_who_comes_with_another_model_than_the_first_has_to_end(start_router: Start) -> None:
+    router = start_router(0)
+    late, first = join(router, OTHER).json["instance"], join(router).json["instance"]
+    for number in (first, late):
+        router.instances.append(router.add(number))
+        router.ready(1)
+    until(lambda: router.instances[1].obeyed["Leave"])
+    assert [i["id"] for i in router.status()["instances"]] == [first]
 
 
 @pytest.mark.parametrize(
@@ -118,26 +136,22 @@ def test_joining_needs_the_admin_key(start_router: Start) -> None:
     assert join(router, **ADMIN).status == 200
 
 
-def test_numbers_end_where_those_of_plain_servers_begin() -> None:
-    registry = Registry(launched=FIRST_WORKER - 1)
-    assert registry.new_number() == FIRST_WORKER - 1
-    assert registry.new_number() is None
-
-
 # --- other hosts --------------------------------------------------------------------------------
 
 
-def test_members_on_other_hosts_take_part(start_router: Start) -> None:
-    router = start_router(1, model=MODEL, admin_api_key="a", control_address="tcp://127.0.0.1:*")
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_members_on_other_hosts_take_part(start_router: Start, host: str) -> None:
+    router = start_router(1, model=MODEL, admin_api_key="a", control_address=f"tcp://{host}:*")
     told = join(router, Authorization="Bearer a").json
-    assert told["control_tcp"].startswith("tcp://127.0.0.1:")
-    assert told["data_host"] == "127.0.0.1"
+    assert told["control_tcp"].startswith(f"tcp://{host}:")
+    assert told["data_host"] == host
     keys = msgspec.convert(told["keys"], MemberKeys)
     number = told["instance"]
     router.instances.append(router.add(number, address=told["control_tcp"], keys=keys))
     router.ready(2)
     admin = {"Authorization": "Bearer a"}
     assert router.post("/kunserve/drop", **admin).json["status"] == "committed"
+    until(lambda: {i["mode"] for i in router.status()["instances"]} == {"cooperative"})
     assert router.call("DELETE", f"/workers/{number}", headers=admin).status == 200
     until(lambda: router.instances[1].obeyed["Leave"])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
-from kunserve_sglang.core.messages import to_json_types
 from kunserve_sglang.router.proxy.latency import WINDOW_S, Latency, StreamTimer
 from tests.support.mock_worker import Canned
 from tests.support.router_harness import RouterCluster
@@ -40,7 +40,7 @@ def stream(latency: Latency, clock: FakeClock, gaps: list[float]) -> None:
 
 def test_without_answers_there_is_nothing_to_say(clock: FakeClock) -> None:
     nothing = {"p50": None, "p90": None, "p99": None}
-    assert to_json_types(Latency(clock).summary()) == {
+    assert msgspec.to_builtins(Latency(clock).summary()) == {
         "ttft_ms": nothing,
         "tpot_ms": nothing,
         "samples": 0,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from prometheus_client.parser import text_string_to_metric_families
 
 from kunserve_sglang.router.admin.exposition import merge_expositions
-from tests.support.mock_worker import CAPACITY, PROFILE, Canned, vote_no
+from kunserve_sglang.testing.mock_member import CAPACITY, PROFILE
+from tests.support.mock_worker import Canned, vote_no
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

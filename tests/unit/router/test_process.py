@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import psutil
 import pytest
 
@@ -160,9 +159,7 @@ time.sleep(60)
 
 
 def test_a_router_ends_with_its_launcher(port: int, tmp_path: Path) -> None:
-    folder = tmp_path / "runtime"
-    folder.mkdir()
-    wanted = msgspec.structs.replace(config(port, folder), runtime_folder=str(folder))
+    wanted = config(port, tmp_path)
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, wanted.to_environment()], env=environment_with(None)
     )
@@ -173,4 +170,3 @@ def test_a_router_ends_with_its_launcher(port: int, tmp_path: Path) -> None:
     launcher.wait()
     _, alive = psutil.wait_procs([router], timeout=30)
     assert not alive
-    assert not folder.exists()

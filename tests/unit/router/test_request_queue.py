@@ -14,7 +14,8 @@ import pytest
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.router.proxy.busy import QUEUE_FULL
-from tests.support.mock_worker import CAPACITY, Canned
+from kunserve_sglang.testing.mock_member import CAPACITY
+from tests.support.mock_worker import Canned
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 from tests.unit.router.test_metrics import scrape, value

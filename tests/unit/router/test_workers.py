@@ -17,24 +17,13 @@ from kunserve_sglang.control.registry import FIRST_WORKER
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.processes import free_port
 from kunserve_sglang.core.settings import ClusterConfig
-from tests.support.mock_worker import Background, Canned, MockWorker
+from tests.support.mock_worker import Canned, MockWorker
 from tests.support.router_harness import Client, RouterCluster
 from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 
 ADMIN = {"Authorization": "Bearer admin"}
-
-
-@pytest.fixture
-def plain() -> Iterator[MockWorker]:
-    """An HTTP server that no KunServe instance stands behind."""
-    background = Background()
-    worker = MockWorker(background)
-    worker.answers["/server_info"] = Canned({"max_total_num_tokens": 700, "tp_size": 1})
-    yield worker
-    worker.stop()
-    background.stop()
 
 
 def add(router: Client, worker: MockWorker, **headers: str) -> int:
