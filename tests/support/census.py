@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
+
+from kunserve_sglang.core.blocks import block_hashes
 
 
 def whereabouts(scheduler: Any) -> dict[str, list[str]]:
@@ -36,4 +39,29 @@ def whereabouts(scheduler: Any) -> dict[str, list[str]]:
     last = scheduler.last_batch
     if last is not None and last.forward_mode.is_extend():
         put("last", last.reqs, chunked, last.chunked_req)
+    return found
+
+
+def described(s: Any) -> str:
+    """The queues and the pool of a scheduler, for people."""
+    ready, flights = s.cooperation._ready, s.cooperation._flights
+    return (
+        f"running {[r.rid for r in s.running_batch.reqs]}, "
+        f"waiting {[r.rid for r in s.waiting_queue]}, chunked {s.chunked_req}, "
+        f"full {s.running_batch.batch_is_full}, cooperating {s.engine.cooperating}, "
+        f"ready {[r.rid for r in ready.reqs]}, in flight {len(flights)}, "
+        f"free {s.token_to_kv_pool_allocator.available_size()} of "
+        f"{s.token_to_kv_pool_allocator.size}, cached {s.tree_cache.evictable_size()}"
+    )
+
+
+def cached_blocks(tree: Any) -> set[int]:
+    """The blocks of all sequences in a radix tree, each hashed from its beginning."""
+    found: set[int] = set()
+    paths = [(node, array("q")) for node in tree.root_node.children.values()]
+    while paths:
+        node, before = paths.pop()
+        sequence = before + node.key.raw_token_ids()
+        found.update(block_hashes(sequence, node.key.extra_key))
+        paths += [(child, sequence) for child in node.children.values()]
     return found

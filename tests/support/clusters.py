@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
-from kunserve_sglang.core.messages import Load, Slots
+from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
@@ -47,6 +47,16 @@ def alone(
 
 def cluster(size: int, **values: int) -> ClusterState:
     return ClusterState(instances=tuple(alone(i, **values) for i in range(size)))
+
+
+def loaded(state: ClusterState, share: float, waiting: int) -> ClusterState:
+    """Every instance with a demand of `share` of its full-replica capacity."""
+    return ClusterState(
+        instances=tuple(
+            with_load(s, demand=int(share * s.full_capacity), waiting=waiting)
+            for s in state.instances
+        )
+    )
 
 
 def carried_out(state: ClusterState, plan: Plan) -> ClusterState:

@@ -9,7 +9,6 @@ refuses what the driver's documentation forbids, with the driver's codes, and ke
 from __future__ import annotations
 
 import bisect
-import ctypes
 import mmap
 import os
 from collections import Counter
@@ -18,19 +17,9 @@ from typing import Any
 
 from cuda.bindings import driver
 
-Result = driver.CUresult
+from tests.support.libc_memory import FIXED, PROT_NONE, RESERVED, libc, map_memory
 
-_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-_FIXED = 0x10
-_PROT_NONE = 0
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
-    *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+Result = driver.CUresult
 
 
 @dataclass
@@ -183,11 +172,11 @@ class FakeCuda:
             return Result.CUDA_ERROR_INVALID_VALUE, None
         # The driver aligns to its granularity by itself; the kernel does not.
         unit = max(alignment, self.granularity)
-        start = _mmap(None, size + unit, _PROT_NONE, _RESERVED, -1)
+        start = map_memory(None, size + unit, PROT_NONE, RESERVED, -1)
         address = -(-start // unit) * unit
         for begin, end in ((start, address), (address + size, start + size + unit)):
             if end > begin:
-                _libc.munmap(begin, end - begin)
+                libc.munmap(begin, end - begin)
         self.ranges[address] = size
         return Result.CUDA_SUCCESS, driver.CUdeviceptr(address)
 
@@ -196,7 +185,7 @@ class FakeCuda:
         if self.ranges.get(address) != size or self._within(address, size):
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         del self.ranges[address]
-        _libc.munmap(address, size)
+        libc.munmap(address, size)
         return (Result.CUDA_SUCCESS,)
 
     def cuMemMap(self, address: int, size: int, offset: int, handle: Any, flags: int) -> tuple[Any]:
@@ -211,7 +200,7 @@ class FakeCuda:
             or self._within(address, size)
         ):
             return (Result.CUDA_ERROR_INVALID_VALUE,)
-        _mmap(address, size, _PROT_NONE, mmap.MAP_SHARED | _FIXED, allocation.fd)
+        map_memory(address, size, PROT_NONE, mmap.MAP_SHARED | FIXED, allocation.fd)
         allocation.mappings += 1
         self.mappings[address] = allocation
         bisect.insort(self._places, address)
@@ -226,7 +215,7 @@ class FakeCuda:
             allocation = self.mappings.pop(place)
             self._places.remove(place)
             self.accessible.discard(place)
-            _mmap(place, allocation.nbytes, _PROT_NONE, _RESERVED | _FIXED, -1)
+            map_memory(place, allocation.nbytes, PROT_NONE, RESERVED | FIXED, -1)
             allocation.mappings -= 1
             self._free_if_unused(allocation)
         return (Result.CUDA_SUCCESS,)
@@ -240,7 +229,7 @@ class FakeCuda:
             return (Result.CUDA_ERROR_INVALID_DEVICE,)
         writable = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         assert access[0].flags == writable
-        _libc.mprotect(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
+        libc.mprotect(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
         self.accessible.update(self._within(address, size))
         return (Result.CUDA_SUCCESS,)
 
@@ -299,10 +288,3 @@ def _check_properties(prop: Any) -> None:
     assert isinstance(prop, driver.CUmemAllocationProp)
     assert prop.type == driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     assert prop.location.type == driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-
-
-def _mmap(address: int | None, size: int, protection: int, flags: int, file: int) -> int:
-    result = _libc.mmap(address, size, protection, flags, file, 0)
-    if result is None or result == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), "mmap failed")
-    return int(result)

@@ -19,6 +19,9 @@ _FOLDERS = {
 """Folder of `tests` -> markers that its tests may have; where there is a choice they say which."""
 
 
+_ALL_CORES = ("integration", "unit/members", "benchmark/gpu", "gpu")
+
+
 def assign(items: list[pytest.Item], tests: Path) -> None:
     """Mark what its folder says; raises `UsageError` unless a test then has exactly one marker.
 
@@ -38,6 +41,12 @@ def assign(items: list[pytest.Item], tests: Path) -> None:
             f"every test needs exactly one marker of {', '.join(GPUS_NEEDED)}, and the one of its "
             f"folder: {'; '.join(wrong)}"
         )
+
+
+def mark_all_cores(item: pytest.Item, tests: Path) -> None:
+    """Mark what runs several schedulers at once, and would only be slower beside other tests."""
+    if any(item.path.is_relative_to(tests / folder) for folder in _ALL_CORES):
+        item.add_marker(pytest.mark.all_cores)
 
 
 def skip_without_gpus(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -13,16 +12,17 @@ from kunserve_sglang.api.events import Event
 from kunserve_sglang.core.messages import Mode, TransitionKind
 from kunserve_sglang.policy.planner import NoPlan
 from kunserve_sglang.policy.transition_request import Outcome
-from tests.support.cluster import READY_S, ScriptedCluster
-from tests.support.member import Gate, Output
+from tests.support.cluster import ScriptedCluster
+from tests.support.controlled import READY_S
 from tests.support.schedules import Script
+from tests.support.script import Gate, Output
 
 PAGE = 4096
 PAIR_GATES = ("drop 0,1", "restore 0,1", "drop 0,1", "restore 0,1")
 
 
 def small_cluster(
-    folder: Path, size: int, model: Path, *, memory_budget: int = 2_600_000, **server: object
+    folder: Path, size: int, model: Path, *, memory_budget: int = 2_830_000, **server: object
 ) -> ScriptedCluster:
     """Budgets so small that requests queue and are retracted without a drop."""
     return ScriptedCluster(
@@ -43,7 +43,21 @@ def small_cluster(
 def play_both(
     cluster: ScriptedCluster, scripts: list[Script], *, standing: bool = False
 ) -> tuple[list[Event], list[str]]:
-    """Play undisturbed and with transitions; returns the events and what differs.
+    """Play undisturbed and with transitions; returns the events and what is amiss.
+
+    That is what differs, and steps that have failed without a trace in the answers.
+    """
+    before = cluster.failures()
+    expected = cluster.play(scripts)
+    events, got = play_across(cluster, scripts, standing=standing)
+    failed = cluster.failures() - before
+    return events, differences(expected, got) + [f"{failed} steps have failed"] * bool(failed)
+
+
+def play_across(
+    cluster: ScriptedCluster, scripts: list[Script], *, standing: bool = False
+) -> tuple[list[Event], list[dict[str, Output]]]:
+    """Play with the transitions that gates stand for; returns the events and the answers.
 
     The members go on while a transition runs, or stand at their gates until it has ended. A
     restore for which requests hold too many slots is refused, as it must be; the layers then come
@@ -71,12 +85,11 @@ def play_both(
         if standing:
             wait()
 
-    expected = cluster.play(scripts)
     got = cluster.play(scripts, at_gate)
     wait()
     if any(i["mode"] == Mode.COOPERATIVE for i in cluster.status()):
-        events.append(restored(cluster))
-    return events, differences(expected, got)
+        events.append(cluster.restore_when_idle())
+    return events, got
 
 
 def play_into_a_drop(
@@ -107,55 +120,47 @@ def differences(
 def _first_difference(want: Output, have: Output) -> str:
     """For people: where two answers part."""
     for name, before in asdict(want).items():
-        after = getattr(have, name)
-        if name == "cached" or alike(before, after):
-            continue
-        if isinstance(before, dict) and before.keys() == after.keys():
-            name, before, after = next(
-                (f"{name}.{k}", before[k], after[k])
-                for k in before
-                if not alike(before[k], after[k])
-            )
-        if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
-            pairs = enumerate(zip(before, after, strict=False))
-            place = next((i for i, (b, a) in pairs if not alike(b, a)), None)
-            sizes = f"{len(before)} and {len(after)} of {name}, the same up to "
-            if place is None:
-                return sizes + "the shorter one's end"
-            return sizes + f"{place}: {before[place]} != {after[place]}, reason {want.reason}"
-        return f"{name}: {before} != {after}"
+        if name != "cached" and not alike(before, getattr(have, name)):
+            return f"{_parting(name, before, getattr(have, name))}, reason {want.reason}"
     return "equal"
 
 
-def restored(cluster: ScriptedCluster) -> Event:
-    """All have ended, but the router may not know it yet: its status records are older."""
-    deadline = time.monotonic() + READY_S
-    while True:
-        try:
-            return cluster.transition(TransitionKind.RESTORE)
-        except NoPlan:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+def _parting(name: str, before: object, after: object) -> str:
+    """The innermost difference between two values that differ."""
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+        key = next(k for k in before if not alike(before[k], after[k]))
+        return _parting(f"{name}.{key}", before[key], after[key])
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+        pairs = enumerate(zip(before, after, strict=False))
+        place = next((i for i, (b, a) in pairs if not alike(b, a)), None)
+        if place is not None:
+            return _parting(f"{name}[{place}]", before[place], after[place])
+        return f"{len(before)} and {len(after)} of {name}, the same as far as both go"
+    return f"{name}: {before} != {after}"
 
 
 def same(want: Output, have: Output) -> bool:
     if "abort" in (want.reason, have.reason):
         shorter = min(len(want.tokens), len(have.tokens))
-        return want.tokens[:shorter] == have.tokens[:shorter]
+        return want.tokens[:shorter] == have.tokens[:shorter] and all(
+            all(map(alike, chunks, have.received.get(choice, ())))
+            for choice, chunks in want.received.items()
+        )
     return (
         want.tokens == have.tokens
         and want.reason == have.reason
         and want.end == have.end
         and alike(want.logprobs, have.logprobs)
         and alike(want.hidden, have.hidden)
+        and alike(want.received, have.received)
     )
 
 
 def alike(want: object, have: object) -> bool:
     """Equal but for rounding of floats, at any depth."""
     if isinstance(want, float) and isinstance(have, float):
-        return math.isclose(want, have, rel_tol=1e-4, abs_tol=1e-4)
+        both_undefined = math.isnan(want) and math.isnan(have)
+        return both_undefined or math.isclose(want, have, rel_tol=1e-4, abs_tol=1e-4)
     if isinstance(want, dict) and isinstance(have, dict):
         return want.keys() == have.keys() and all(alike(want[k], have[k]) for k in want)
     if isinstance(want, (list, tuple)) and isinstance(have, (list, tuple)):

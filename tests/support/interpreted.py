@@ -20,8 +20,8 @@ from sglang.srt.distributed.parallel_state import graph_capture
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.settings import InstanceConfig
 from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
 from kunserve_sglang.sglang_seam import assembly
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
@@ -190,7 +190,7 @@ def _runner(model: str, backend: str, folder: str) -> Any:
     assembly.load_or_measure = lambda *_, **__: no_model  # type: ignore[assignment]
     config = InstanceConfig(
         instance=0,
-        url="interpreted://0",
+        url="http://interpreted:1",
         control_address=f"ipc://{folder}/control",
         data_socket=f"{folder}/data",
         memory_budget=8_000_000,

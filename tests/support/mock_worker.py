@@ -15,24 +15,19 @@ from typing import Any, TypeVar
 import zmq
 from aiohttp import web
 
-from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys
-from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
+from kunserve_sglang.core.layout import Layout
+from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.messages import (
-    PROTOCOL_VERSION,
     Abort,
     Attainable,
     Commit,
     Done,
     Hello,
     Leave,
-    Load,
     Lost,
-    Mode,
-    Pages,
     Prepare,
-    Slots,
     Span,
     Status,
     ToRouter,
@@ -42,21 +37,17 @@ from kunserve_sglang.core.messages import (
     Vote,
     Welcome,
 )
+from kunserve_sglang.core.resumption import JOURNAL_HEADER
 from kunserve_sglang.instance.agent.cache_log import CacheLog
 from kunserve_sglang.instance.agent.control import ControlLink
-
-LAYERS = 4
-PROFILE = MemoryProfile(
-    page_bytes=4096,
-    pages=200,
-    layer_pages=(25,) * LAYERS,
-    key_row_bytes=256,
-    value_row_bytes=256,
-    stride=4096,
-    owners=8,
+from kunserve_sglang.testing.mock_member import (
+    LAYERS,
+    NO_LOAD,
+    hello,
+    status,
+    whole,
 )
-COSTS = CostModel(prefill=(0.0,) * 6, decode=(1.0, 1.0, 0.0))
-CAPACITY = PROFILE.capacity(LayerRange(0, LAYERS), 1)
+
 MODEL = ModelIdentity(
     name="tiny",
     architecture="LlamaForCausalLM",
@@ -71,6 +62,8 @@ MODEL = ModelIdentity(
 
 _PATIENCE_S = 20.0
 """What a test holds back it lets go again within this time."""
+
+_DEATH = b"<death>"
 
 T = TypeVar("T")
 
@@ -95,11 +88,15 @@ class Background:
 
 @dataclass
 class Canned:
-    """An answer given at once."""
+    """An answer given at once, or the part of it that comes before the worker dies.
+
+    `promised` is the length of the whole then.
+    """
 
     body: Any = ""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    promised: int = 0
 
     def response(self) -> web.Response:
         if isinstance(self.body, str):
@@ -118,7 +115,10 @@ class Seen:
 
 
 class MockWorker:
-    """The HTTP server of an instance; `/generate` streams what `emit` is given, until `finish`."""
+    """The HTTP server of an instance; `/generate` streams what `emit` is given, until `finish`.
+
+    It keeps a journal of these streams if it is asked to and `journals`; a test emits the records.
+    """
 
     def __init__(self, background: Background) -> None:
         self.answers: dict[str, Canned] = {"/health": Canned()}
@@ -128,6 +128,7 @@ class MockWorker:
         self.left = 0
         self.die_before_headers = False
         self.die_in_stream = False
+        self.journals = True
         self._background = background
         self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
         self._port = 0
@@ -145,6 +146,10 @@ class MockWorker:
 
     def finish(self) -> None:
         self.emit(b"")
+
+    def die(self) -> None:
+        """End the stream as a process that is killed."""
+        self.emit(_DEATH)
 
     def start(self) -> None:
         """Listen; after a `stop`, at the same port."""
@@ -171,6 +176,8 @@ class MockWorker:
         if self.die_before_headers:
             _abort(request)
         if (canned := self.answers.get(request.path)) is not None:
+            if canned.promised:
+                await _break_off(request, canned)
             return canned.response()
         if request.path != "/generate":
             return web.json_response({"path": request.path, "worker": self._port})
@@ -185,13 +192,24 @@ class MockWorker:
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if self.journals and JOURNAL_HEADER.decode() in request.headers:
+            response.headers[JOURNAL_HEADER.decode()] = "1"
         await response.prepare(request)
         while chunk := await self._chunks.get():
+            if chunk == _DEATH:
+                _abort(request)
             await response.write(chunk)
             if self.die_in_stream:
                 _abort(request)
         await response.write_eof()
         return response
+
+
+async def _break_off(request: web.Request, canned: Canned) -> None:
+    response = web.StreamResponse(headers={"Content-Length": str(canned.promised)})
+    await response.prepare(request)
+    await response.write(str(canned.body).encode())
+    _abort(request)
 
 
 def _abort(request: web.Request) -> None:
@@ -211,7 +229,8 @@ def vote_no(message: Prepare, reason: str = "not now") -> Vote:
 class MockInstance:
     """A worker with a control link: says hello, reports, and takes part in transitions.
 
-    `on_prepare` is asked for the vote; None means that it never comes.
+    `on_prepare` is asked for the vote; None means that it never comes. `on_commit` says whether a
+    decision arrives at all.
     """
 
     def __init__(
@@ -226,19 +245,15 @@ class MockInstance:
         self.number = number
         self.worker = MockWorker(background)
         self.on_prepare: Callable[[Prepare], Vote | None] = vote_yes
-        self.load = Load(
-            slots=Slots(used=0, cached=0, capacity=CAPACITY), running=0, waiting=0, demand=0
-        )
+        self.load = NO_LOAD
         self.reporting = reporting
         self.obeyed: Counter[str] = Counter()
         self.cached: set[int] = set()
         self._cache_log = CacheLog(number)
-        whole = Member(
-            instance=number, layers=LayerRange(0, LAYERS), capacity=CAPACITY, address=f"d{number}"
-        )
-        self._whole = whole
-        self.layout = Layout(epoch=0, members=(whole,))
+        self._whole = whole(number)
+        self.layout = Layout(epoch=0, members=(self._whole,))
         self.lost: list[Lost] = []
+        self.on_commit: Callable[[Commit], bool] = lambda _: True
         self.heeds_losses = True
         self._address = control_address
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -293,35 +308,10 @@ class MockInstance:
         return self.layout.member(self.number).capacity
 
     def _hello(self) -> Hello:
-        return Hello(
-            version=PROTOCOL_VERSION,
-            instance=self.number,
-            url=self.worker.url,
-            data_address=f"d{self.number}",
-            scheduler="mock",
-            layer_count=LAYERS,
-            memory=PROFILE,
-            capacity=CAPACITY,
-            costs=COSTS,
-        )
+        return hello(self.number, self.worker.url)
 
     def _status(self) -> Status:
-        layers = self.layout.member(self.number).layers
-        parameters = PROFILE.parameter_pages(layers)
-        return Status(
-            instance=self.number,
-            epoch=self.layout.epoch,
-            mode=Mode.COOPERATIVE if self.layout.cooperative else Mode.INDEPENDENT,
-            layout=self.layout,
-            pages=Pages(
-                parameters=parameters,
-                kv=PROFILE.pages - parameters,
-                free=0,
-                total=PROFILE.pages,
-            ),
-            load=self.load,
-            counters={"micro_batches_own": 3},
-        )
+        return status(self.number, self.layout, self.load, {"micro_batches_own": 3})
 
     def _serve(self) -> None:
         context = zmq.Context()
@@ -335,6 +325,8 @@ class MockInstance:
             if message is not None:
                 self.obeyed[type(message).__name__] += 1
                 answer = self._obey(message)
+                if self.reporting:
+                    link.send(self._status())  # as members do, before they say that it is done
                 if answer is not None:
                     link.send(answer)
                 next_status = 0.0
@@ -381,6 +373,10 @@ class MockInstance:
             self._offered = None
             return Done(call=message.call, epoch=message.epoch, ok=True)
         assert isinstance(message, Commit)
+        if not self.on_commit(message):
+            return None
+        if message.epoch == self.layout.epoch:  # said again: the answer may have got lost
+            return Done(call=message.call, epoch=message.epoch, ok=True)
         assert self._offered is not None
         self.layout, self._offered = self._offered, None
         self.set_load(self.load.demand, running=self.load.running, waiting=self.load.waiting)

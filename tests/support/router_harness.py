@@ -58,7 +58,8 @@ class Client:
         """Send a request and leave the answer to the caller; closing it is a client that leaves."""
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request(method, path, data, headers or {})
+        kind = {} if data is None else {"Content-Type": "application/json"}
+        connection.request(method, path, data, {**kind, **(headers or {})})
         return connection
 
     def call(
@@ -99,10 +100,10 @@ class RouterCluster(Client):
         vote_timeout_s: float = 20.0,
         **config: Any,
     ) -> None:
-        self._folder = tempfile.mkdtemp(prefix="ks-")
+        self.folder = tempfile.mkdtemp(prefix="ks-")
         self._background = Background()
         self._stop = asyncio.Event()
-        self.control_address = f"ipc://{self._folder}/c"
+        self.control_address = f"ipc://{self.folder}/control"
         self.config = RouterConfig(
             cluster=ClusterConfig(
                 num_instances=count if expect is None else expect,
@@ -115,10 +116,11 @@ class RouterCluster(Client):
             api_key=api_key,
             model=model,
             keys=new_keys() if config.get("control_address") else None,
+            state_file=f"{self.folder}/router.json",
         )
         key = self.config.cluster.read_api_key
         self.reader = {"Authorization": f"Bearer {key}"} if key else {}
-        listener = listen(self.config.cluster)
+        listener = listen(self.config)
         super().__init__(listener.getsockname()[1])
         self._serving = self._serve(listener)
         self.instances = [self.add(i) for i in range(count)]
@@ -171,14 +173,15 @@ class RouterCluster(Client):
         """After `stop_router`: another one at the same port."""
         self._stop = asyncio.Event()
         cluster = msgspec.structs.replace(self.config.cluster, port=self.port)
-        self._serving = self._serve(listen(cluster))
+        self.config = msgspec.structs.replace(self.config, cluster=cluster)
+        self._serving = self._serve(listen(self.config))
 
     def close(self) -> None:
         self.stop_router()
         for instance in self.instances:
             instance.stop()
         self._background.stop()
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
     def _serve(self, listener: socket.socket) -> Future[None]:
         work = serve(self.config, listener, self._stop)

@@ -53,7 +53,7 @@ def main() -> None:
     requests = json.load(sys.stdin)
     with local_scheduler(
         Path(sys.argv[1]),
-        memory_budget=2_600_000,
+        memory_budget=2_830_000,
         page_bytes=4096,
         core=min(os.sched_getaffinity(0)),
         chunked_prefill_size=CHUNK,

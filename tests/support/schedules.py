@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tests.support.member import AbortRequest, Action, Add, Gate
+from tests.support.script import AbortRequest, Action, Add, Gate
 from tests.support.tiny_model import VOCABULARY
 
 Script = list[tuple[int, Action]]

@@ -38,14 +38,19 @@ def build(folder: Path, *, hidden: int = 64, intermediate: int = 128) -> Path:
 
 
 def _tokenizer() -> Any:
-    """Single characters, then pairs of small letters: what random answers are made of."""
+    """Single characters, single bytes of others, then pairs of small letters.
+
+    These are what random answers are made of: a character may be cut by a step.
+    """
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     pairs = map("".join, itertools.product(string.ascii_lowercase, repeat=2))
-    words = ["<unk>", "<s>", "</s>", *filter(str.isprintable, string.printable), *pairs]
+    pieces = [f"<0x{byte:02X}>" for byte in "é€🙃".encode()]
+    words = ["<unk>", "<s>", "</s>", *filter(str.isprintable, string.printable), *pieces, *pairs]
     known = {word: number for number, word in enumerate(words[:VOCABULARY])}
     tokenizer = Tokenizer(models.BPE(vocab=known, merges=[], unk_token="<unk>"))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    turns = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }} {% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=turns, **special)

@@ -11,13 +11,14 @@ from torch import nn
 
 from kunserve_sglang.core.keys import new_keys
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.settings import Transport
+from kunserve_sglang.core.transports import Transport
 from kunserve_sglang.instance.pipeline.request_table import MirroredRows
 from kunserve_sglang.instance.pipeline.sent_rows import DeviceSentRows, sent_rows
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore, layer_bytes
 from kunserve_sglang.memory import PhysicalPagePool, open_pool
-from kunserve_sglang.transport import HostAwareDataPlane, nccl, plane
+from kunserve_sglang.transport import HostAwareDataPlane, nccl
+from kunserve_sglang.transport.windows import Windows
 from tests.support.emulated_gpu import emulated_gpu
 from tests.support.emulated_tensors import DEVICE, EmulatedDevice, Refused, on_device
 from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
@@ -193,12 +194,17 @@ def test_packets_arrive_on_the_device(
     way: Transport,
 ) -> None:
     """From wherever they were sent; and those, too, for which there is no room there."""
-    monkeypatch.setattr(plane, "_GPU_RING_BYTES", 64 << 10)
+    windows = Windows(activations=64 << 10, bulk=64 << 10)
     monkeypatch.setattr(nccl, "ROOM_BYTES", 64 << 10)
     keys = new_keys().members
     a, b = (
         HostAwareDataPlane(
-            str(tmp_path / name), tcp="tcp://127.0.0.1:*", keys=keys, device=DEVICE, transport=way
+            str(tmp_path / name),
+            tcp="tcp://127.0.0.1:*",
+            keys=keys,
+            device=DEVICE,
+            transport=way,
+            windows=windows,
         )
         for name in "ab"
     )

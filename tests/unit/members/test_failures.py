@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.cluster import ScriptedCluster
 from tests.support.faults import POINTS
-from tests.support.identity import same
-from tests.support.member import Break
+from tests.support.identity import same, small_cluster
 from tests.support.schedules import Script, request
+from tests.support.script import Break
 
 
 @pytest.mark.parametrize("cooperating", [False, True], ids=["independent", "cooperative"])
@@ -36,6 +39,40 @@ def test_the_others_go_on(pair: ScriptedCluster, point: str, cooperating: bool) 
     assert got[0].pop("bad").reason == "failed"
     for want, have in zip(expected, got, strict=True):
         assert want.keys() == have.keys()
+        assert all(same(want[rid], have[rid]) for rid in want), (want, have)
+
+
+@pytest.fixture(scope="module")
+def reading(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ScriptedCluster]:
+    """Members that have a tokenizer, so that grammars work; they overlap steps."""
+    folder = tmp_path_factory.mktemp("reading")
+    with small_cluster(
+        folder, 2, tiny_model, skip_tokenizer_init=False, disable_overlap_schedule=False
+    ) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("cooperating", [False, True], ids=["independent", "cooperative"])
+def test_a_grammar_that_leaves_nothing_to_sample(
+    reading: ScriptedCluster, cooperating: bool
+) -> None:
+    """With grammars SGLang samples late, when the step before has been applied."""
+    rng = random.Random(6)
+    bound: Any = {"sampling": {"regex": "[a-z]{20,40}"}}
+    good: Script = [
+        (0, request(rng, "free", 30, 40)),
+        (0, replace(request(rng, "bound", 20, 30), **bound)),
+    ]
+    peer: Script = [(0, request(rng, "of the peer", 25, 30))]
+    expected = reading.play([good, peer])
+    bad = (3, replace(request(rng, "bad", 25, 30), **bound))
+    script = [*good, (2, Break("sampling", "bad")), bad]
+    with reading.dropped() if cooperating else nullcontext():
+        got = reading.play([script, peer])
+    assert got[0].pop("bad").reason == "failed"
+    for want, have in zip(expected, got, strict=True):
         assert all(same(want[rid], have[rid]) for rid in want), (want, have)
 
 

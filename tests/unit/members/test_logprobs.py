@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.cluster import ScriptedCluster
 from tests.support.identity import PAIR_GATES, differences, play_both, small_cluster
-from tests.support.member import Add
 from tests.support.schedules import Script, random_scripts, random_tokens
+from tests.support.script import Add
 
 ASKS: list[dict[str, Any]] = [
     {"return_logprob": True},

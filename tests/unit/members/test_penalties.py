@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from kunserve_sglang.policy.transition_request import Outcome
-from tests.support.cluster import READY_S, ScriptedCluster
+from tests.support.cluster import ScriptedCluster
+from tests.support.controlled import READY_S
 from tests.support.greedy_reference import greedy
 from tests.support.identity import play_into_a_drop
-from tests.support.member import Add, Output, Pause
 from tests.support.schedules import Script, random_tokens
+from tests.support.script import Add, Output, Pause
 
 PENALTIES: list[dict[str, Any]] = [
     {"frequency_penalty": 1.5},

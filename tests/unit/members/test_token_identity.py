@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from kunserve_sglang.core.messages import Mode, TransitionKind
-from kunserve_sglang.core.settings import Transport
+from kunserve_sglang.core.transports import Transport
 from kunserve_sglang.policy.transition_request import Outcome
-from tests.support.cluster import READY_S, ScriptedCluster
+from tests.support.cluster import ScriptedCluster
+from tests.support.controlled import READY_S
 from tests.support.identity import (
     PAIR_GATES,
     differences,
@@ -25,8 +26,8 @@ from tests.support.identity import (
     same,
     small_cluster,
 )
-from tests.support.member import AbortRequest, Pause
 from tests.support.schedules import Script, random_scripts, request
+from tests.support.script import AbortRequest, Pause
 
 SEEDS = range(24)
 
@@ -138,54 +139,6 @@ def test_two_cycles_over_lanes(tiny_model: Path, tmp_path_factory: pytest.TempPa
             assert differences == [], seed
             assert len(events) >= 2
         assert sum(e.exchanged_bytes for e in cluster.control.plane.events.latest()) > 0
-
-
-@pytest.fixture(scope="module")
-def pair_on_a_gpu(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ScriptedCluster]:
-    """Tensors of these members are on an emulated GPU that they share."""
-    folder = tmp_path_factory.mktemp("gpu")
-    with small_cluster(folder, 2, tiny_model, device="cuda") as cluster:
-        yield cluster
-
-
-@pytest.mark.parametrize("seed", range(700, 702), ids=lambda s: f"seed-{s}")
-def test_two_cycles_on_an_emulated_gpu(pair_on_a_gpu: ScriptedCluster, seed: int) -> None:
-    """What is on the device and what is on the host are never taken for one another.
-
-    Nobody waits for KV on its way, but where its packets come and go.
-    """
-    events, differences = play_both(pair_on_a_gpu, random_scripts(seed, 2, PAIR_GATES))
-    assert differences == []
-    assert len(events) >= 2
-    assert sum(e.exchanged_bytes for e in events) > 0
-    for member in (0, 1):
-        waits = pair_on_a_gpu.waits(member)
-        assert not [w for w in waits if w.startswith("kunserve_sglang.instance.transfer.transfer.")]
-
-
-def test_how_often_a_micro_batch_waits_for_the_device(pair_on_a_gpu: ScriptedCluster) -> None:
-    """Once to tell what is in the owner's table, and at every member where a packet comes or goes.
-
-    That, and for the time that layers take.
-    """
-    assert pair_on_a_gpu.transition(TransitionKind.DROP).status is Outcome.COMMITTED
-    busy: Script = [(0, request(random.Random(1), "busy", 30, 20))]
-    for member in (0, 1):
-        pair_on_a_gpu.waits(member)
-    pair_on_a_gpu.play([busy, []])
-    owner, stage = (pair_on_a_gpu.waits(member) for member in (0, 1))
-    assert pair_on_a_gpu.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
-    batches = owner["kunserve_sglang.instance.pipeline.sent_rows._compared"]
-    assert batches >= 20
-    layers_and_packets = {
-        "kunserve_sglang.sglang_seam.engine.settle": batches,
-        "kunserve_sglang.transport.cuda_ring._settle": 2 * batches,
-    }
-    told = {"kunserve_sglang.instance.pipeline.sent_rows._compared": batches}
-    assert owner == {**layers_and_packets, **told}
-    assert stage == layers_and_packets
 
 
 def test_slots_follow_the_load_of_one_owner(

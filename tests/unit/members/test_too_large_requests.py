@@ -6,8 +6,8 @@ import random
 
 from kunserve_sglang.core.messages import Mode
 from tests.support.cluster import ScriptedCluster
-from tests.support.member import AbortRequest, Gate, Turns, Wedge
 from tests.support.schedules import Script, request
+from tests.support.script import AbortRequest, Gate, Turns, Wedge
 
 
 def test_others_are_served_while_it_waits_and_after_it_has_left(pair: ScriptedCluster) -> None:

@@ -13,8 +13,8 @@ import pytest
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.transition_request import Outcome
 from tests.support.cluster import ScriptedCluster
-from tests.support.member import Output
 from tests.support.schedules import random_scripts
+from tests.support.script import Output
 
 PROMPTS = random_scripts(7, 2, ())
 
