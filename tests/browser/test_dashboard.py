@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import expect
 
-from kunserve_sglang.core.messages import Load, Slots
-from tests.browser.conftest import PATIENCE_MS, Visit
-from tests.support.mock_worker import CAPACITY, LAYERS, PROFILE, vote_no
+from kunserve_sglang.core.load import Load, Slots
+from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS, PROFILE
+from tests.browser.conftest import Visit
+from tests.support.dashboard_page import ask_for, confirm, instance, width
+from tests.support.mock_worker import vote_no
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 
 Start = Callable[..., RouterCluster]
 Open = Callable[..., Visit]
-
-
-@pytest.fixture(autouse=True)
-def _patience() -> Iterator[None]:
-    expect.set_options(timeout=PATIENCE_MS)
-    yield
-    expect.set_options(timeout=5_000)
-
-
-def instance(page: Page, number: int) -> Locator:
-    named = page.get_by_role("heading", name=f"Instance {number}", exact=True)
-    return page.locator("article").filter(has=named)
-
-
-def width(bar: Locator, use: str) -> float:
-    box = bar.locator(f".{use}").bounding_box()
-    assert box is not None
-    return box["width"]
-
-
-def ask_for(page: Page, kind: str) -> Locator:
-    """Open the confirmation, and wait for the plan in it."""
-    page.get_by_role("button", name=f"{kind} parameters…").click()
-    dialog = page.get_by_role("dialog", name=f"{kind} parameters?")
-    expect(dialog).to_contain_text("token slots")
-    return dialog
-
-
-def confirm(dialog: Locator, kind: str) -> None:
-    dialog.get_by_role("button", name=f"{kind} parameters", exact=True).click()
 
 
 def test_a_drop_and_a_restore_by_hand(start_router: Start, visit: Open) -> None:
@@ -283,68 +255,3 @@ def test_a_lost_instance_is_shown_and_not_counted(start_router: Start, visit: Op
     expect(instance(page, 0).locator(".badge")).to_have_text("dead")
     expect(figures).to_contain_text(f"of {CAPACITY} slots")
     router.instances[0].worker.start()
-
-
-def test_the_keyboard_is_enough(start_router: Start, visit: Open) -> None:
-    router = start_router(2)
-    page = visit(router).page
-    drop = page.get_by_role("button", name="Drop parameters…")
-    expect(drop).to_be_enabled()
-    page.keyboard.press("Tab")
-    expect(page.get_by_role("link", name="Skip to the memory map")).to_be_focused()
-    page.keyboard.press("Tab")
-    expect(drop).to_be_focused()
-    page.keyboard.press("Enter")
-    dialog = page.get_by_role("dialog")
-    expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
-    go = dialog.get_by_role("button", name="Drop parameters", exact=True)
-    expect(go).to_be_enabled()
-    page.keyboard.press("Tab")
-    expect(go).to_be_focused()
-    page.keyboard.press("Enter")
-    expect(dialog).to_be_hidden()
-    expect(page.get_by_role("heading", name="Group of instances 0 and 1")).to_be_visible()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_both_schemes(start_router: Start, visit: Open, scheme: str) -> None:
-    """A ratio of 4.5 is what WCAG asks of normal text (level AA)."""
-    page = visit(start_router(1), color_scheme=scheme).page
-    expect(instance(page, 0)).to_be_visible()
-    colours = page.evaluate(
-        """() => [...document.querySelectorAll("h1, #policy, .note, .badge, .layers-text")]
-            .map((element) => {
-              let ground = element;
-              const of = (e) => getComputedStyle(e).backgroundColor;
-              while (of(ground) === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
-              return [getComputedStyle(element).color, of(ground)];
-            })"""
-    )
-    assert len(colours) > 5
-    for text, ground in colours:
-        assert contrast(text, ground) >= 4.5, (text, ground)
-    light_on_dark = luminance(colours[0][0]) > luminance(colours[0][1])
-    assert light_on_dark == (scheme == "dark")
-
-
-def test_a_phone_needs_no_sideways_scrolling(start_router: Start, visit: Open) -> None:
-    router = start_router(3)
-    page = visit(router, viewport={"width": 320, "height": 640}).page
-    expect(instance(page, 2)).to_be_visible()
-    ask_for(page, "Drop")
-    wide = page.evaluate("document.documentElement.scrollWidth")
-    assert wide <= 320
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of `rgb(r, g, b)`, by WCAG's formula."""
-    red, green, blue = (
-        c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4
-        for c in (int(n) / 255 for n in re.findall(r"\d+", colour)[:3])
-    )
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)

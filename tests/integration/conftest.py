@@ -162,6 +162,14 @@ def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         yield client
 
 
+@pytest.fixture
+def independent(cluster: Client) -> Client:
+    """The same, whatever others have left: every instance by itself."""
+    if "cooperative" in cluster.modes():
+        cluster.restore()
+    return cluster
+
+
 @pytest.fixture(scope="module", params=["before", "during", "after"])
 def phase(cluster: Client, request: pytest.FixtureRequest) -> str:
     """Runs a module's tests three times: before, during and after a drop."""

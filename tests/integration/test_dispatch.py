@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from kunserve_sglang.testing.cluster import ClusterOptions
-from tests.integration.conftest import FLAGS, Client, running
+from tests.integration.conftest import Client
 from tests.support.waiting import until
 
 TEXT = max(pydoc_data.topics.topics.values(), key=len).split()
-
-
-@pytest.fixture(scope="module")
-def lmetric(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    options = ClusterOptions(
-        model_path=model,
-        memory_budget="640MiB",
-        overload_policy="none",
-        sglang_flags=FLAGS,
-        kunserve_flags=("--dispatch", "lmetric"),
-    )
-    with running(options, tmp_path_factory.mktemp("lmetric")) as client:
-        yield client
 
 
 def words(number: int) -> str:
@@ -64,31 +46,31 @@ def wait_for_cached(client: Client, empty: bool) -> dict[int, int]:
     return cached(client)
 
 
-def test_a_conversation_stays_where_its_prefix_is(lmetric: Client) -> None:
+def test_a_conversation_stays_where_its_prefix_is(independent: Client) -> None:
     """Two conversations; each turn finds the one before, and no prefix is computed twice."""
-    lmetric.call("POST", "/flush_cache")
-    wait_for_cached(lmetric, empty=True)
+    independent.call("POST", "/flush_cache")
+    wait_for_cached(independent, empty=True)
     talks = [[{"role": "user", "content": words(n)}] for n in (0, 1)]
     for talk in talks:
-        say(lmetric, talk)
-    first = wait_for_cached(lmetric, empty=False)
+        say(independent, talk)
+    first = wait_for_cached(independent, empty=False)
     for turn in (2, 3):
         for number, talk in enumerate(talks):
             talk.append({"role": "user", "content": f"{number} {words(turn)[:200]}"})
-            before = predicted(lmetric.call("GET", "/metrics")[1])
-            after, usage = say(lmetric, talk)
+            before = predicted(independent.call("GET", "/metrics")[1])
+            after, usage = say(independent, talk)
             assert 100 < after - before < usage["prompt_tokens"]
-    lmetric.wait_until_idle()
-    grown = cached(lmetric)
+    independent.wait_until_idle()
+    grown = cached(independent)
     assert sum(grown.values()) < 1.6 * sum(first.values()), "as if sent to one instance each"
 
 
-def test_after_a_flush_it_goes_anywhere(lmetric: Client) -> None:
+def test_after_a_flush_it_goes_anywhere(independent: Client) -> None:
     talk = [{"role": "user", "content": words(4)}]
-    say(lmetric, talk)
-    lmetric.wait_until_idle()
-    assert lmetric.call("POST", "/flush_cache?timeout=10")[0] == 200
-    wait_for_cached(lmetric, empty=True)
-    before = predicted(lmetric.call("GET", "/metrics")[1])
-    after, _ = say(lmetric, [{"role": "user", "content": words(4)}])
+    say(independent, talk)
+    independent.wait_until_idle()
+    assert independent.call("POST", "/flush_cache?timeout=10")[0] == 200
+    wait_for_cached(independent, empty=True)
+    before = predicted(independent.call("GET", "/metrics")[1])
+    after, _ = say(independent, [{"role": "user", "content": words(4)}])
     assert after == before

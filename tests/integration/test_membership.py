@@ -21,7 +21,9 @@ import pytest
 from kunserve_sglang.core.processes import die_with_parent
 from kunserve_sglang.testing.cluster import ClusterOptions, log_tail
 from tests.integration.conftest import BUDGET, FLAGS, Client, running
+from tests.integration.test_losses import family_of
 from tests.support.leftovers import left_in
+from tests.support.streams import REQUESTS, Streams
 from tests.support.waiting import until
 
 KEY = "one-for-all"
@@ -32,7 +34,7 @@ PROMPTS = (
     "The three laws of thermodynamics say that",
 )
 READY = re.compile(r"^KunServe instance (\d+) is ready: (\S+)  \(joined \S+\)$", re.MULTILINE)
-WAIT_S = 120.0
+WAIT_S = 240.0
 
 
 class Joined:
@@ -169,12 +171,44 @@ def test_nothing_is_left_of_one_that_is_killed(alone: Client, model: Path, tmp_p
     assert numbers(alone) == {0}
 
 
+def test_one_that_dies_comes_back_and_leaves_its_streams_to_another(
+    alone: Client, model: Path, tmp_path: Path
+) -> None:
+    expected = texts(alone)
+    with joined(alone, model, tmp_path) as instance:
+        number = instance.ready()
+        alone.drop()
+        (before,) = (i["url"] for i in alone.status()["instances"] if i["id"] == number)
+        family_of(instance.process.pid, before)[0].kill()
+
+        def back() -> bool:
+            (known,) = (i for i in alone.status()["instances"] if i["id"] == number)
+            return known["url"] != before and known["serving"]
+
+        wait_for(back)
+        wait_for(lambda: alone.modes() == {"independent"})
+        assert f"instance {number} ended with status -9" in instance.log.read_text()
+        assert texts(alone) == expected
+        alone.drop()
+        assert texts(alone) == expected
+        alone.restore()
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            undisturbed = Streams(alone, pool).tokens()
+            streams = Streams(alone, pool)
+            streams.wait_until_all_run()
+            path = f"/workers/{number}?migrate=true"
+            assert alone.call("DELETE", path)[0] == 200
+            assert streams.tokens() == undisturbed
+        assert instance.process.wait(60) == 0, log_tail(instance.log)
+    assert numbers(alone) == {0}
+
+
 def membership(cluster: Client, model: Path) -> Any:
     """What an instance is told that asks to join."""
     words = ["--model-path", str(model), *FLAGS]
     code = (
         "import sys, msgspec; from kunserve_sglang.sglang_seam import server, identity;"
-        "args = server.parse_server_args(sys.argv[1:]);"
+        "args = server.parse_server_args(sys.argv[1:], 0, print);"
         "print(msgspec.json.encode(identity.identity_of(args)).decode())"
     )
     env = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}

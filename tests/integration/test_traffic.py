@@ -17,27 +17,30 @@ PROMPTS = [
 ]
 
 
-def test_answers_are_the_same_through_two_cycles(cluster: Client) -> None:
+def test_answers_are_the_same_through_two_cycles(independent: Client) -> None:
     """Ten streams of requests; two drops and two restores strike wherever they happen to be."""
-    if "cooperative" in cluster.modes():
-        cluster.restore()
-    cluster.call("POST", "/flush_cache")
+    independent.call("POST", "/flush_cache")
 
     def ask(prompt: str) -> tuple[int, ...]:
-        return tuple(cluster.generate(prompt, 24, ignore_eos=True)["output_ids"])
+        return tuple(independent.generate(prompt, 24, ignore_eos=True)["output_ids"])
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         expected = list(pool.map(ask, PROMPTS))
-        cluster.call("POST", "/flush_cache")
+        independent.call("POST", "/flush_cache")
         events, answers = [], []
-        for change in (cluster.drop, cluster.restore, cluster.drop, cluster.restore):
+        for change in (
+            independent.drop,
+            independent.restore,
+            independent.drop,
+            independent.restore,
+        ):
             round_ = [pool.submit(ask, prompt) for prompt in PROMPTS]
             events.append(change())
             answers.append([future.result() for future in round_])
     assert answers == [expected] * 4
     assert sum(e["exchanged_bytes"] for e in events) > 0
     assert events[-1]["capacity_after"] == events[0]["capacity_before"]
-    pages = [i["pages"] for i in cluster.status()["instances"]]
+    pages = [i["pages"] for i in independent.status()["instances"]]
     assert all(p["parameters"] + p["kv"] + p["free"] == p["total"] for p in pages)
 
 

@@ -1,0 +1,128 @@
+"""Instances that die, or stand still for good, are started again and serve as before."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kunserve_sglang.testing.cluster import Cluster, ClusterOptions, log_tail
+from tests.integration.conftest import BUDGET, FLAGS, Client
+from tests.integration.test_losses import family_of
+from tests.support.waiting import until
+
+PROMPTS = ("The capital of France is", "Once upon a time,")
+ILL, WELL = 1, 0
+
+wait_for = partial(until, timeout_s=300.0, poll_s=0.1)
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("restarts") / "log"
+
+
+@pytest.fixture(scope="module")
+def launched(model: Path, log: Path) -> Iterator[Cluster]:
+    options = ClusterOptions(
+        model_path=model,
+        memory_budget=BUDGET,
+        overload_policy="none",
+        kunserve_flags=("--dispatch", "round_robin"),
+        sglang_flags=FLAGS,
+    )
+    with Cluster(options.command, log, ready_timeout_s=400.0) as cluster:
+        yield cluster
+
+
+def texts(client: Client) -> list[str]:
+    return [str(client.generate(prompt, 6)["text"]) for prompt in PROMPTS * 2]
+
+
+def url_of(client: Client, number: int) -> str:
+    return str(next(i["url"] for i in client.status()["instances"] if i["id"] == number))
+
+
+def both_serve(client: Client) -> bool:
+    answer = client.call("GET", "/readiness")[1]
+    return bool(answer == {"status": "ok", "available": 2, "expected": 2})
+
+
+def comes_back(client: Client, before: str, log: Path) -> None:
+    """The instance that is ill now, as a new process under its old number."""
+    wait_for(
+        lambda: url_of(client, ILL) != before and both_serve(client),
+        about=lambda: f"{client.status()}\n{log_tail(log)}",
+    )
+    assert [i["id"] for i in client.status()["instances"]] == [0, 1]
+
+
+def test_one_that_is_killed_comes_back(launched: Cluster, log: Path) -> None:
+    client = Client(launched.url)
+    expected = texts(client)
+    client.drop()
+    before = url_of(client, ILL)
+    for process in family_of(launched.pid, before):
+        process.kill()
+    wait_for(lambda: not both_serve(client))
+    comes_back(client, before, log)
+    assert f"instance {ILL} ended with status -9" in log.read_text()
+    assert f"starting instance {ILL} again (1 of 5)" in log.read_text()
+    wait_for(lambda: client.modes() == {"independent"}, about=client.status)
+    assert texts(client) == expected
+    client.drop()
+    assert texts(client) == expected
+    client.restore()
+
+
+def test_a_router_that_is_killed_comes_back_to_the_cluster_as_it_was(
+    launched: Cluster, log: Path
+) -> None:
+    """Its clients lose what was under way, and nobody who comes later is turned away."""
+    client = Client(launched.url)
+    expected = texts(client)
+    client.drop()
+    wait_for(lambda: client.modes() == {"cooperative"}, about=client.status)
+    before = {i["id"]: (i["epoch"], i["group"], i["layers"]) for i in client.status()["instances"]}
+    (router,) = (
+        p
+        for p in psutil.Process(launched.pid).children()
+        if any("kunserve::router" in word for word in p.cmdline())
+    )
+    router.kill()
+    router.wait(60)
+    assert texts(client) == expected
+    assert both_serve(client)
+    wait_for(lambda: client.modes() == {"cooperative"}, about=client.status)
+    after = {i["id"]: (i["epoch"], i["group"], i["layers"]) for i in client.status()["instances"]}
+    assert after == before
+    assert "starting the router again (1 of 5)" in log.read_text()
+    client.restore()
+    assert texts(client) == expected
+
+
+def test_one_that_stands_still_gets_no_requests_and_comes_back(
+    launched: Cluster, log: Path
+) -> None:
+    client = Client(launched.url)
+    expected = texts(client)
+    before = url_of(client, ILL)
+    scheduler = scheduler_of(family_of(launched.pid, before))
+    scheduler.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not both_serve(client), about=client.status)
+    assert next(i["stalled"] for i in client.status()["instances"] if i["id"] == ILL)
+    assert texts(client) == expected  # all of them by the other
+    comes_back(client, before, log)
+    assert f"instance {ILL} stands still: ending it" in log.read_text()
+    assert not scheduler.is_running()
+    assert texts(client) == expected
+
+
+def scheduler_of(family: list[psutil.Process]) -> psutil.Process:
+    (scheduler,) = (p for p in family if any("scheduler" in word for word in p.cmdline()))
+    return scheduler
