@@ -24,7 +24,7 @@ from benchmark.noise import Noise
 from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.report import describe_machine, dumps
 from kunserve_sglang.core.cost_model import Chunk, CostModel, Sample, Work, errors, fit
-from kunserve_sglang.core.settings import parse_size
+from kunserve_sglang.core.sizes import parse_size
 from kunserve_sglang.execution.profile import UNHURRIED
 from kunserve_sglang.testing.local_scheduler import local_scheduler
 

@@ -13,26 +13,38 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import aiohttp
+import torch
 from rich.console import Console
 
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, RunError, run_workload, warm_up_requests
 from benchmark.metrics import Slo, slo_from
 from benchmark.picture import draw
-from benchmark.program import ROOT, SGLANG_FLAGS, flags_of, run_program, small_model
+from benchmark.program import CHUNK_FLAGS, ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import Comparison, dumps, raw, table, to_json
 from benchmark.workload import Shape, Workload, steady_and_burst
+from kunserve_sglang.execution.dtypes import FLOAT32, choose_dtype
+from kunserve_sglang.sglang_seam.cpu_dtype import times_slower
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 
 _RESTORE_TIMEOUT_S = 60.0
+
+_BUDGETS = {"bfloat16": "288MiB", FLOAT32: "576MiB"}
+"""Parameters of the default model, and some 1,300 slots of KV."""
+
+_LAYER = (576, 1536)
+"""Of the default model."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The defaults are a burst that overflows the two KV pools, and fits them after a drop."""
     flags = flags_of("demo", "The same burst without and with KunServe, on this machine.")
     flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
-    flags.add_argument("--memory-budget", default="288MiB", help="parameters + KV an instance")
+    flags.add_argument(
+        "--memory-budget",
+        help=f"parameters + KV an instance (default: {' or '.join(_BUDGETS.values())}, by dtype)",
+    )
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
     flags.add_argument("--scale", type=float, default=1.0, help="size of the burst")
     flags.add_argument("--seed", type=int, default=1, help="of prompts and arrival times")
@@ -42,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         default=5.0,
         help="SLO: how many times the median latency that requests had before the burst",
     )
+    flags.set_defaults(sglang_flags=CHUNK_FLAGS)
     return flags
 
 
@@ -72,6 +85,12 @@ def run(flags: argparse.Namespace, console: Console) -> int:
     workload = build_workload(
         PromptSource(load_tokenizer(model), flags.seed), flags.scale, flags.seed
     )
+    if not flags.memory_budget:
+        # As the launcher does by itself, which could not have known for which budget.
+        slower = times_slower(torch.bfloat16, *_LAYER)
+        choice = choose_dtype("bfloat16", slower, own_bytes=0, budget=1)
+        flags.memory_budget = _BUDGETS[choice.dtype]
+        flags.sglang_flags = (*CHUNK_FLAGS, "--dtype", choice.dtype)
     console.print(
         f"{len(workload.requests)} requests in {workload.duration_s:.0f} s, a burst from "
         f"{workload.burst_start_s:.0f} to {workload.burst_end_s:.0f} s; two instances of "
@@ -81,7 +100,7 @@ def run(flags: argparse.Namespace, console: Console) -> int:
         model_path=model,
         memory_budget=flags.memory_budget,
         overload_policy="none",
-        sglang_flags=SGLANG_FLAGS,
+        sglang_flags=flags.sglang_flags,
     )
     baseline = _run_one("baseline", options, workload, flags.output, console)
     options = replace(options, overload_policy="drop")
@@ -127,7 +146,7 @@ def _publish(
     setup: dict[str, Any] = {
         "model": model.name,
         "memory_budget": flags.memory_budget,
-        "sglang_flags": list(SGLANG_FLAGS),
+        "sglang_flags": list(flags.sglang_flags),
         "seed": flags.seed,
         "scale": flags.scale,
     }

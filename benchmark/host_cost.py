@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
-import psutil
 
 from benchmark.bench import Bench
 from benchmark.checks import Section
@@ -19,6 +18,7 @@ from benchmark.control import Control
 from benchmark.rounds import fresh, median, requests, send
 from benchmark.workload import Shape
 from kunserve_sglang.core.cost_model import Chunk, Work
+from kunserve_sglang.core.processes import family
 from kunserve_sglang.simulation.cluster_profile import HostCost, Profile, StepCost
 
 _BATCHES = (1, 4, 8, 16)
@@ -149,9 +149,7 @@ async def _tpot(bench: Bench, cluster: Control, urls: Sequence[str], batch: int)
 
 def _frontends_s() -> float:
     """Seconds of a core that this process and all it has started used, but for the schedulers."""
-    own = psutil.Process()
-    family = (own, *own.children(recursive=True))
-    times = (p.cpu_times() for p in family if _SCHEDULER not in " ".join(p.cmdline()))
+    times = (p.cpu_times() for p in family() if _SCHEDULER not in " ".join(p.cmdline()))
     return float(sum(t.user + t.system for t in times))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
-from kunserve_sglang.core.messages import Load, Slots
+from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 

@@ -6,6 +6,8 @@ import os
 
 import psutil
 
+from kunserve_sglang.core.processes import family
+
 
 class Noise:
     """Counts from its creation on; only the cores that this process may use."""
@@ -36,9 +38,8 @@ def _cores() -> tuple[float, float]:
 
 
 def _family() -> dict[psutil.Process, float]:
-    own = psutil.Process()
     times: dict[psutil.Process, float] = {}
-    for process in (own, *own.children(recursive=True)):
+    for process in family():
         try:
             used = process.cpu_times()
         except psutil.NoSuchProcess:

@@ -17,7 +17,10 @@ from benchmark.experiment import RunError
 from kunserve_sglang.testing.cluster import ClusterError
 
 ROOT = Path(__file__).resolve().parent.parent
-SGLANG_FLAGS = ("--chunked-prefill-size", "256")
+CHUNK_FLAGS = ("--chunked-prefill-size", "256")
+SGLANG_FLAGS = (*CHUNK_FLAGS, "--dtype", "bfloat16")
+"""What is compared is of one dtype, whichever suits the CPU."""
+
 _PROVIDER = ROOT / "scripts" / "get_model.py"
 
 

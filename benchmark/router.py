@@ -3,7 +3,8 @@
 `python -m benchmark.router` needs no model: mock instances answer at once. Both routers are up all
 the time, on the same core that nothing else of the benchmark uses, and are loaded in turns with the
 instances themselves. It writes `router.json` with `rows` (medians of the rounds) and `checks` (each
-with its bar).
+with its bar). With `--before` another checkout of ours takes part, and what has become slower since
+is checked instead of what is published.
 """
 
 from __future__ import annotations
@@ -12,27 +13,37 @@ import argparse
 import asyncio
 import gc
 import json
-import math
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import uvloop
 from rich.console import Console
 
-from benchmark.checks import check, conclude
+from benchmark.checks import conclude
 from benchmark.experiment import RunError
 from benchmark.noise import Noise
 from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from benchmark.router_load import BurstClient, Client, MockInstance, StreamClient, Tally
+from benchmark.router_report import (
+    BEFORE,
+    DIRECT,
+    OURS,
+    THEIRS,
+    Case,
+    Row,
+    all_checks,
+    figures,
+    no_slower,
+    rows_of,
+)
 from benchmark.routers import UPSTREAM, Router, UpstreamRouter, install_upstream
 from kunserve_sglang.core.processes import divide_cpus
 
@@ -43,20 +54,6 @@ STEP_S = 0.02
 _WARM_UP_S = 0.3
 _ENDLESS = 500_000
 _MEAN_CHUNKS = 20
-_SHARE = 0.7
-"""Of what SGLang's router, which is compiled, does on one core."""
-
-DIRECT, OURS, THEIRS = "direct", "kunserve", "sglang-router"
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A kind of load: `streams` clients at once."""
-
-    what: str
-    streams: int
-
 
 CASES = (
     *(Case("ttft", streams) for streams in (1, 32, 256)),
@@ -84,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--rounds", type=int, default=3, help="of each measurement; median counts")
     flags.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
     flags.add_argument("--seed", type=int, default=1, help="of the lengths of streams")
+    flags.add_argument("--before", type=Path, help="a checkout to compare with, for --output")
     return flags
 
 
@@ -97,8 +95,9 @@ def run(flags: argparse.Namespace, console: Console) -> int:
     install_upstream()
     load_before = os.getloadavg()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        rows, noise = runner.run(measure(flags.rounds, flags.seconds, random.Random(flags.seed)))
-    checks = all_checks(rows)
+        chance = random.Random(flags.seed)
+        rows, noise = runner.run(measure(flags.rounds, flags.seconds, chance, flags.before))
+    checks = no_slower(rows) if flags.before else all_checks(rows)
     results = {
         "command": "python -m benchmark.router",
         "machine": describe_machine(),
@@ -121,7 +120,9 @@ def run(flags: argparse.Namespace, console: Console) -> int:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-async def measure(rounds: int, seconds: float, chance: random.Random) -> tuple[list[Row], float]:
+async def measure(
+    rounds: int, seconds: float, chance: random.Random, before: Path | None = None
+) -> tuple[list[Row], float]:
     """The rows, and the share of the cores that other programs took meanwhile.
 
     Raises `ClusterError` if a router does not start, `RunError` if one does not answer well.
@@ -133,14 +134,15 @@ async def measure(rounds: int, seconds: float, chance: random.Random) -> tuple[l
     ports = [instance.port for instance in instances]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
-        ours = Router(Path(logs) / "ours.log", router_cpus, urls)
-        theirs = UpstreamRouter(Path(logs) / "theirs.log", router_cpus, urls)
-        for router in (ours, theirs):
+        routers = {OURS: Router(Path(logs) / "ours.log", router_cpus, urls)}
+        if before:
+            routers[BEFORE] = Router(Path(logs) / "before.log", router_cpus, urls, before)
+        routers[THEIRS] = UpstreamRouter(Path(logs) / "theirs.log", router_cpus, urls)
+        for router in routers.values():
             await asyncio.to_thread(stack.enter_context, router)
         targets = (
             Target(DIRECT, ports),
-            Target(OURS, [ours.port], ours),
-            Target(THEIRS, [theirs.port], theirs),
+            *(Target(name, [router.port], router) for name, router in routers.items()),
         )
         os.sched_setaffinity(0, load_cpus)
         gc.disable()  # its pauses would be taken for the router's
@@ -219,76 +221,6 @@ async def _load(case: Case, clients: Sequence[Client]) -> None:
         await asyncio.gather(*(client.idle.wait() for client in clients))
         for client in clients:
             client.begin()
-
-
-# --- what comes of it ---------------------------------------------------------------------------
-
-
-def figures(tally: Tally, took: float, router_cpu: float, load_cpu: float) -> Row:
-    """One measurement of `took` seconds, with the CPU seconds of both sides."""
-    found: Row = {
-        "requests_per_s": tally.answers / took,
-        "chunks_per_s": tally.chunks / took,
-        "router_busy": router_cpu / took,
-        "load_busy": load_cpu / took,
-    }
-    if tally.ttft:
-        found |= {f"ttft_p{p}_ms": 1e3 * quantile(tally.ttft, p / 100) for p in (50, 99)}
-    if router_cpu:
-        found["requests_per_cpu_s"] = tally.answers / router_cpu
-        found["chunks_per_cpu_s"] = tally.chunks / router_cpu
-    return found
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """By nearest rank: a time that some answer really took."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
-
-
-def rows_of(case: Case, rounds: Sequence[dict[str, Row]]) -> list[Row]:
-    """One row a target: medians of the rounds; what is added is against direct, round by round."""
-    rows = []
-    for target in rounds[0]:
-        samples = [dict(r[target]) for r in rounds]
-        for sample, r in zip(samples, rounds, strict=True):
-            if target != DIRECT:
-                for key in ("ttft_p50_ms", "ttft_p99_ms"):
-                    if key in sample:
-                        sample[f"added_{key}"] = sample[key] - r[DIRECT][key]
-        medians = {key: statistics.median(s[key] for s in samples) for key in samples[0]}
-        rows.append(
-            {"what": case.what, "streams": case.streams, "through": target}
-            | {key: round(value, 3 if value < 100 else 0) for key, value in medians.items()}
-        )
-    return rows
-
-
-def all_checks(rows: Sequence[Row]) -> list[Row]:
-    found = {(r["what"], r["streams"], r["through"]): r for r in rows}
-
-    def ratio(what: str, key: str) -> float:
-        ours, theirs = (
-            next(r[key] for r in rows if (r["what"], r["through"]) == (what, through))
-            for through in (OURS, THEIRS)
-        )
-        return float(round(ours / theirs, 3))
-
-    return [
-        *(
-            check(
-                f"{what} a second {how}, against {THEIRS}",
-                ratio(what, f"{what}_{key}"),
-                least=_SHARE,
-            )
-            for what in ("chunks", "requests")
-            for how, key in (("of CPU time", "per_cpu_s"), ("in a closed loop", "per_s"))
-        ),
-        check(
-            "P99 of the TTFT added at 32 streams, ms",
-            found["ttft", 32, OURS]["added_ttft_p99_ms"],
-            most=5,
-        ),
-    ]
 
 
 if __name__ == "__main__":

@@ -26,10 +26,16 @@ _SERVING_TIMEOUT_S = 30.0
 
 
 class Router(Cluster):
-    """A router before `workers`; the process and all it starts run on `cpus`."""
+    """A router before `workers`; the process and all it starts run on `cpus`.
 
-    def __init__(self, log: Path, cpus: Sequence[int], workers: Sequence[str]) -> None:
-        super().__init__(self.command, log, ready_timeout_s=60)
+    It is the one of `checkout`, which may be another version than this.
+    """
+
+    def __init__(
+        self, log: Path, cpus: Sequence[int], workers: Sequence[str], checkout: Path = ROOT
+    ) -> None:
+        environment = {"PYTHONPATH": str(checkout / "python")}
+        super().__init__(self.command, log, ready_timeout_s=60, environment=environment)
         self._cpus = cpus
         self._workers = workers
 
@@ -134,6 +140,7 @@ def _on_cores(cpus: Sequence[int]) -> Iterator[None]:
 
 def _call(method: str, url: str, body: object = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, method=method)
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(request, timeout=10) as response:
         return json.load(response)

@@ -22,7 +22,7 @@ from benchmark.program import ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine
 from kunserve_sglang.core.cost_model import fit
-from kunserve_sglang.core.settings import parse_size
+from kunserve_sglang.core.sizes import parse_size
 from kunserve_sglang.execution.profile import UNHURRIED
 from kunserve_sglang.simulation.cluster_profile import Links, Profile, StepCost, load_profile
 from kunserve_sglang.testing.local_scheduler import local_scheduler

@@ -70,7 +70,7 @@ class Rig:
         options = ClusterOptions(
             model_path=self.model,
             memory_budget=f"{budget >> 20}MiB",
-            overload_policy="drop",
+            overload_policy="drop-always",
             num_instances=instances,
             sglang_flags=(*self._device, *self.flags, *flags),
             kunserve_flags=tuple(kunserve_flags),

@@ -8,7 +8,7 @@ import pytest
 from benchmark.host_cost import Surroundings, Usage, host_cost, with_surroundings
 from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.simulation.cluster_profile import HostCost, StepCost
-from tests.unit.simulation.test_cluster import profile
+from tests.support.simulated import profile
 
 STEP = StepCost(fixed_ms=3.0, request_ms=0.5, token_ms=0.25, stage_ms=2.0, delayed=True)
 HOST = HostCost(cores=2, request_ms=5.0, token_ms=0.5, contention=0.05)

@@ -8,7 +8,7 @@ from benchmark.pace import expected_tpot_ms, slowed
 from benchmark.simulator import simulate
 from kunserve_sglang.simulation.cluster_profile import HostCost, StepCost
 from kunserve_sglang.simulation.traces import TraceRow
-from tests.unit.simulation.test_cluster import profile
+from tests.support.simulated import profile
 
 MACHINE = profile(
     frontend_ms=3.0,

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from benchmark.router import (
+from benchmark.router_load import BurstClient, Client, MockInstance, StreamClient, Tally
+from benchmark.router_report import (
     DIRECT,
     OURS,
     THEIRS,
@@ -19,7 +20,6 @@ from benchmark.router import (
     quantile,
     rows_of,
 )
-from benchmark.router_load import BurstClient, Client, MockInstance, StreamClient, Tally
 
 C = TypeVar("C", bound=Client)
 

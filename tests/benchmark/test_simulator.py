@@ -12,7 +12,7 @@ from benchmark.simulator_picture import draw
 from benchmark.simulator_profile import to_toml
 from kunserve_sglang.simulation import load_profile
 from kunserve_sglang.simulation.traces import TraceRow
-from tests.unit.simulation.test_cluster import profile
+from tests.support.simulated import profile
 
 ROWS = [TraceRow(0.05 * i, 40, 10) for i in range(100)]
 
