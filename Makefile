@@ -17,8 +17,16 @@ env: ## create or update .venv (DEVICE=cuda: for GPUs)
 demo: env ## a burst on two instances, with and without KunServe
 	@$(RUN) -m benchmark.demo $(ARGS)
 
+# What runs several schedulers mostly waits: for processes that start, for limits that pass. So two
+# files of it run at a time, each with the clusters that its tests share.
 test: env ## run the tests (ARGS="-k name" to choose)
+ifdef ARGS
 	@$(RUN) -m pytest $(ARGS)
+else
+	@$(RUN) -m pytest -n 2 --dist worksteal -m "not all_cores"
+	@$(RUN) -m pytest -n 2 --dist loadfile -m "all_cores and not undisturbed"
+	@$(RUN) -m pytest -m undisturbed
+endif
 
 browser: ## install what the tests of the dashboard need: Debian's Chromium (as root)
 	@command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)

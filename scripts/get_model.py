@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def provide(cache: Path, *, download: bool = True) -> Path:
     """Return the model's folder in `cache`. It exists only when complete."""
     model = cache / "models" / MODEL
     if model.is_dir():
+        _limit_prompts(model)
         return model
     if not download:
         raise ModelError(f"{MODEL} is not in {cache}")
@@ -97,10 +99,25 @@ def _dequantise(gguf: Path, target: Path) -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         model.save_pretrained(target)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        # The file does not say; what transformers takes instead is too large for JSON.
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        tokenizer.save_pretrained(target)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    _limit_prompts(target)
+
+
+def _limit_prompts(model: Path) -> None:
+    """Let the tokenizer say how long a prompt may be, also where an earlier version has made it.
+
+    The GGUF file does not say; what transformers takes instead is too large for JSON.
+    """
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    longest = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    if config.get("model_max_length") == longest:
+        return
+    config["model_max_length"] = longest
+    # Servers may be reading it.
+    with tempfile.NamedTemporaryFile("w", dir=model, delete=False) as file:
+        json.dump(config, file, indent=2, ensure_ascii=False)
+    Path(file.name).replace(path)
 
 
 def _publish(made: Path, model: Path) -> None:
