@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
-from kunserve_sglang.core.processes import spin_shortly
+from kunserve_sglang.core.processes import compile_nothing, spin_shortly
 from tests.support import hardware
 
 if TYPE_CHECKING:
@@ -17,9 +19,19 @@ if TYPE_CHECKING:
 
 
 spin_shortly()  # before any test imports torch
+compile_nothing()
+
+# How long an example takes says what else the machine has to do, and nothing of the code. Every run
+# tries other examples, save where a change is judged: that is not to depend on luck.
+settings.register_profile("any machine", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("any machine")
 
 # Programs under test must hear Ctrl-C even if the tests run in the background of a shell.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    hardware.mark_all_cores(item, Path(__file__).parent)
 
 
 @pytest.hookimpl(trylast=True)
