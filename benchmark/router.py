@@ -149,10 +149,14 @@ async def measure(
         noise = Noise()
         samples = [
             [
-                {t.name: await _sample(case, t, instances, seconds, chance) for t in targets}
+                # There and back again: the machine may be getting faster or slower.
+                {
+                    t.name: await _sample(case, t, instances, seconds, chance)
+                    for t in targets[:: -1 if turn % 2 else 1]
+                }
                 for case in CASES
             ]
-            for _ in range(rounds)
+            for turn in range(rounds)
         ]
         share = noise.share()
     return [

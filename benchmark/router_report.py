@@ -66,9 +66,11 @@ def rows_of(case: Case, rounds: Sequence[dict[str, Row]]) -> list[Row]:
                         sample[f"added_{key}"] = sample[key] - r[DIRECT][key]
             if target == OURS and BEFORE in r:
                 for key in ("requests_per_cpu_s", "chunks_per_cpu_s"):
-                    if r[BEFORE].get(key):
+                    if key in sample and r[BEFORE].get(key):
                         sample[f"{key}_to_before"] = sample[key] / r[BEFORE][key]
-        medians = {key: statistics.median(s[key] for s in samples) for key in samples[0]}
+        # A short round may lack a figure: nobody was answered, or no CPU time was seen to pass.
+        keys = dict.fromkeys(key for sample in samples for key in sample)
+        medians = {key: statistics.median(s[key] for s in samples if key in s) for key in keys}
         rows.append(
             {"what": case.what, "streams": case.streams, "through": target}
             | {key: round(value, 3 if value < 100 else 0) for key, value in medians.items()}

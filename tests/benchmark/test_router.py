@@ -11,6 +11,7 @@ import pytest
 
 from benchmark.router_load import BurstClient, Client, MockInstance, StreamClient, Tally
 from benchmark.router_report import (
+    BEFORE,
     DIRECT,
     OURS,
     THEIRS,
@@ -155,6 +156,14 @@ def test_what_is_added_is_against_direct_in_the_same_round() -> None:
     assert direct == {"what": "ttft", "streams": 32, "through": DIRECT, **ttft(1, 2)}
     assert (ours["added_ttft_p50_ms"], ours["added_ttft_p99_ms"]) == (1, 3)
     assert ours["ttft_p99_ms"] == 12
+
+
+def test_a_round_too_short_for_a_figure_is_left_out_of_its_median() -> None:
+    long, short = (figures(Tally(answers=6), 2.0, cpu, 1.0) for cpu in (0.5, 0.0))
+    rounds = [{OURS: short, BEFORE: long}, {OURS: long, BEFORE: short}, {OURS: long, BEFORE: long}]
+    ours, before = rows_of(Case("requests", 1), rounds)
+    assert (ours["requests_per_cpu_s"], before["requests_per_cpu_s"]) == (12, 12)
+    assert ours["requests_per_cpu_s_to_before"] == 1
 
 
 def rows(share: float, added: float) -> list[dict[str, Any]]:
