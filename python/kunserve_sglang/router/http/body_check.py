@@ -25,31 +25,39 @@ _FORMS = frozenset({"/v1/audio/transcriptions"})
 _PROMPTS = ("text", "prompt", "input_ids", "input")
 _MIN_INT, _MAX_INT = -(1 << 63), (1 << 63) - 1
 
+_BOXES = frozenset({dict, list})
+_DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
+_LONG = b"0" * len(str(_MAX_INT))
+"""So many digits may be more than 64 bits."""
+
 
 def check_body(path: str, body: bytes) -> None:
     """Raises `RequestError` (400), with the name of the field where there is one."""
     if not body or path in _FORMS:
         return
-    document = _plain(body)
+    escapes = b"\\u" in body
+    document = None if escapes else _plain(body)
     if document is None:
         document = _decoded(body)
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+    lists = body.count(b"[")
+    if lists + body.count(b"{") > MAX_DEPTH:
         _check_depth(document)
     if not isinstance(document, dict):
         return
-    if escapes := b"\\u" in body:
+    if escapes:
         _check_texts(document)
-    if escapes or b"[" in body or b'"n"' in body:
+    if escapes or lists or b'"n"' in body:
         _check_answers(document)
 
 
 def _plain(body: bytes) -> Any:
-    """What nearly all bodies say, at a third of the cost; None where a closer look is needed.
+    """What nearly all bodies say, at a fifth of the cost; None where a closer look is needed.
 
     As each name is followed by a colon, a name that is there twice leaves one too many. Where a
-    colon may stand in another spelling, they are not counted.
+    colon may stand in another spelling, they are not to be counted so. No number of fewer digits
+    than `_LONG` is too large, save those at which the decoder fails.
     """
-    if b"\\u" in body:
+    if _LONG in body.translate(_DIGITS):
         return None
     try:
         document = _plain_decoder.decode(body)
@@ -58,22 +66,23 @@ def _plain(body: bytes) -> Any:
         return None
 
 
-def _colons(value: Any) -> float:
-    """How many are in its text at least, if each name is there once; NaN with a strange number."""
+def _colons(value: Any) -> int:
+    """How many are in its text at least, if each name is there once."""
     kind = type(value)
     if kind is dict:
-        found: float = len(value)
+        found = len(value)
         for name, item in value.items():
             found += name.count(":")
-            found += item.count(":") if type(item) is str else _colons(item)
+            if type(item) is str:
+                found += item.count(":")
+            elif type(item) in _BOXES:
+                found += _colons(item)
         return found
-    if kind is str:
-        return cast(str, value).count(":")
     if kind is list:
-        if value and type(value[0]) is int:  # the tokens of a prompt, most likely
-            return 0 if _are_ints(value) and _within_64_bits(value) else math.nan
+        if value and type(value[0]) is int:
+            return 0  # the tokens of a prompt; a text among them makes it too few
         return sum(map(_colons, value))
-    return 0 if kind is not int or _MIN_INT <= value <= _MAX_INT else math.nan
+    return cast(str, value).count(":") if kind is str else 0
 
 
 def _decoded(body: bytes) -> Any:
