@@ -29,9 +29,9 @@ async def run_asgi(app: ASGIApp, request: ClientRequest) -> None:
             if any(b"\n" in value or b"\r" in value for _, value in headers):
                 raise ValueError("a header of an answer has more than one line")
             request.start(message["status"], headers)
-        else:
+        elif message.get("more_body", False):
             request.write(message.get("body", b""))
-            if not message.get("more_body", False):
-                request.end()
+        else:
+            request.end(message.get("body", b""))
 
     await app(request.scope, receive, send)

@@ -46,6 +46,7 @@ class ClientRequest:
         "_bodiless",
         "_chunked",
         "_connection",
+        "_head",
         "_source",
         "arrived",
         "body",
@@ -76,11 +77,15 @@ class ClientRequest:
         self.on_gone: Callable[[], object] | None = None
         self._connection = connection
         self._source: Source | None = None
+        self._head = b""
         self._chunked = False
         self._bodiless = False
 
     def start(self, status: int, headers: Headers) -> None:
-        """Names of headers are in lower case; how the body is framed is decided here."""
+        """Names of headers are in lower case; how the body is framed is decided here.
+
+        They leave with what is written next: each write is a call of the system.
+        """
         self.started = True
         self.status = status
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
@@ -94,17 +99,16 @@ class ClientRequest:
                 self._chunked = True
                 lines.append(b"transfer-encoding: chunked\r\n")
         lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        self._write(b"".join(lines))
+        self._head = b"".join(lines)
 
     def write(self, chunk: bytes) -> None:
-        """Nothing is split or held back; what one turn of the loop writes may leave together."""
-        if not chunk or self._bodiless:
-            return
-        self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
+        """Nothing is split or held back; without a chunk it is the head that leaves."""
+        self._send(self._framed(chunk))
 
-    def end(self) -> None:
-        if self._chunked:
-            self._write(b"0\r\n\r\n")
+    def end(self, last: bytes = b"") -> None:
+        """`last` is what is left of the answer."""
+        framed = self._framed(last)
+        self._send(framed + b"0\r\n\r\n" if self._chunked else framed)
         self.ended = True
         if not self.gone:
             self._connection.answered(self)
@@ -112,8 +116,7 @@ class ClientRequest:
     def answer(self, response: Response) -> None:
         """An answer of our own."""
         self.start(response.status_code, response.raw_headers)
-        self.write(bytes(response.body))
-        self.end()
+        self.end(bytes(response.body))
 
     def comes_from(self, source: Source) -> None:
         """The source of the answer waits whenever the client reads more slowly."""
@@ -130,6 +133,13 @@ class ClientRequest:
         if self.on_gone is not None:
             self.on_gone()
 
-    def _write(self, data: bytes) -> None:
-        if not self.gone:
+    def _framed(self, chunk: bytes) -> bytes:
+        if not chunk or self._bodiless:
+            return b""
+        return b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk
+
+    def _send(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        if data and not self.gone:
             self._connection.transport.write(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from urllib.parse import urlsplit
 
 from starlette.types import Scope
@@ -54,10 +55,7 @@ def request_head(scope: Scope, body: bytes, instance: Instance, further: Headers
     Raises `ValueError` as `target` does.
     """
     method, where = scope["method"], target(scope["raw_path"], scope["query_string"])
-    lines = [
-        b"%b %b HTTP/1.1\r\nhost: %b\r\n"
-        % (method.encode(), where, urlsplit(instance.url).netloc.encode())
-    ]
+    lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), where, _host(instance.url))]
     left_out = _NOT_FORWARDED
     if (key := instance.key) is not None:
         left_out |= {b"authorization"}
@@ -69,6 +67,11 @@ def request_head(scope: Scope, body: bytes, instance: Instance, further: Headers
         lines.append(b"content-length: %d\r\n" % len(body))
     lines.append(b"\r\n")
     return b"".join(lines)
+
+
+@cache
+def _host(url: str) -> bytes:
+    return urlsplit(url).netloc.encode()
 
 
 def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:

@@ -263,8 +263,8 @@ class ClientConnection(asyncio.Protocol):
             if not request.started and not request.gone:
                 request.answer(error_answer(500, "internal_error", "a bug in the router"))
         if not request.ended and not request.gone:
-            # Half an answer must not look like a whole one.
-            self.transport.close()
+            request.write(b"")
+            self.transport.close()  # half an answer must not look like a whole one
 
     def answered(self, request: ClientRequest) -> None:
         """All of the current request's answer is written."""

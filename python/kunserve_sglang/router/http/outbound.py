@@ -41,14 +41,15 @@ class BrokenOff(ConnectionError):
 class Sink(Protocol):
     """Where an answer goes; all calls come from the event loop, in this order.
 
-    `body` gets what has arrived together as one piece.
+    `body` gets what has arrived together as one piece, which is empty if that is only the head, and
+    `end` the last one.
     """
 
     def head(self, status: int, headers: Headers) -> None: ...
 
     def body(self, data: bytes) -> None: ...
 
-    def end(self) -> None: ...
+    def end(self, last: bytes) -> None: ...
 
 
 class InstanceConnection(asyncio.Protocol):
@@ -143,26 +144,25 @@ class InstanceConnection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self._ended:
-                self._pass_on(sink)
+                sink.body(self._arrived())
                 self._fail(f"sent no HTTP answer: {error}")
                 self._transport.abort()
                 return
             self._reusable = False
-        self._pass_on(sink)
         if self._ended:
-            self._end()
+            self._end(self._arrived())
+        elif self._begun:
+            sink.body(self._arrived())
 
-    def _pass_on(self, sink: Sink) -> None:
-        parts = self._parts
-        if parts:
-            sink.body(parts[0] if len(parts) == 1 else b"".join(parts))
-            parts.clear()
+    def _arrived(self) -> bytes:
+        parts, self._parts = self._parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _end(self) -> None:
+    def _end(self, last: bytes = b"") -> None:
         assert self._sink is not None
         assert self._answered is not None
         self._ended = True
-        self._sink.end()
+        self._sink.end(last)
         if not self._answered.done():
             self._answered.set_result(None)
 

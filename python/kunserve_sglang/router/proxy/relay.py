@@ -50,53 +50,52 @@ class Relay:
         if 300 <= status < 400 and status != 304:
             self.redirect = status
             return
-        if journal is not None and any(name == JOURNAL_HEADER for name, _ in headers):
+        known = dict(headers)
+        if journal is not None and JOURNAL_HEADER in known:
             journal.kept = True
             self._journal = journal
         if self._request.started:
             if self._journal is None or status != 200:
                 self.unfit = status
             return
-        if _is_held(headers):
+        if 0 < len(known.get(b"content-length", b"")) <= _MAX_HELD_DIGITS:
             self._start = status, answer_headers(headers)
             return
         self._request.start(status, answer_headers(headers))
-        if status == 200 and _is_stream(headers):
+        # Tokens come as they are made; of other answers the first chunk says nothing.
+        if status == 200 and known.get(b"content-type", b"").startswith(b"text/event-stream"):
             self._request.streams = True
             self._timer = StreamTimer(self._latency, self._request.arrived)
 
     def body(self, data: bytes) -> None:
-        if self._timer is not None:
-            self._timer.chunk()
-        if self._journal is not None:
-            self._request.write(self._journal.pass_on(data))
-        elif self.busy is not None:
-            self.busy.body += data
-        elif self._start is not None:
-            self._held.append(data)
-        elif not (self.redirect or self.unfit):
-            self._request.write(data)
+        self._request.write(self._taken(data))
 
-    def end(self) -> None:
+    def end(self, last: bytes) -> None:
+        last = self._taken(last)
         if self.busy is not None or self.redirect or self.unfit:
             return
         if self._start is not None:
             self._request.start(*self._start)
-            self._request.write(b"".join(self._held))
+            last = b"".join(self._held)
         elif self._journal is not None:
-            self._request.write(self._journal.rest())
-        self._request.end()
+            last += self._journal.rest()
+        self._request.end(last)
+
+    def _taken(self, data: bytes) -> bytes:
+        """What of it goes to the client now."""
+        if self._timer is not None and data:
+            self._timer.chunk()
+        if self._journal is not None:
+            return self._journal.pass_on(data)
+        if self.busy is not None:
+            self.busy.body += data
+        elif self._start is not None:
+            self._held.append(data)
+        elif not (self.redirect or self.unfit):
+            return data
+        return b""
 
     def close(self) -> None:
         """However it ended."""
         if self._timer is not None:
             self._timer.end()
-
-
-def _is_held(headers: Headers) -> bool:
-    return any(n == b"content-length" and len(v) <= _MAX_HELD_DIGITS for n, v in headers)
-
-
-def _is_stream(headers: Headers) -> bool:
-    """Whether tokens come as they are made; of other answers the first chunk says nothing."""
-    return any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
