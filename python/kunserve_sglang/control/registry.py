@@ -203,8 +203,12 @@ class Registry:
 
     def ready(self) -> list[Instance]:
         """The same in any order; quiet ones only if all are."""
-        found = [i for i in self.instances.values() if i.available]
-        return [i for i in found if not i.quiet] or found
+        speaking: list[Instance] = []
+        quiet: list[Instance] = []
+        for instance in self.instances.values():
+            if instance.available:
+                (quiet if instance.quiet else speaking).append(instance)
+        return speaking or quiet
 
     def snapshot(self, *, draining: bool = False) -> ClusterState:
         """The cluster for the policies: every live instance that has reported.

@@ -39,9 +39,18 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     new_tokens: int = 0
     group: int | None = None
 
+    @property
+    def load(self) -> float:
+        """Demand as a share of the slots."""
+        return self.demand / max(1, self.capacity)
+
+    @property
+    def mean_batch(self) -> float:
+        return self.batch
+
 
 class Pool(msgspec.Struct):
-    """What the members of a group have in common; an instance alone is a group of one."""
+    """What the members of a group have in common."""
 
     members: int = 0
     batch: int = 0
@@ -78,9 +87,8 @@ def least_load(candidates: Sequence[Candidate], turn: int) -> int:
     count = len(candidates)
 
     def cost(position: int) -> tuple[float, float, int, int]:
-        candidate = candidates[position]
-        own = candidate.demand / max(1, candidate.capacity)
-        return pools[position].load, own, candidate.in_flight, (position - turn) % count
+        candidate, pool = candidates[position], pools[position]
+        return pool.load, candidate.load, candidate.in_flight, (position - turn) % count
 
     return min(range(count), key=cost)
 
@@ -97,12 +105,11 @@ def lmetric(candidates: Sequence[Candidate], turn: int) -> int:
 
     def cost(position: int) -> tuple[float, int, float, float, int, int]:
         candidate, pool = candidates[position], pools[position]
-        own = candidate.demand / max(1, candidate.capacity)
         return (
             candidate.new_tokens * (pool.mean_batch + 1),
             candidate.new_tokens,
             pool.load,
-            own,
+            candidate.load,
             candidate.in_flight,
             (position - turn) % count,
         )
@@ -115,17 +122,17 @@ def first(candidates: Sequence[Candidate], turn: int) -> int:  # noqa: ARG001 (a
     return 0
 
 
-def _pools(candidates: Sequence[Candidate]) -> list[Pool]:
-    """The pool that each candidate belongs to."""
+def _pools(candidates: Sequence[Candidate]) -> list[Candidate | Pool]:
+    """The pool that each candidate belongs to; an instance alone is its own."""
     groups: dict[int, Pool] = {}
-    pools = []
+    pools: list[Candidate | Pool] = []
     for candidate in candidates:
         if candidate.group is None:
-            pool = Pool(1, candidate.batch, candidate.demand, candidate.capacity)
+            pools.append(candidate)
         else:
             pool = groups.setdefault(candidate.group, Pool())
             pool.add(candidate)
-        pools.append(pool)
+            pools.append(pool)
     return pools
 
 

@@ -125,24 +125,26 @@ class Dispatcher:
             reported, known = load.demand, load.running + load.waiting
             capacity = load.slots.capacity
             group = layout.ids[0] if layout.cooperative else None
-        recent = self._unreported(instance, known)
+        number, tokens = self._unreported(instance, known)
         cached = self._prefixes.cached_tokens(instance, prompt) if self._prefixes else 0
         return Candidate(
             in_flight=instance.in_flight,
-            demand=reported + sum(recent),
+            demand=reported + tokens,
             capacity=capacity,
-            batch=known + len(recent),
+            batch=known + number,
             new_tokens=prompt.tokens - cached,
             group=group,
         )
 
-    def _unreported(self, instance: Instance, known: int) -> list[int]:
-        """Tokens of each request that is too recent for the instance's last status record.
+    def _unreported(self, instance: Instance, known: int) -> tuple[int, int]:
+        """Requests that are too recent for the instance's last status record, and their tokens.
 
         The record knows of `known` requests, so it misses the latest of those under way.
         """
-        sent = list(self._sent.get(instance.number, {}).values())
-        return sent[known:]
+        sent = self._sent.get(instance.number)
+        if sent is None or len(sent) <= known:
+            return 0, 0
+        return len(sent) - known, sum(itertools.islice(sent.values(), known, None))
 
 
 class UnderWay:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import msgspec
 
@@ -161,17 +159,11 @@ class Journals:
         self.used = 0
         self._asking = (JOURNAL_HEADER, instance_key.encode())
 
-    @contextmanager
-    def of(self, request: ClientRequest) -> Iterator[Journal | None]:
-        """One for a request that may ask for a stream which can be resumed."""
-        journal = None
+    def of(self, request: ClientRequest) -> Journal | None:
+        """One for a request that may ask for a stream which can be resumed; to be closed."""
         if self.limit and request.scope["path"] in RESUMABLE_PATHS and b'"stream"' in request.body:
-            journal = Journal(self)
-        try:
-            yield journal
-        finally:
-            if journal is not None:
-                journal.close()
+            return Journal(self)
+        return None
 
     def question(
         self, request: ClientRequest, journal: Journal | None

@@ -111,32 +111,40 @@ class Proxy:
             request.answer(refusal.answer)
 
     async def _dispatch(self, request: ClientRequest, weight: Weight) -> None:
-        """Try instances until one has answered the request."""
+        """Have the request answered by whichever instance the policy chooses."""
         policy = first if request.scope["path"] in _SAME_EVERYWHERE else self._policy
-        with self._journals.of(request) as journal:
-            attempts = Attempts(journal)
-            while (
-                instance := self._next(policy, weight, attempts)
-            ) is not None or await self._may_come(attempts):
-                if instance is None:
-                    continue
-                self.stats.retries += bool(attempts)
-                with self._dispatcher.under_way(instance, weight):
-                    if await self._relay(instance, request, attempts):
-                        return
-            if request.started:
-                self._cut_off(request, attempts)
-            else:
-                request.answer(self._nobody(request, attempts))
+        journal = self._journals.of(request)
+        try:
+            await self._try(request, policy, weight, Attempts(journal))
+        finally:
+            if journal is not None:
+                journal.close()
+
+    async def _try(
+        self, request: ClientRequest, policy: Policy, weight: Weight, attempts: Attempts
+    ) -> None:
+        """One instance after the other, until it has its answer."""
+        while (
+            instance := self._next(policy, weight, attempts)
+        ) is not None or await self._may_come(attempts):
+            if instance is None:
+                continue
+            self.stats.retries += bool(attempts)
+            with self._dispatcher.under_way(instance, weight):
+                if await self._relay(instance, request, attempts):
+                    return
+        if request.started:
+            self._cut_off(request, attempts)
+        else:
+            request.answer(self._nobody(request, attempts))
 
     def _next(self, policy: Policy, weight: Weight, attempts: Attempts) -> Instance | None:
         """One that has room, or else any: what was let in once is not held back again."""
         if attempts.exhausted:
             return None
-        pick, has_room = self._dispatcher.pick, self._queue.has_room
-        return pick(policy, weight, lambda i: attempts.may_try(i) and has_room(i)) or pick(
-            policy, weight, attempts.may_try
-        )
+        pick, may_try, has_room = self._dispatcher.pick, attempts.may_try, self._queue.has_room
+        roomy = (lambda i: may_try(i) and has_room(i)) if attempts else has_room
+        return pick(policy, weight, roomy) or pick(policy, weight, may_try)
 
     async def _may_come(self, attempts: Attempts) -> bool:
         """Wait a moment for a request that was taken already: it is not turned away so soon."""

@@ -157,7 +157,7 @@ class RequestQueue:
 
     async def enter(self, priority: int) -> None:
         """Wait for room. Raises `TurnedAway`."""
-        if not self._line and self._free() > 0:
+        if not self._line and self._has_any():
             return
         if not self._available():
             return  # there is nobody to wait for, and the proxy says so
@@ -195,6 +195,14 @@ class RequestQueue:
     def _free(self) -> float:
         """For how many more requests there is room, besides those that are just leaving."""
         return sum([max(0, self._room(i)) for i in self._available()]) - self._leaving
+
+    def _has_any(self) -> bool:
+        """Whether `_free` is above 0. This runs for every request, and most often the first has."""
+        if not self._leaving:
+            for instance in self._registry.instances.values():
+                if instance.available and not instance.quiet and self._room(instance) > 0:
+                    return True
+        return self._free() > 0
 
     def _room(self, instance: Instance) -> float:
         load = instance.status.load if instance.status else None
