@@ -39,7 +39,7 @@ def test_the_cluster_goes_on_with_the_others(model: Path, tmp_path: Path) -> Non
         client = Client(cluster.url)
         expected = [client.generate(prompt, 12)["text"] for prompt in PROMPTS]
         client.drop()
-        asked = [(ask, prompt) for prompt in PROMPTS[:2] for ask in (_plain, *_STREAMS)]
+        asked = [(ask, prompt) for prompt in PROMPTS[:2] for ask in (plain, *STREAMS)]
         answers = [pool.submit(ask, client, prompt) for ask, prompt in asked]
         until(
             lambda: all(i["running"] for i in client.status()["instances"]),
@@ -73,12 +73,12 @@ def test_the_cluster_goes_on_with_the_others(model: Path, tmp_path: Path) -> Non
         assert client.modes() == {"independent"}
 
 
-_TOKENS = 80
-"""So many that they are still running when their group loses a member."""
+TOKENS = 80
+"""So many that they are still running when their instance is lost."""
 
 
-def _plain(client: Client, prompt: str) -> Any:
-    sampling = {"temperature": 0, "max_new_tokens": _TOKENS, "ignore_eos": True}
+def plain(client: Client, prompt: str) -> Any:
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
     status, answer = client.call(
         "POST", "/generate", {"text": prompt, "sampling_params": sampling, "return_logprob": True}
     )
@@ -87,7 +87,7 @@ def _plain(client: Client, prompt: str) -> Any:
 
 
 def _stream_generated(client: Client, prompt: str) -> Any:
-    sampling = {"temperature": 0, "max_new_tokens": _TOKENS, "ignore_eos": True}
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
     events = list(client.stream("/generate", {"text": prompt, "sampling_params": sampling}))
     assert len({event["meta_info"]["id"] for event in events}) == 1
     lengths = [len(event["output_ids"]) for event in events]
@@ -100,7 +100,7 @@ def _stream_completed(client: Client, prompt: str) -> Any:
     body = {
         "model": "m",
         "prompt": prompt,
-        "max_tokens": _TOKENS,
+        "max_tokens": TOKENS,
         "ignore_eos": True,
         "frequency_penalty": 0.5,
         "temperature": 0,
@@ -111,7 +111,7 @@ def _stream_completed(client: Client, prompt: str) -> Any:
     assert len({(event["id"], event["created"]) for event in events}) == 1
     choices = [choice for event in events for choice in event["choices"]]
     tokens = [t for choice in choices if choice["logprobs"] for t in choice["logprobs"]["tokens"]]
-    assert len(tokens) == _TOKENS
+    assert len(tokens) == TOKENS
     return "".join(choice["text"] for choice in choices), tokens, events[-1]["usage"]
 
 
@@ -120,7 +120,7 @@ def _stream_chat(client: Client, prompt: str) -> Any:
         "model": "m",
         "messages": [{"role": "user", "content": prompt}],
         "n": 2,
-        "max_completion_tokens": _TOKENS,
+        "max_completion_tokens": TOKENS,
         "ignore_eos": True,
         "temperature": 0,
     }
@@ -133,4 +133,4 @@ def _stream_chat(client: Client, prompt: str) -> Any:
     return texts, reasons
 
 
-_STREAMS = (_stream_generated, _stream_completed, _stream_chat)
+STREAMS = (_stream_generated, _stream_completed, _stream_chat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions, log_tail
 from tests.integration.conftest import BUDGET, FLAGS, Client
-from tests.integration.test_losses import family_of
+from tests.integration.test_losses import STREAMS, family_of, plain
 from tests.support.waiting import until
 
 PROMPTS = ("The capital of France is", "Once upon a time,")
@@ -104,6 +105,31 @@ def test_a_router_that_is_killed_comes_back_to_the_cluster_as_it_was(
     assert "starting the router again (1 of 5)" in log.read_text()
     client.restore()
     assert texts(client) == expected
+
+
+def test_requests_outlive_the_only_instance(model: Path, tmp_path: Path) -> None:
+    """What was under way, and what comes meanwhile, waits for its successor."""
+    options = ClusterOptions(
+        model_path=model,
+        memory_budget=BUDGET,
+        overload_policy="none",
+        num_instances=1,
+        sglang_flags=FLAGS,
+    )
+    log, asks = tmp_path / "log", (plain, *STREAMS)
+    with Cluster(options.command, log) as cluster, ThreadPoolExecutor(6) as pool:
+        client = Client(cluster.url)
+        answers = [pool.submit(ask, client, PROMPTS[0]) for ask in asks]
+        wait_for(lambda: client.status()["instances"][0]["running"] >= len(asks))
+        for process in family_of(cluster.pid, url_of(client, 0)):
+            process.kill()
+        wait_for(lambda: client.call("GET", "/readiness")[0] == 503, about=client.status)
+        answers.append(pool.submit(plain, client, PROMPTS[1]))
+        got = [answer.result(300) for answer in answers]
+        for ask, answer in zip(asks, got, strict=False):
+            assert answer == ask(client, PROMPTS[0]), f"{ask}\n{log_tail(log)}"
+        assert got[-1] == plain(client, PROMPTS[1])
+        assert "starting instance 0 again (1 of 5)" in log.read_text()
 
 
 def test_one_that_stands_still_gets_no_requests_and_comes_back(

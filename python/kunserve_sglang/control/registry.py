@@ -210,6 +210,18 @@ class Registry:
                 (quiet if instance.quiet else speaking).append(instance)
         return speaking or quiet
 
+    def awaited(self, *, doubtful: bool = False) -> bool:
+        """Whether one that takes no requests now is going to: what has died is started again.
+
+        Nobody starts plain servers for us. With `doubtful`, one that seems to be well may have died
+        just now.
+        """
+        return any(
+            (doubtful or not i.available) and i.number in self.expected
+            for i in self.instances.values()
+            if not (i.plain or i.draining)
+        )
+
     def snapshot(self, *, draining: bool = False) -> ClusterState:
         """The cluster for the policies: every live instance that has reported.
 

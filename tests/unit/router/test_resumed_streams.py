@@ -142,11 +142,30 @@ def test_what_two_instances_were_lost_with_is_not_tried_again(start_router: Star
 
 
 def test_without_another_instance_it_ends_with_an_error(start_router: Start) -> None:
-    router = start_router(1)
+    router = start_router(1, queue_timeout_s=0.1)
     with begun(router, with_record(1)) as stream:
         stream.gets(event(1))
         stream.owner.worker.die()
         assert "no other" in stream.last_error()["message"]
+
+
+def test_a_lone_instance_that_is_started_again_goes_on_with_it(start_router: Start) -> None:
+    router = start_router(1)
+    with begun(router, with_record(1)) as stream:
+        stream.gets(event(1))
+        stream.owner.worker.die()
+        stream.owner.stop()
+        until(lambda: router.described(0).get("lost") == "connection refused")
+        connection = router.open("POST", "/v1/completions", {"prompt": "came meanwhile"})
+        until(lambda: router.status()["queue"]["requests"] == 1)
+        router.instances[0] = router.add(0)
+        again = stream.moved(stream.owner).worker
+        assert asked(again)[1] == json.dumps(BODY).encode() + b"record 1\n"
+        again.emit(with_record(2))
+        again.finish()
+        assert stream.response.read() == event(2)
+        assert connection.getresponse().status == 200
+        connection.close()
 
 
 def test_an_instance_that_keeps_no_journal(router: RouterCluster) -> None:

@@ -37,6 +37,9 @@ _SAME_EVERYWHERE = frozenset({"/get_model_info", "/model_info", "/v1/models"})
 
 _CLIENT_CLOSED_REQUEST = 499
 
+_NOTICED_S = 3.0
+"""After that, an instance whose connection has broken is known to be lost, or is there."""
+
 _AGAIN_S = 0.2
 """How often somebody is looked for who takes a request that has lost its instance."""
 
@@ -148,11 +151,14 @@ class Proxy:
 
     async def _may_come(self, attempts: Attempts) -> bool:
         """Wait a moment for a request that was taken already: it is not turned away so soon."""
-        since = attempts.since
-        if since is None or attempts.exhausted or self._now() - since > self._queue.timeout_s:
+        if attempts.since is None or attempts.exhausted:
             return False
+        passed = self._now() - attempts.since
         known = self._registry.instances.values()
-        if not any(attempts.suits(i) and not (i.liveness.lost or i.draining) for i in known):
+        there = any(attempts.suits(i) and not (i.liveness.lost or i.draining) for i in known)
+        if not there and not self._registry.awaited(doubtful=passed < _NOTICED_S):
+            return False
+        if passed > self._queue.timeout_s:
             return False
         await asyncio.sleep(_AGAIN_S)
         attempts.look_again()

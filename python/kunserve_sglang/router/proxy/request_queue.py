@@ -159,7 +159,7 @@ class RequestQueue:
         """Wait for room. Raises `TurnedAway`."""
         if not self._line and self._has_any():
             return
-        if not self._available():
+        if not self._available() and not self._registry.awaited():
             return  # there is nobody to wait for, and the proxy says so
         if self._stopping:
             raise self._turned_away(Shed.STOPPING)
