@@ -85,12 +85,7 @@ def run(flags: argparse.Namespace, console: Console) -> int:
     workload = build_workload(
         PromptSource(load_tokenizer(model), flags.seed), flags.scale, flags.seed
     )
-    if not flags.memory_budget:
-        # As the launcher does by itself, which could not have known for which budget.
-        slower = times_slower(torch.bfloat16, *_LAYER)
-        choice = choose_dtype("bfloat16", slower, own_bytes=0, budget=1)
-        flags.memory_budget = _BUDGETS[choice.dtype]
-        flags.sglang_flags = (*CHUNK_FLAGS, "--dtype", choice.dtype)
+    suit_cpu(flags)
     console.print(
         f"{len(workload.requests)} requests in {workload.duration_s:.0f} s, a burst from "
         f"{workload.burst_start_s:.0f} to {workload.burst_end_s:.0f} s; two instances of "
@@ -108,6 +103,19 @@ def run(flags: argparse.Namespace, console: Console) -> int:
     slo = _slo((baseline, kunserve), workload, flags.slo_scale)
     comparison = Comparison(workload, baseline, kunserve, slo)
     return _publish(comparison, flags, model, console)
+
+
+def suit_cpu(flags: argparse.Namespace) -> None:
+    """Unless a budget was named: one for the data type that this CPU is fast in, and that type.
+
+    As the launcher does by itself, which could not have known for which budget.
+    """
+    if flags.memory_budget:
+        return
+    slower = times_slower(torch.bfloat16, *_LAYER)
+    choice = choose_dtype("bfloat16", slower, own_bytes=0, budget=1)
+    flags.memory_budget = _BUDGETS[choice.dtype]
+    flags.sglang_flags = (*CHUNK_FLAGS, "--dtype", choice.dtype)
 
 
 def _run_one(
