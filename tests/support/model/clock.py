@@ -69,6 +69,10 @@ class Sleeper:
         """It does nothing at all for so long, whatever it was about to do."""
         self._stopped_until = max(self._stopped_until, self._loop.time() + seconds)
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopped_until > self._loop.time()
+
     def kill(self) -> None:
         """It never does anything again."""
         if self._timer is not None:

@@ -153,8 +153,8 @@ class ModelMember:
 
     @property
     def at_rest(self) -> bool:
-        """Whether it waits for nobody."""
-        return self.agent.status().mode in ("independent", "cooperative")
+        """Whether it waits for nobody, and does not just stand still."""
+        return not self.sleeper.stopped and self.agent.status().mode in ("independent", "cooperative")
 
     def kill(self) -> None:
         self.sleeper.kill()
