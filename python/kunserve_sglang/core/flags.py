@@ -2,8 +2,8 @@
 
 A field is a flag if its type is annotated with what it is `about`: then it has a help, and a row in
 the tables of the documents. It is called as its field, with hyphens, and its range is that of its
-type, by `Meta(ge=...)` and the like. Descriptions are Markdown; `--help` shows links without their
-targets.
+type, by `Meta(ge=...)` and the like. A tuple of strings is a flag that may be given several times.
+Descriptions are Markdown; `--help` shows links without their targets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from msgspec import Meta, inspect
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.sizes import parse_size
 
-Value = bool | int | float | str | None
+Value = bool | int | float | str | tuple[str, ...] | None
 T = TypeVar("T", bound=msgspec.Struct)
 
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
@@ -55,7 +55,10 @@ def about(
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A field of a record as a flag. `kind` is what its values are, apart from None."""
+    """A field of a record as a flag. `kind` is what its values are, apart from None.
+
+    One that may be `repeated` fills a tuple with all that was given.
+    """
 
     field: str
     kind: type[bool] | type[int] | type[float] | type[str]
@@ -65,6 +68,7 @@ class Flag:
     default_words: str
     metavar: str
     form: Form
+    repeated: bool
 
     @property
     def name(self) -> str:
@@ -87,7 +91,7 @@ class Flag:
     @property
     def default_text(self) -> str:
         """For people; empty if there is none to speak of."""
-        if self.default_words or self.default is None or self.default == "":
+        if self.default_words or self.default in (None, "", ()):
             return self.default_words
         if self.kind is bool:
             return "on" if self.default else "off"
@@ -120,6 +124,7 @@ def add_flags(
             text += f" (or in the environment: {flag.variable})"
         group.add_argument(
             flag.name,
+            action="append" if flag.repeated else "store",
             type=str if flag.form is Form.SIZE or flag.choices else flag.kind,
             choices=flag.choices,
             default=_ABSENT,
@@ -146,6 +151,9 @@ def read_flags(
         if flag.form is Form.SECRET:
             value = _secret(flag, value, getattr(given, f"{flag.field}_file", None), environment)
         if value is None:
+            continue
+        if flag.repeated:
+            values[flag.field] = tuple(value)
             continue
         if flag.form is Form.SIZE:
             value = parse_size(value)
@@ -204,6 +212,7 @@ def _flag(field: inspect.Field) -> Flag:
         default_words=extra["default"],
         metavar=extra["metavar"],
         form=extra["form"],
+        repeated=isinstance(described.type, inspect.VarTupleType),
     )
 
 

@@ -49,6 +49,7 @@ class More(ClusterConfig, frozen=True, kw_only=True):
     loud: Annotated[bool, about("100 % of it")] = False
     room: Annotated[int, about("how much", form=Form.SIZE, metavar="SIZE")] = 1
     word: Annotated[str | None, about("what to say", form=Form.SECRET)] = None
+    rules: Annotated[tuple[str, ...], about("what holds", metavar="RULE")] = ()
     unseen: Annotated[int, Meta(ge=1)] = 4
 
 
@@ -66,13 +67,19 @@ def test_one_more_field_is_one_more_flag() -> None:
         parsed("--unseen=5")
 
 
+def test_a_tuple_takes_all_that_is_given() -> None:
+    assert parsed().rules == ()
+    assert parsed("--rules=one", "--rules", "two=2").rules == ("one", "two=2")
+
+
 def test_one_more_field_is_one_more_row_and_one_more_line_of_help() -> None:
-    assert flag_table([More]).splitlines()[-5:] == [
+    assert flag_table([More]).splitlines()[-6:] == [
         "| `--colour` | `red` | `red` or [else](#colours) |",
         "| `--speed` | any | m/s |",
         "| `--loud` | off | 100 % of it |",
         "| `--room` | 1 | how much |",
         "| `--word`, `--word-file` | `KUNSERVE_WORD` | what to say |",
+        "| `--rules` | none | what holds |",
     ]
     parser = argparse.ArgumentParser()
     add_flags(parser.add_argument_group(), [More])
