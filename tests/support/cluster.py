@@ -14,8 +14,8 @@ from typing import Any
 
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy, ExchangeMode
-from kunserve_sglang.core.transports import Transport
+from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
+from kunserve_sglang.core.transports import ExchangeMode, Transport
 from tests.support.controlled import READY_S, Controlled, ControlThread
 from tests.support.member_process import serve
 from tests.support.script import Action, Gate, Output

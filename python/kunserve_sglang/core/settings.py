@@ -15,7 +15,7 @@ from msgspec import Meta
 from kunserve_sglang.core.addresses import check_control_address
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import Form, about, check_ranges
-from kunserve_sglang.core.transports import Transport
+from kunserve_sglang.core.transports import ExchangeMode, Transport
 
 
 class OverloadPolicy(StrEnum):
@@ -39,13 +39,6 @@ class MicroBatches(StrEnum):
 
     LOOKAHEAD = "lookahead"
     ONE = "one"
-
-
-class ExchangeMode(StrEnum):
-    """How KV and parameters change hands: while the members serve, or while they stand still."""
-
-    COORDINATED = "coordinated"
-    STOP = "stop"
 
 
 class SharedSettings(msgspec.Struct, frozen=True, kw_only=True):

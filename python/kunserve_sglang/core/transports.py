@@ -1,4 +1,4 @@
-"""The ways for tensors between instances."""
+"""The ways for tensors between instances, and when they are taken."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ class Transport(StrEnum):
     CUDA_IPC = "cuda-ipc"
     NCCL = "nccl"
     TCP = "tcp"
+
+
+class ExchangeMode(StrEnum):
+    """How KV and parameters change hands: while the members serve, or while they stand still."""
+
+    COORDINATED = "coordinated"
+    STOP = "stop"

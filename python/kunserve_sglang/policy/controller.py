@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from kunserve_sglang.core.errors import KunServeError
 from kunserve_sglang.core.messages import Attainable, TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, ExchangeMode, OverloadPolicy
+from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
+from kunserve_sglang.core.transports import ExchangeMode
 from kunserve_sglang.policy.arrivals import Arrivals
 from kunserve_sglang.policy.attainable import attainable
 from kunserve_sglang.policy.bounds import Bounds

@@ -16,12 +16,8 @@ from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.control_socket import ControlSocket
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Transition, TransitionKind
-from kunserve_sglang.core.settings import (
-    ClusterConfig,
-    DispatchPolicy,
-    ExchangeMode,
-    OverloadPolicy,
-)
+from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy, OverloadPolicy
+from kunserve_sglang.core.transports import ExchangeMode
 from kunserve_sglang.policy.controller import Controller
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.planner import Plan

@@ -8,12 +8,8 @@ import msgspec
 import pytest
 
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import (
-    ClusterConfig,
-    DispatchPolicy,
-    ExchangeMode,
-    OverloadPolicy,
-)
+from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy, OverloadPolicy
+from kunserve_sglang.core.transports import ExchangeMode
 from kunserve_sglang.simulation import SimulatedCluster
 from kunserve_sglang.simulation.cluster_profile import HostCost
 from kunserve_sglang.simulation.costs import Costs
