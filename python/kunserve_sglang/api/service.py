@@ -16,3 +16,25 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms: float
     weighed: bool
     slowness: float
+
+
+class ClassAttainment(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of one class that were judged: how many, and how many of them kept their limits.
+
+    The limits are those of a request of usual length that names none of its own, in milliseconds;
+    null while they are not known. `attainment` is the share that kept theirs; null without any.
+    """
+
+    name: str
+    ttft_ms: float | None
+    tpot_ms: float | None
+    requests: int
+    kept: int
+    attainment: float | None
+
+
+class AttainmentSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the requests that were judged in the last `window_s` seconds, by class."""
+
+    window_s: float
+    classes: list[ClassAttainment]

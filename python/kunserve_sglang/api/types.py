@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from kunserve_sglang.api.events import Event
-from kunserve_sglang.api.service import ServiceStatus
+from kunserve_sglang.api.service import AttainmentSummary, ServiceStatus
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.layout import LayerRange
@@ -179,6 +179,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     service: ServiceStatus | None
     transition: Event | None
     latency: LatencySummary
+    attainment: AttainmentSummary
     queue: QueueStatus
     instances: list[InstanceStatus]
 

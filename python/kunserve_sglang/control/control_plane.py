@@ -35,7 +35,7 @@ from kunserve_sglang.core.messages import (
     Welcome,
 )
 from kunserve_sglang.core.settings import ClusterConfig
-from kunserve_sglang.policy.controller import WATCH_INTERVAL_S, Controller
+from kunserve_sglang.policy.controller import TELL_INTERVAL_S, WATCH_INTERVAL_S, Controller
 from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.queueing import with_held
@@ -97,6 +97,7 @@ class ControlPlane:
             tasks.create_task(self.room.run())
             tasks.create_task(self._watch_instances())
             tasks.create_task(self._watch_load())
+            tasks.create_task(self._tell_limits())
 
     def close(self) -> None:
         self.hub.close()
@@ -190,6 +191,7 @@ class ControlPlane:
             service=self._service(),
             transition=self.coordinator.running,
             latency=self.front.latency_summary(),
+            attainment=self.front.attainment_summary(),
             queue=self.front.queue_status(),
             instances=[status_of(i) for _, i in sorted(self.registry.instances.items())],
         )
@@ -240,6 +242,13 @@ class ControlPlane:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             await self.look()
+
+    async def _tell_limits(self) -> None:
+        """They change with the instances that have measured what their steps cost."""
+        while True:
+            times = self.controller.times(self.registry.snapshot())
+            self.front.decided_by(self.controller.level, times)
+            await asyncio.sleep(TELL_INTERVAL_S)
 
     async def look(self) -> None:
         """Look at the cluster once, and do what the controller asks for."""

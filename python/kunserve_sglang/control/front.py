@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
+from kunserve_sglang.api.service import AttainmentSummary
 from kunserve_sglang.api.types import LatencySummary, Quantiles, QueueStatus
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.core.messages import CacheReport
+from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes
 
 
 class Front(Protocol):
@@ -19,8 +21,14 @@ class Front(Protocol):
     def latency_summary(self) -> LatencySummary:
         """For the cluster's status."""
 
+    def attainment_summary(self) -> AttainmentSummary:
+        """For the cluster's status."""
+
     def queue_status(self) -> QueueStatus:
         """For the cluster's status."""
+
+    def decided_by(self, level: ServiceLevel, times: StepTimes | None) -> None:
+        """The limits that decide now, by which answers are to be judged as well."""
 
     def wants_cache(self, instance: Instance) -> bool:
         """Whether `instance` has to report its whole cache."""
@@ -48,8 +56,14 @@ class NoFront:
         nothing = Quantiles(p50=None, p90=None, p99=None)
         return LatencySummary(ttft_ms=nothing, tpot_ms=nothing, samples=0, window_s=0.0)
 
+    def attainment_summary(self) -> AttainmentSummary:
+        return AttainmentSummary(window_s=0.0, classes=[])
+
     def queue_status(self) -> QueueStatus:
         return QueueStatus(requests=0, oldest_s=0.0)
+
+    def decided_by(self, level: ServiceLevel, times: StepTimes | None) -> None:
+        """Nothing is judged."""
 
     def wants_cache(self, instance: Instance) -> bool:  # noqa: ARG002
         return False

@@ -15,6 +15,7 @@ from msgspec import Meta
 from kunserve_sglang.core.addresses import check_control_address
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import Form, about, check_ranges
+from kunserve_sglang.core.service_classes import read_classes
 from kunserve_sglang.core.transports import ExchangeMode, Transport
 
 
@@ -160,6 +161,14 @@ class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
         Annotated[float, Meta(gt=0)] | None,
         about("and for each token after it, on average", default="five times as alone"),
     ] = None
+    slo_class: Annotated[
+        tuple[str, ...],
+        about(
+            "`NAME=TTFT_MS:TPOT_MS`: limits for a [class](#attainment) of requests, those with "
+            "`X-KunServe-Class: NAME`; may be given several times",
+            metavar="NAME=TTFT_MS:TPOT_MS",
+        ),
+    ] = ()
     tpot_limit_ms: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         about(
@@ -245,6 +254,7 @@ class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        read_classes(self.slo_class)
         if self.restore_threshold >= self.drop_threshold:
             raise ConfigurationError(
                 "--restore-threshold must be at least 0 and below --drop-threshold, "

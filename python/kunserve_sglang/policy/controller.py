@@ -18,7 +18,7 @@ from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.dropping import weighed_drop, weighed_restore
 from kunserve_sglang.policy.monitor import OverloadMonitor
 from kunserve_sglang.policy.planner import Plan, plan_drop, plan_restore
-from kunserve_sglang.policy.service_level import LatencyLimits, ServiceLevel
+from kunserve_sglang.policy.service_level import LatencyLimits, ServiceLevel, StepTimes
 from kunserve_sglang.policy.shares import plan_rebalance
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.state import ClusterState
@@ -126,9 +126,14 @@ class Controller:
 
     def limits(self, state: ClusterState) -> LatencyLimits | None:
         """Those of a request of usual length; None until somebody has measured costs."""
+        times = self.times(state)
+        return None if times is None else self.level.limits(times)
+
+    def times(self, state: ClusterState) -> StepTimes | None:
+        """What limits that were not named follow from; None until somebody has measured costs."""
         known = [s for s in state.instances if s.costs is not None]
         try:
-            return self.level.limits(known_times(known))
+            return known_times(known)
         except ValueError:
             return None
 

@@ -73,6 +73,22 @@ class ServiceLevel(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: float | None = None
     tpot_ms: float | None = None
 
+    def over(self, other: ServiceLevel) -> ServiceLevel:
+        """The same, with those of `other` where none is named here."""
+        if self.ttft_ms is None and self.tpot_ms is None:
+            return other
+        return ServiceLevel(
+            ttft_ms=other.ttft_ms if self.ttft_ms is None else self.ttft_ms,
+            tpot_ms=other.tpot_ms if self.tpot_ms is None else self.tpot_ms,
+        )
+
+    def known(self, times: StepTimes | None, prompt: float, output: float) -> ServiceLevel:
+        """As `limits`, with None for one that depends on times which nobody has measured."""
+        if times is None or (self.ttft_ms is not None and self.tpot_ms is not None):
+            return self
+        found = self.limits(times, prompt, output)
+        return ServiceLevel(ttft_ms=found.ttft_ms, tpot_ms=found.tpot_ms)
+
     def limits(self, times: StepTimes, prompt: float = 0.0, output: float = 0.0) -> LatencyLimits:
         """Those of a request of these lengths; of a usual one without any."""
         context = prompt + output / 2

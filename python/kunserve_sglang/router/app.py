@@ -92,6 +92,7 @@ def build_app(
         connections,
         policy,
         traffic.latency,
+        traffic.attainment,
         traffic.queue,
         dispatcher,
         journals,

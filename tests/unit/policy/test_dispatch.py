@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kunserve_sglang.policy.dispatch import POLICIES, Candidate, least_load, lmetric, round_robin
-from kunserve_sglang.router.proxy.dispatcher import request_tokens
+from kunserve_sglang.router.proxy.dispatcher import Weight, request_tokens
+from kunserve_sglang.router.proxy.prefix_index import Prompt
 
 candidates = st.lists(
     st.builds(
@@ -120,6 +121,11 @@ def test_a_request_needs_its_prompt_and_a_share_of_its_limit() -> None:
         {"sampling_params": [{"max_new_tokens": 400}, {"max_new_tokens": 600}]},
     ):
         assert 700 <= tokens(**limits) < 730
+
+
+def test_a_prompt_that_was_not_read_is_estimated_by_its_bytes() -> None:
+    assert Weight(9, Prompt(7)).prompt_tokens(b"x" * 400) == 7
+    assert Weight(9, Prompt(0)).prompt_tokens(b"x" * 400) == 100
 
 
 def test_no_body_needs_nothing_and_nonsense_does_not_hurt() -> None:

@@ -204,6 +204,21 @@ def test_short_requests_get_as_long_as_usual_ones() -> None:
     assert ServiceLevel().limits(times, 5000, 5).ttft_ms > usual.ttft_ms
 
 
+def test_limits_that_nobody_has_measured_are_not_known() -> None:
+    times, half = times_of([COSTS], 30), ServiceLevel(ttft_ms=700)
+    assert ServiceLevel().known(None, 5, 5) == ServiceLevel()
+    assert half.known(None, 5, 5) == half
+    found, decided = half.known(times, 2000, 1000), half.limits(times, 2000, 1000)
+    assert (found.ttft_ms, found.tpot_ms) == (decided.ttft_ms, decided.tpot_ms)
+
+
+def test_what_one_level_leaves_open_another_says() -> None:
+    both = ServiceLevel(ttft_ms=1, tpot_ms=2)
+    assert ServiceLevel(tpot_ms=9).over(both) == ServiceLevel(ttft_ms=1, tpot_ms=9)
+    assert ServiceLevel(ttft_ms=9).over(ServiceLevel()) == ServiceLevel(ttft_ms=9)
+    assert ServiceLevel().over(both) == both == both.over(ServiceLevel(ttft_ms=9, tpot_ms=9))
+
+
 def test_only_decode_steps_are_slower_than_measured() -> None:
     times = times_of([COSTS], 30)
     slower = times.slower(2.0)

@@ -31,10 +31,10 @@ def clock() -> FakeClock:
 
 def stream(latency: Latency, clock: FakeClock, gaps: list[float]) -> None:
     """One answer whose chunks come after these pauses."""
-    timer = StreamTimer(latency, clock.now)
+    timer = StreamTimer(latency, clock.now, lambda *_: None)
     for gap in gaps:
         clock.now += gap
-        timer.chunk()
+        timer.chunk(b"data: x")
     timer.end()
 
 

@@ -75,6 +75,7 @@ class ControlPlaneCollector(Collector):
         yield from self._transitions()
         yield from self._requests()
         yield from self._queue()
+        yield from self._attainment()
         yield from self._prefixes()
         yield from self._histograms()
 
@@ -188,6 +189,18 @@ class ControlPlaneCollector(Collector):
         for reason, count in queue.shed.items():
             shed.add_metric([reason], count)
         yield shed
+
+    def _attainment(self) -> Iterator[Metric]:
+        total = _counter("slo_requests", "Judged, by whether limits were kept.", "class", "kept")
+        ttft = _gauge("slo_ttft_seconds", "Limit of a request of usual length.", "class")
+        tpot = _gauge("slo_tpot_seconds", "And for each token after the first.", "class")
+        for each, limits in self._traffic.attainment.classes():
+            for kept, count in each.total.items():
+                total.add_metric([each.name, str(kept).lower()], count)
+            for gauge, limit_ms in ((ttft, limits.ttft_ms), (tpot, limits.tpot_ms)):
+                if limit_ms is not None:
+                    gauge.add_metric([each.name], limit_ms / 1e3)
+        yield from (total, ttft, tpot)
 
     def _histograms(self) -> Iterator[Metric]:
         latency, queue = self._traffic.latency, self._traffic.queue

@@ -9,6 +9,7 @@ from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.router.http.answers import ERROR_TYPES
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.proxy.journal import Journal
+from kunserve_sglang.router.proxy.promise import Promise
 
 MAX_LOSSES = 2
 """So many instances may be lost while they have one request: it may well be the reason."""
@@ -18,14 +19,15 @@ class Attempts:
     """The instances that one request was sent to.
 
     `lost` are those that broke off before the answer was whole, with what they said last. A new
-    process under the number of such a one is another instance. `journal` is there if the request
-    may ask for a stream that can be resumed. `moving` says that its instance is about to be left,
-    and `since` when one was left first.
+    process under the number of such a one is another instance. `promise` is about its answer,
+    whoever gives it. `journal` is there if the request may ask for a stream that can be resumed.
+    `moving` says that its instance is about to be left, and `since` when one was left first.
     """
 
-    __slots__ = ("_left", "_refusing", "journal", "lost", "moving", "since")
+    __slots__ = ("_left", "_refusing", "journal", "lost", "moving", "promise", "since")
 
-    def __init__(self, journal: Journal | None) -> None:
+    def __init__(self, promise: Promise, journal: Journal | None) -> None:
+        self.promise = promise
         self.journal = journal
         self.lost: list[str] = []
         self.moving = False

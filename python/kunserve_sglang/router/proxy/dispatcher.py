@@ -75,6 +75,10 @@ class Weight(msgspec.Struct, frozen=True):
     tokens: int
     prompt: Prompt
 
+    def prompt_tokens(self, body: bytes) -> int:
+        """In its prompt; where that was not read, about."""
+        return self.prompt.tokens or len(body) // _BYTES_PER_TOKEN
+
 
 class Dispatcher:
     """Chooses instances, and remembers what is under way to each of them.

@@ -23,6 +23,7 @@ _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 1
 _TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 Clock = Callable[[], float]
+Began = Callable[[float, bytes], None]
 
 
 class Latency:
@@ -73,25 +74,36 @@ class Latency:
 class StreamTimer:
     """Times one answer; `chunk` runs for every chunk of every stream."""
 
-    __slots__ = ("_arrived", "_chunks", "_first", "_last", "_latency")
+    __slots__ = ("_arrived", "_began", "_first", "_last", "_latency", "chunks")
 
-    def __init__(self, latency: Latency, arrived: float) -> None:
+    def __init__(self, latency: Latency, arrived: float, began: Began) -> None:
+        """`began` is told the time to the first chunk, in seconds, and what that is."""
         self._latency = latency
         self._arrived = arrived
-        self._chunks = 0
+        self._began = began
+        self.chunks = 0
         self._first = self._last = arrived
 
-    def chunk(self) -> None:
+    def chunk(self, data: bytes) -> None:
         self._last = now = self._latency.clock()
-        self._chunks += 1
-        if self._chunks == 1:
+        self.chunks += 1
+        if self.chunks == 1:
             self._first = now
             self._latency.first_chunk(now, now - self._arrived)
+            self._began(now - self._arrived, data)
+
+    @property
+    def pace_s(self) -> float | None:
+        """The mean time between chunks; None before the second."""
+        return (self._last - self._first) / (self.chunks - 1) if self.chunks > 1 else None
+
+    def since_first_s(self, now: float) -> float:
+        """To be asked after the first chunk."""
+        return now - self._first
 
     def end(self) -> None:
         """However it ended: an answer that was cut short has had a pace as well."""
-        if self._chunks > 1:
-            pace = (self._last - self._first) / (self._chunks - 1)
+        if (pace := self.pace_s) is not None:
             self._latency.ended(self._last, pace)
 
 

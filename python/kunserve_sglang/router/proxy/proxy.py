@@ -22,12 +22,14 @@ from kunserve_sglang.router.http.outbound import (
     InstanceConnection,
     InstanceConnections,
 )
+from kunserve_sglang.router.proxy.attainment import Attainment
 from kunserve_sglang.router.proxy.attempts import Attempts
 from kunserve_sglang.router.proxy.busy import BusyAnswer
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight
 from kunserve_sglang.router.proxy.journal import Journals
 from kunserve_sglang.router.proxy.latency import Latency
 from kunserve_sglang.router.proxy.moves import Moves
+from kunserve_sglang.router.proxy.promise import Promise
 from kunserve_sglang.router.proxy.relay import Relay
 from kunserve_sglang.router.proxy.request_queue import RequestQueue, TurnedAway
 
@@ -69,6 +71,7 @@ class Proxy:
         connections: InstanceConnections,
         policy: Policy,
         latency: Latency,
+        attainment: Attainment,
         queue: RequestQueue,
         dispatcher: Dispatcher,
         journals: Journals,
@@ -76,6 +79,7 @@ class Proxy:
     ) -> None:
         self.stats = ProxyStats()
         self._latency = latency
+        self._attainment = attainment
         self._registry = registry
         self._connections = connections
         self._policy = policy
@@ -88,7 +92,13 @@ class Proxy:
     async def __call__(self, request: ClientRequest) -> None:
         request.arrived = self._latency.clock()
         try:
-            await self._serve(request)
+            promise = Promise(self._attainment, request)
+        except RequestError as error:
+            request.answer(error.answer())
+            self.stats.answers[request.status] += 1
+            return
+        try:
+            await self._serve(request, promise)
         except asyncio.CancelledError:
             if request.gone:
                 self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
@@ -97,8 +107,10 @@ class Proxy:
                 request.answer(retry_later("router_stopping", "the router is stopping"))
         else:
             self.stats.answers[request.status] += 1
+        finally:
+            promise.ended(request)
 
-    async def _serve(self, request: ClientRequest) -> None:
+    async def _serve(self, request: ClientRequest, promise: Promise) -> None:
         """Send the request when it is its turn, or say why it is not sent."""
         # Whoever is let in has to go at once, so what takes time comes before.
         try:
@@ -107,18 +119,19 @@ class Proxy:
             request.answer(error.answer())
             return
         weight = await self._dispatcher.weigh(request.scope["path"], request.body)
+        promise.prompt = weight.prompt_tokens(request.body)
         try:
             async with self._queue.admitted(request.scope):
-                await self._dispatch(request, weight)
+                await self._dispatch(request, weight, promise)
         except TurnedAway as refusal:
             request.answer(refusal.answer)
 
-    async def _dispatch(self, request: ClientRequest, weight: Weight) -> None:
+    async def _dispatch(self, request: ClientRequest, weight: Weight, promise: Promise) -> None:
         """Have the request answered by whichever instance the policy chooses."""
         policy = first if request.scope["path"] in _SAME_EVERYWHERE else self._policy
         journal = self._journals.of(request)
         try:
-            await self._try(request, policy, weight, Attempts(journal))
+            await self._try(request, policy, weight, Attempts(promise, journal))
         finally:
             if journal is not None:
                 journal.close()
@@ -247,7 +260,7 @@ class Proxy:
     ) -> bool:
         """As `_ask`, on this connection."""
         journal = None if instance.plain else attempts.journal
-        relay = Relay(request, self._latency, journal)
+        relay = Relay(request, self._latency, attempts.promise, journal)
         request.comes_from(connection)
         self._moves.sent(instance, connection, request, attempts)
         try:
@@ -268,7 +281,6 @@ class Proxy:
             # Unless it has all of the answer, this closes it: how an instance learns that nobody
             # waits any more.
             self._connections.put(connection)
-            relay.close()
 
     def _refused(self, busy: BusyAnswer, request: ClientRequest, attempts: Attempts) -> bool:
         """Pass on that the instance is busy, unless another may still have room."""

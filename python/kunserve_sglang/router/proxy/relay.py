@@ -8,6 +8,7 @@ from kunserve_sglang.router.http.heads import Headers, answer_headers
 from kunserve_sglang.router.proxy.busy import BACKPRESSURE, BusyAnswer
 from kunserve_sglang.router.proxy.journal import Journal
 from kunserve_sglang.router.proxy.latency import Latency, StreamTimer
+from kunserve_sglang.router.proxy.promise import Promise
 
 _MAX_HELD_DIGITS = 6
 """Of the length of an answer that is held: below a megabyte."""
@@ -25,16 +26,21 @@ class Relay:
     """
 
     __slots__ = (
-        *("_held", "_journal", "_latency", "_request", "_start", "_timer"),
+        *("_held", "_journal", "_latency", "_promise", "_request", "_start", "_timer"),
         *("busy", "redirect", "unfit"),
     )
 
     def __init__(
-        self, request: ClientRequest, latency: Latency, journal: Journal | None = None
+        self,
+        request: ClientRequest,
+        latency: Latency,
+        promise: Promise,
+        journal: Journal | None = None,
     ) -> None:
         self._request = request
         self._journal = journal
         self._latency = latency
+        self._promise = promise
         self._timer: StreamTimer | None = None
         self._start: tuple[int, Headers] | None = None
         self._held: list[bytes] = []
@@ -57,6 +63,8 @@ class Relay:
         if self._request.started:
             if self._journal is None or status != 200:
                 self.unfit = status
+            else:
+                self._timer = self._promise.timer  # it is the same stream, and had a pause
             return
         if 0 < len(known.get(b"content-length", b"")) <= _MAX_HELD_DIGITS:
             self._start = status, answer_headers(headers)
@@ -65,7 +73,8 @@ class Relay:
         # Tokens come as they are made; of other answers the first chunk says nothing.
         if status == 200 and known.get(b"content-type", b"").startswith(b"text/event-stream"):
             self._request.streams = True
-            self._timer = StreamTimer(self._latency, self._request.arrived)
+            promise, arrived = self._promise, self._request.arrived
+            self._timer = promise.timer = StreamTimer(self._latency, arrived, promise.first_chunk)
 
     def body(self, data: bytes) -> None:
         self._request.write(self._taken(data))
@@ -77,6 +86,7 @@ class Relay:
         if self._start is not None:
             self._request.start(*self._start)
             last = b"".join(self._held)
+            self._promise.whole(last)
         elif self._journal is not None:
             last += self._journal.rest()
         self._request.end(last)
@@ -84,7 +94,7 @@ class Relay:
     def _taken(self, data: bytes) -> bytes:
         """What of it goes to the client now."""
         if self._timer is not None and data:
-            self._timer.chunk()
+            self._timer.chunk(data)
         if self._journal is not None:
             return self._journal.pass_on(data)
         if self.busy is not None:
@@ -94,8 +104,3 @@ class Relay:
         elif not (self.redirect or self.unfit):
             return data
         return b""
-
-    def close(self) -> None:
-        """However it ended."""
-        if self._timer is not None:
-            self._timer.end()

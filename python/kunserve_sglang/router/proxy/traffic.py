@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from kunserve_sglang.api.service import AttainmentSummary
 from kunserve_sglang.api.types import LatencySummary, QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.core.messages import CacheReport
+from kunserve_sglang.core.service_classes import read_classes
 from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
+from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes
+from kunserve_sglang.router.proxy.attainment import Attainment
 from kunserve_sglang.router.proxy.latency import Latency
 from kunserve_sglang.router.proxy.moves import Moves
 from kunserve_sglang.router.proxy.prefix_index import PrefixIndex
@@ -15,13 +19,14 @@ from kunserve_sglang.router.proxy.request_queue import RequestQueue
 
 
 class Traffic:
-    """Queue, requests under way, latencies and index of prefixes; a `Front` of the control plane.
+    """Queue, requests under way, what users get, index of prefixes: the control plane's `Front`.
 
     `prefixes` is there only for a policy that asks for it: instances report their caches then.
     """
 
     def __init__(self, registry: Registry, config: ClusterConfig) -> None:
         self.latency = Latency()
+        self.attainment = Attainment(read_classes(config.slo_class), self.latency.clock)
         self.queue = RequestQueue(registry, config)
         self.moves = Moves()
         self._registry = registry
@@ -32,6 +37,12 @@ class Traffic:
 
     def latency_summary(self) -> LatencySummary:
         return self.latency.summary()
+
+    def attainment_summary(self) -> AttainmentSummary:
+        return self.attainment.summary()
+
+    def decided_by(self, level: ServiceLevel, times: StepTimes | None) -> None:
+        self.attainment.decided_by(level, times)
 
     def queue_status(self) -> QueueStatus:
         return self.queue.status()

@@ -1,0 +1,101 @@
+"""Whether users get what they were promised: how many requests kept their limits, by class."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+
+from kunserve_sglang.api.service import AttainmentSummary, ClassAttainment
+from kunserve_sglang.core.service_classes import DEFAULT_CLASS, ClassLimits
+from kunserve_sglang.policy.service_level import USUAL_TOKENS, ServiceLevel, StepTimes
+from kunserve_sglang.router.http.answers import RequestError
+from kunserve_sglang.router.proxy.latency import WINDOW_S, Clock
+from kunserve_sglang.router.proxy.slo_headers import CLASS_HEADER
+
+
+class ServiceClass:
+    """Requests of one name, with the limits that were given for them, and how many kept theirs.
+
+    `total` counts from the start, by whether they did; of the last minute the counts of each second
+    are there.
+    """
+
+    def __init__(self, name: str, level: ServiceLevel) -> None:
+        self.name = name
+        self.level = level
+        self.total: Counter[bool] = Counter({True: 0, False: 0})
+        self._recent: deque[tuple[int, Counter[bool]]] = deque(maxlen=int(WINDOW_S))
+
+    def add(self, now: float, *, kept: bool) -> None:
+        """One more has been judged."""
+        second = int(now)
+        if not self._recent or self._recent[-1][0] != second:
+            self._recent.append((second, Counter()))
+        self._recent[-1][1][kept] += 1
+        self.total[kept] += 1
+
+    def lately(self, now: float) -> Counter[bool]:
+        """Those of the last minute."""
+        recent = (counts for second, counts in self._recent if second > now - WINDOW_S)
+        return sum(recent, Counter())
+
+
+class Attainment:
+    """All classes, and the limits that hold now.
+
+    The limits of a request are those that it names itself, else those of its class, else those by
+    which the control plane decides, which says them with `decided_by`.
+    """
+
+    def __init__(self, classes: Mapping[str, ClassLimits], clock: Clock) -> None:
+        self.clock = clock
+        self._classes = {DEFAULT_CLASS: ServiceClass(DEFAULT_CLASS, ServiceLevel())}
+        for name, limits in classes.items():
+            level = ServiceLevel(ttft_ms=limits.ttft_ms, tpot_ms=limits.tpot_ms)
+            self._classes[name] = ServiceClass(name, level)
+        self.decided_by(ServiceLevel(), None)
+
+    def decided_by(self, level: ServiceLevel, times: StepTimes | None) -> None:
+        """The limits that were named for all, and what a lone request takes, if that is known."""
+        self._level, self._times = level, times
+        self._usual = level.known(times, 0.0, 0.0)
+
+    def of(self, name: str) -> ServiceClass:
+        """The class of this name. Raises `RequestError` with a 400."""
+        found = self._classes.get(name)
+        if found is None:
+            known = ", ".join(self._classes)
+            message = f"{CLASS_HEADER}: one of {known} is expected"
+            raise RequestError(400, "unknown_class", message, CLASS_HEADER)
+        return found
+
+    def limits(self, level: ServiceLevel, prompt: float = 0.0, output: float = 0.0) -> ServiceLevel:
+        """Of a request of these lengths for which `level` was named, as far as they are known."""
+        named = level.over(self._level)
+        if named is self._level and prompt + output / 2 <= USUAL_TOKENS:
+            return self._usual  # of most requests
+        return named.known(self._times, prompt, output)
+
+    def classes(self) -> Iterator[tuple[ServiceClass, ServiceLevel]]:
+        """Each with the limits of a request of usual length."""
+        for each in self._classes.values():
+            yield each, self.limits(each.level)
+
+    def summary(self) -> AttainmentSummary:
+        """Over the last minute."""
+        now = self.clock()
+        classes = [_described(each, limits, now) for each, limits in self.classes()]
+        return AttainmentSummary(window_s=WINDOW_S, classes=classes)
+
+
+def _described(each: ServiceClass, limits: ServiceLevel, now: float) -> ClassAttainment:
+    counts = each.lately(now)
+    requests = counts.total()
+    return ClassAttainment(
+        name=each.name,
+        ttft_ms=limits.ttft_ms,
+        tpot_ms=limits.tpot_ms,
+        requests=requests,
+        kept=counts[True],
+        attainment=counts[True] / requests if requests else None,
+    )
