@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kunserve_sglang.api.events import Event
+from kunserve_sglang.api.service import AttainmentSummary
 from kunserve_sglang.api.types import ClusterStatus, InstanceStatus, PlanAnswer, Policy, Worker
 from kunserve_sglang.cli.bar import Legend, MemoryBar, memory_shares
 from kunserve_sglang.core.layout import LayerRange
@@ -40,6 +41,9 @@ _OUTCOME_STYLES = {
 
 _EVENT_TABLE_WIDTH = 120
 
+_FEW_KEPT = 0.9
+"""Below this share of requests within their limits it is worth a look."""
+
 
 def cluster_view(status: ClusterStatus) -> RenderableType:
     """The whole cluster: a line about it, and a table of its instances."""
@@ -49,7 +53,8 @@ def cluster_view(status: ClusterStatus) -> RenderableType:
     for instance in status.instances:
         table.add_row(*_instance_cells(instance, status))
     lost = [Text(f"instance {i.id}: {i.lost}", "red") for i in status.instances if i.lost]
-    return Group(_headline(status), table, *lost, Legend())
+    kept = _attainment(status.attainment)
+    return Group(_headline(status), *kept, table, *lost, Legend())
 
 
 def policy_view(policy: Policy) -> RenderableType:
@@ -145,6 +150,22 @@ def _headline(status: ClusterStatus) -> Text:
     if (running := status.transition) is not None:
         text.append(f"   {running.kind} of instances {_ids(running.instances)} is running", "cyan")
     return text
+
+
+def _attainment(summary: AttainmentSummary) -> Iterable[Text]:
+    """A line about the classes that had requests, if any had."""
+    shares = [
+        (f"{c.name} {c.attainment:.0%} of {c.requests:,}", c.attainment)
+        for c in summary.classes
+        if c.attainment is not None
+    ]
+    if not shares:
+        return
+    text = Text(f"limits kept in the last {summary.window_s:.0f} s: ")
+    for i, (share, attainment) in enumerate(shares):
+        style = "yellow" if attainment < _FEW_KEPT else ""
+        text.append(f", {share}" if i else f"{share} requests", style)
+    yield text
 
 
 def _instance_cells(instance: InstanceStatus, status: ClusterStatus) -> list[RenderableType]:

@@ -11,7 +11,7 @@ import pytest
 
 from kunserve_sglang.testing.mock_member import CAPACITY
 from tests.support.command_line import Run
-from tests.support.mock_worker import MockWorker, vote_no
+from tests.support.mock_worker import Canned, MockWorker, vote_no
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 
@@ -79,6 +79,20 @@ def test_status_shows_how_fast_answers_are(start_router: Start, run: Run) -> Non
     worker.finish()
     assert re.search(r"TTFT p50 [\d,]+ ms, p99 [\d,]+ ms", run(router, "status").out)
     connection.close()
+
+
+def test_status_shows_who_gets_what_was_promised(start_router: Start, run: Run) -> None:
+    router = start_router(1, slo_ttft_ms=3_600_000, slo_tpot_ms=3_600_000, slo_class=("fast=5:5",))
+    assert "limits kept" not in run(router, "status").out
+    worker = router.instances[0].worker
+    worker.answers["/generate"] = Canned({"meta_info": {"completion_tokens": 3}})
+    assert router.post("/generate", {}).status == 200
+    worker.answers["/generate"] = Canned("", 503)
+    assert [router.post("/generate", {}).status for _ in range(2)] == [503, 503]
+    assert router.post("/generate", {}, **{"X-KunServe-Class": "fast"}).status == 503
+    until(lambda: sum(c["requests"] for c in router.status()["attainment"]["classes"]) == 4)
+    shown = run(router, "status").out.splitlines()[1]
+    assert shown == "limits kept in the last 60 s: default 33% of 3 requests, fast 0% of 1"
 
 
 def test_status_shows_what_is_queued(start_router: Start, run: Run) -> None:

@@ -122,6 +122,7 @@ def test_nothing_that_matters_is_left_out() -> None:
         "kunserve:instance_mode",
         "kunserve:last_transition_seconds",
         "kunserve:pages",
+        "kunserve:slo_requests_total",
         "kunserve:slots",
         "kunserve:tpot_seconds_bucket",
         "kunserve:transitions_total",
