@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from kunserve_sglang.api.events import Event
+from kunserve_sglang.api.history import History
 from kunserve_sglang.api.types import (
     DRAIN_TIMEOUT_S,
     AcceptedPlan,
@@ -138,6 +139,14 @@ CALLS = (
         about="The transitions that have ended, oldest first.",
         answers={200: Events},
         parameters=(Parameter(name="limit", type=Limit, about="only so many, the latest"),),
+    ),
+    Call(
+        name="history",
+        method="GET",
+        path="/kunserve/history",
+        access=Access.READ,
+        about="Demand, capacity and attainment of the last half hour, one sample every 2 s.",
+        answers={200: History},
     ),
     Call(
         name="trace",

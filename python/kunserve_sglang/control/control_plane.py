@@ -17,6 +17,7 @@ from kunserve_sglang.control.coordinator import Coordinator, TransitionRunning
 from kunserve_sglang.control.descriptions import status_of
 from kunserve_sglang.control.events import EventLog, declined
 from kunserve_sglang.control.front import Front, NoFront
+from kunserve_sglang.control.history import SAMPLE_INTERVAL_S, HistoryLog
 from kunserve_sglang.control.hub import ControlHub
 from kunserve_sglang.control.losses import Losses
 from kunserve_sglang.control.plausible import check_hello, check_status
@@ -68,6 +69,7 @@ class ControlPlane:
         self.config = config
         self.registry = Registry(config.num_instances, model, now)
         self.events = EventLog()
+        self.history = HistoryLog()
         self.front: Front = NoFront()
         self.on_gone: Callable[[Instance], None] = lambda _: None
         self.hub = ControlHub(line)
@@ -98,6 +100,7 @@ class ControlPlane:
             tasks.create_task(self._watch_instances())
             tasks.create_task(self._watch_load())
             tasks.create_task(self._tell_limits())
+            tasks.create_task(self._keep_history())
 
     def close(self) -> None:
         self.hub.close()
@@ -249,6 +252,11 @@ class ControlPlane:
             times = self.controller.times(self.registry.snapshot())
             self.front.decided_by(self.controller.level, times)
             await asyncio.sleep(TELL_INTERVAL_S)
+
+    async def _keep_history(self) -> None:
+        while True:
+            self.history.add(self.registry.instances.values(), self.front.attainment_summary())
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     async def look(self) -> None:
         """Look at the cluster once, and do what the controller asks for."""

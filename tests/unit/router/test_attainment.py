@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kunserve_sglang.core.cost_model import CostModel
-from kunserve_sglang.testing.mock_member import LAYERS
+from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS
 from tests.support.mock_worker import Canned, MockWorker
 from tests.support.recorded_streams import begun, event, with_record
 from tests.support.router_harness import RouterCluster
@@ -220,3 +220,17 @@ def test_limits_that_were_not_named_are_those_that_decide(
     service, found = router.status()["service"], seen(router)
     assert service["ttft_ms"] == found["ttft_ms"] == 5 * LAYERS * (1 + 512 * 0.5)
     assert service["tpot_ms"] == found["tpot_ms"] > 5 * LAYERS
+
+
+def test_who_looks_later_finds_what_was_before(patient: RouterCluster) -> None:
+    def latest() -> Any:
+        return patient.get("/kunserve/history").json["samples"][-1]
+
+    until(lambda: latest()["capacity"] == CAPACITY)
+    before = patient.get("/kunserve/history").json
+    stream(patient)
+    patient.instances[0].set_load(demand=321)
+    until(lambda: latest()["demand"] == 321 and latest()["attainment"] == 1)
+    after = patient.get("/kunserve/history").json
+    assert after["samples"][: len(before["samples"])] == before["samples"]
+    assert before["now"] <= after["samples"][-1]["time"] <= after["now"]

@@ -50,6 +50,7 @@ CASES = {
     "policy": Case(no_conflict=ONLY_LOOKS, no_bad_input=TAKES_NOTHING),
     "set_policy": Case(body={"cooldown_s": 0}, no_conflict="it is about the next transition"),
     "events": Case(no_conflict=ONLY_LOOKS),
+    "history": Case(no_conflict=ONLY_LOOKS, no_bad_input=TAKES_NOTHING),
     "trace": Case(
         # The other instance is the one that keeps the transition from ending, and answers nothing.
         body={"seconds": 0.01, "instances": [1]},

@@ -105,8 +105,9 @@ def test_answers_are_as_described(start_router: Start) -> None:
     router = start_router(2, admin_api_key="admin", read_api_key="read")
     checker = Checker(router)
     call = checker.call
-    for path in ("/kunserve/status", "/kunserve/policy", "/kunserve/openapi.json", "/workers"):
-        call("GET", path)
+    for path in ("status", "policy", "history", "openapi.json"):
+        call("GET", f"/kunserve/{path}")
+    call("GET", "/workers")
     call("POST", "/kunserve/plan", {})
     call("PUT", "/kunserve/policy", {"cooldown_s": 0})
     call("POST", "/kunserve/drop")

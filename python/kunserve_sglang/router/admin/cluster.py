@@ -50,6 +50,9 @@ class Admin:
     async def events(self, request: Request) -> Response:
         return json_answer(Events(events=self._control.events.latest(read_limit(request))))
 
+    async def history(self, request: Request) -> Response:  # noqa: ARG002 (a Starlette endpoint)
+        return json_answer(self._control.history.latest())
+
     async def plan(self, request: Request) -> Response:
         """A dry run of a transition."""
         body = await read_body(request, PlanBody)

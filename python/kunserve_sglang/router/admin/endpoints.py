@@ -85,6 +85,7 @@ def _admin_routes(
         "policy": admin.policy,
         "set_policy": admin.set_policy,
         "events": admin.events,
+        "history": admin.history,
         "trace": tracing.record,
         "openapi": docs.openapi,
         "workers": members.workers,
