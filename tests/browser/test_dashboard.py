@@ -13,7 +13,7 @@ from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS, PROFILE
 from tests.browser.conftest import Visit
 from tests.support.dashboard_page import ask_for, confirm, instance, width
-from tests.support.mock_worker import vote_no
+from tests.support.mock_worker import Canned, vote_no
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 
@@ -105,6 +105,38 @@ def test_the_numbers_are_those_of_the_router(start_router: Start, visit: Open) -
         mock.worker.finish()
     expect(figures).to_contain_text(re.compile(r"TPOT[\d.]+ m?sp90 [\d.]+ m?s"))
     connection.close()
+
+
+def test_who_opens_it_late_sees_what_was_before(start_router: Start, visit: Open) -> None:
+    router = start_router(1)
+
+    def demands() -> list[int]:
+        return [s["demand"] for s in router.get("/kunserve/history").json["samples"]]
+
+    until(lambda: 0 in demands())
+    router.instances[0].set_load(demand=2 * CAPACITY)
+    until(lambda: demands()[-1] == 2 * CAPACITY)
+    page = visit(router).page
+    # At once more than the one point that the page has seen itself, and not all as high.
+    curve = page.locator("#history .demand")
+    expect(curve).to_have_attribute("d", re.compile(r"^M0\.0 120\.0L"))
+    expect(page.locator("#span")).to_contain_text(f"up to {2 * CAPACITY} slots now")
+
+
+def test_it_shows_who_gets_what_was_promised(start_router: Start, visit: Open) -> None:
+    router = start_router(1, slo_ttft_ms=3_600_000, slo_tpot_ms=3_600_000, slo_class=("fast=5:5",))
+    page = visit(router).page
+    figures = page.locator("#figures")
+    expect(figures).to_contain_text("Within limits\u2013of 0 requests in 60 s")
+    worker = router.instances[0].worker
+    worker.answers["/generate"] = Canned({"meta_info": {"completion_tokens": 3}})
+    assert router.post("/generate", {}).status == 200
+    expect(figures).to_contain_text("Within limits100 %of 1 request in 60 s")
+    worker.answers["/generate"] = Canned("", 503)
+    assert router.post("/generate", {}, **{"X-KunServe-Class": "fast"}).status == 503
+    expect(figures).to_contain_text("Within limits50 %of 2 requests in 60 s")
+    expect(figures).to_contain_text("default 100 % · fast 0 %")
+    expect(page.get_by_role("img", name="Requests within their limits: 50 %")).to_be_visible()
 
 
 def test_an_aborted_drop_says_why(start_router: Start, visit: Open) -> None:

@@ -1,7 +1,10 @@
 // The cluster in a few numbers: demand against capacity, the queue, and how fast answers are.
 
 import { byId, make, reconcile, setText } from "./dom.js";
-import { count, duration, percent } from "./format.js";
+import { count, duration, NOTHING, percent } from "./format.js";
+
+/** Below this share of requests within their limits it is worth a look. */
+const FEW_KEPT = 0.9;
 
 /** Sums over the instances that have reported; what a lost one has is of no use to anybody. */
 export function totals(instances) {
@@ -18,7 +21,14 @@ export function totals(instances) {
   };
 }
 
-export function showFigures({ instances, latency, queue }) {
+/** All classes together: how many requests, and the share of them that kept their limits, or null. */
+export function judged({ classes }) {
+  const requests = classes.reduce((total, { requests }) => total + requests, 0);
+  const kept = classes.reduce((total, { kept }) => total + kept, 0);
+  return { requests, share: requests ? kept / requests : null };
+}
+
+export function showFigures({ instances, latency, attainment, queue }) {
   const all = totals(instances);
   const share = all.capacity ? percent(all.demand / all.capacity) : "no capacity";
   const figures = [
@@ -38,6 +48,7 @@ export function showFigures({ instances, latency, queue }) {
     },
     { ...quantiles("TTFT", latency.ttft_ms), more: sampleOf(latency) },
     quantiles("TPOT", latency.tpot_ms),
+    keeping(attainment),
   ];
   reconcile(byId("figures"), figures, (figure) => figure.name, create, update);
 }
@@ -50,6 +61,23 @@ function held({ requests, oldest_s: oldest }) {
     note: `in the router, the oldest for ${duration(1000 * oldest)}`,
     warn: true,
   };
+}
+
+function keeping(attainment) {
+  const { requests, share } = judged(attainment);
+  const kind = requests === 1 ? "request" : "requests";
+  const used = attainment.classes.filter((each) => each.requests);
+  return {
+    name: "Within limits",
+    value: share === null ? NOTHING : percent(share),
+    note: `of ${count(requests)} ${kind} in ${count(attainment.window_s)} s`,
+    more: used.length > 1 ? used.map(ofClass).join(" · ") : "",
+    warn: share !== null && share < FEW_KEPT,
+  };
+}
+
+function ofClass({ name, attainment }) {
+  return `${name} ${percent(attainment)}`;
 }
 
 function quantiles(name, values) {

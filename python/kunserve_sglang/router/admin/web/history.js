@@ -1,57 +1,58 @@
-// Demand against capacity since the page was opened, with a mark for each drop and restore.
+// The last half hour: demand against capacity, and who keeps the limits.
 
-import { byId, setAttribute, setText } from "./dom.js";
-import { totals } from "./figures.js";
-import { count } from "./format.js";
+import { Chart } from "./chart.js";
+import { byId, setText } from "./dom.js";
+import { judged, totals } from "./figures.js";
+import { count, NOTHING, percent } from "./format.js";
 
-const KEPT_S = 300;
-const WIDTH = 600;
-const HEIGHT = 120;
-const SVG = "http://www.w3.org/2000/svg";
+const KEPT_S = 1800;
 
 export class History {
+  /** `complete` says whether it knows what the router remembers. */
   constructor() {
+    this.complete = false;
     this.points = [];
     this.marks = [];
-    this.svg = byId("history");
-    this.lines = {};
-    for (const name of ["marks", "capacity", "demand"]) {
-      this.lines[name] = document.createElementNS(SVG, "path");
-      this.lines[name].setAttribute("class", name);
-      this.svg.append(this.lines[name]);
-    }
+    this.ahead = 0;
+    this.load = new Chart("history", ["capacity", "demand"]);
+    this.limits = new Chart("kept-history", ["attainment"]);
   }
 
-  add({ instances }, events) {
-    const now = Date.now() / 1000;
+  /** Begins with what was before the page was opened, or while the router was out of reach. */
+  begin({ now, samples }) {
+    this.complete = true;
+    // All times are the router's: the clock of the browser may show another.
+    this.ahead = now - Date.now() / 1000;
+    const since = samples[0]?.time ?? Infinity;
+    this.points = [...this.points.filter(({ time }) => time < since), ...samples];
+  }
+
+  add({ instances, attainment }, events) {
+    const now = Date.now() / 1000 + this.ahead;
     const { demand, capacity } = totals(instances);
-    this.points.push({ time: now, demand, capacity });
+    this.points.push({ time: now, demand, capacity, attainment: judged(attainment).share });
     this.points = this.points.filter(({ time }) => time > now - KEPT_S);
-    // Only what lies within the curve: the clock of the router need not be that of the browser.
     const first = this.points[0].time;
     this.marks = events.map(({ time }) => time).filter((time) => time >= first && time <= now);
   }
 
   show() {
-    const last = this.points.at(-1);
-    const first = this.points[0].time;
-    const span = Math.max(last.time - first, 1);
-    const top = 1.1 * Math.max(1, ...this.points.flatMap((p) => [p.demand, p.capacity]));
-    const x = (time) => (((time - first) / span) * WIDTH).toFixed(1);
-    const y = (value) => (HEIGHT * (1 - value / top)).toFixed(1);
-    for (const name of ["capacity", "demand"]) {
-      const steps = this.points.map((p) => `${x(p.time)} ${y(p[name])}`);
-      setAttribute(this.lines[name], "d", `M${steps.join("L")}`);
-    }
-    const marks = this.marks.map((time) => `M${x(time)} 0V${HEIGHT}`).join("");
-    setAttribute(this.lines.marks, "d", marks || "M0 0");
-    this.describe(last, span);
+    const { demand, capacity, attainment } = this.points.at(-1);
+    const span = Math.max(this.points.at(-1).time - this.points[0].time, 1);
+    const highest = Math.max(1, ...this.points.map((p) => Math.max(p.demand, p.capacity)));
+    this.load.draw(this.points, this.marks, 1.1 * highest);
+    this.limits.draw(this.points, this.marks, 1.1);
+    const slots = `up to ${count(Math.max(demand, capacity))} slots now`;
+    setText(byId("span"), `last ${long(span)}, ${slots}`);
+    this.load.describe(
+      `Demand ${count(demand)} against capacity ${count(capacity)} token slots`,
+    );
+    const share = attainment === null ? NOTHING : percent(attainment);
+    setText(byId("kept-span"), `last ${long(span)}, ${share} now`);
+    this.limits.describe(`Requests within their limits: ${share}`);
   }
+}
 
-  describe({ demand, capacity }, span) {
-    const text = `last ${count(span)} s, up to ${count(Math.max(demand, capacity))} slots now`;
-    setText(byId("span"), text);
-    const label = `Demand ${count(demand)} against capacity ${count(capacity)} token slots`;
-    setAttribute(this.svg, "aria-label", label);
-  }
+function long(seconds) {
+  return seconds < 120 ? `${count(seconds)} s` : `${count(seconds / 60)} min`;
 }

@@ -20,14 +20,15 @@ const signIn = new SignIn(() => poller.now());
 const confirmation = new Confirmation(() => poller.now());
 
 async function ask() {
-  const [status, { events }] = await Promise.all([
+  const [status, { events }, past] = await Promise.all([
     read("kunserve/status"),
     read(`kunserve/events?limit=${EVENTS_SHOWN}`),
+    history.complete ? null : read("kunserve/history"),
   ]);
-  return { status, events };
+  return { status, events, past };
 }
 
-function show({ status, events }) {
+function show({ status, events, past }) {
   byId("unreachable").hidden = true;
   signIn.done();
   byId("main").removeAttribute("aria-busy");
@@ -36,6 +37,7 @@ function show({ status, events }) {
   setConnection(running ? `${running.kind} in progress` : "live", running ? "busy" : "good");
   showPolicy(status.policy, status.service);
   showFigures(status);
+  if (past) history.begin(past);
   history.add(status, events);
   history.show();
   showMap(status.instances);
@@ -45,6 +47,7 @@ function show({ status, events }) {
 
 function showFailure(error, lastSuccess) {
   byId("main").classList.add("stale");
+  history.complete = false;
   setActions(false);
   if (error instanceof Refused && error.wantsKey) {
     byId("unreachable").hidden = true;
