@@ -6,13 +6,16 @@ RUN := .venv/bin/python
 TYPED := python/kunserve_sglang scripts $(if $(wildcard benchmark/*.py),benchmark)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test browser lint types format freeze clean
+.PHONY: help env wheels demo test browser lint types format freeze clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## create or update .venv (DEVICE=cuda: for GPUs)
 	@$(PYTHON) scripts/setup_env.py $(if $(DEVICE),--device $(DEVICE))
+
+wheels: env ## build into dist/ what installs without a checkout
+	@$(RUN) scripts/build_wheels.py
 
 demo: env ## a burst on two instances, with and without KunServe
 	@$(RUN) -m benchmark.demo $(ARGS)
@@ -48,5 +51,5 @@ freeze: env ## write down the versions in .venv as the tested ones
 	@$(RUN) scripts/freeze.py
 
 clean: ## remove what was built and installed
-	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis python/*.egg-info
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis python/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

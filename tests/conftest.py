@@ -15,6 +15,7 @@ from kunserve_sglang.core.processes import compile_nothing, spin_shortly
 from tests.support import hardware
 
 if TYPE_CHECKING:
+    from tests.support.installed import Installed
     from tests.support.router_harness import RouterCluster
 
 
@@ -46,6 +47,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support import tiny_model
 
     return tiny_model.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """Our wheel, in an environment of its own."""
+    from tests.support.installed import Installed
+
+    return Installed(tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture

@@ -20,9 +20,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import add_flags, read_flags
 from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
-from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult, load_profile
-from kunserve_sglang.simulation.report import Slo, counted, table, to_json
-from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window
+
+try:
+    from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult, load_profile
+    from kunserve_sglang.simulation.report import Slo, counted, table, to_json
+    from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window
+except ModuleNotFoundError as missing:  # on a host with a router alone, say
+    sys.exit(f"kunserve: this needs {missing.name}: pip install 'kunserve-sglang[simulate]'")
 
 CLUSTER_FLAGS = (
     *("drop_threshold", "restore_threshold", "max_group_size", "slo_ttft_ms", "slo_tpot_ms"),

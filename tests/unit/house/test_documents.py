@@ -32,7 +32,7 @@ _CLASS = re.compile(r"(?:[a-z_]+\.)*([A-Z]\w*[a-z]\w*)(?:\.(\w+))?(?:\(\))?")
 _MODULE = re.compile(r"([a-z_]+)(?:\.\w+)+")
 _TEST = re.compile(r"test_\w+")
 
-FOREIGN_PATHS = re.compile(r"(?:build|out)/|(?:text|application|image)/")
+FOREIGN_PATHS = re.compile(r"(?:build|dist|out)/|(?:text|application|image)/")
 """Paths that are not ours: what programs write, and media types."""
 
 DATA = (".csv", ".json", ".png")
