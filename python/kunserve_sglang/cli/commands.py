@@ -29,6 +29,7 @@ from kunserve_sglang.api.types import (
     Worker,
 )
 from kunserve_sglang.cli import live
+from kunserve_sglang.cli.doctor.options import add_launch_flags
 from kunserve_sglang.cli.session import Session
 from kunserve_sglang.cli.views import (
     cluster_view,
@@ -54,12 +55,16 @@ Arguments = Callable[[argparse.ArgumentParser], None]
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it does, how it is done, and its own arguments."""
+    """A command: what it does, how it is done, and its own arguments.
+
+    `asks` is whether it calls the router, so that it takes the flags that say where that is.
+    """
 
     name: str
     about: str
     run: Callable[[Session, Flags], None]
     arguments: Sequence[Arguments] = ()
+    asks: bool = True
 
 
 # --- looking ------------------------------------------------------------------------------------
@@ -100,6 +105,13 @@ def trace(session: Session, flags: Flags) -> None:
         raise Usage(f"--output {flags.output}: {error.strerror}") from None
     size = format_size(len(answer.body))
     session.console.print(f"{flags.output}: {size}; open it in Perfetto or chrome://tracing")
+
+
+def doctor(session: Session, flags: Flags) -> None:
+    # Here, since no other command needs what it looks around with.
+    from kunserve_sglang.cli.doctor.command import examine
+
+    examine(session, flags)
 
 
 # --- changing -----------------------------------------------------------------------------------
@@ -255,4 +267,5 @@ COMMANDS = (
     Command("policy", "show or set when the cluster acts by itself", policy, (_policy,)),
     Command("events", "list the transitions so far", events, (_log, _repeat)),
     Command("trace", "record what the instances do", trace, (_recording, _instances)),
+    Command("doctor", "is this host fit to serve?", doctor, (add_launch_flags,), asks=False),
 )

@@ -19,7 +19,8 @@ DEFAULT_URL = "http://127.0.0.1:30000"
 
 _EPILOG = """\
 environment: KUNSERVE_URL, KUNSERVE_ADMIN_API_KEY, KUNSERVE_READ_API_KEY
-exit status: 0 done, 1 the router refused, 2 wrong usage, 3 the router cannot be reached"""
+exit status: 0 done, 1 the router refused (doctor: this host would not serve), 2 wrong usage,
+  3 the router cannot be reached"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.name, help=command.about, description=command.about, allow_abbrev=False
         )
         # Not given behind the name: what was given before it, or its default, stands.
-        _add_common(own, raw=argparse.SUPPRESS, default=argparse.SUPPRESS)
+        _add_common(own, raw=argparse.SUPPRESS, default=argparse.SUPPRESS, asks=command.asks)
         for add in command.arguments:
             add(own)
         own.set_defaults(run=command.run)
@@ -75,15 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_common(
-    parser: argparse.ArgumentParser, *, raw: bool | str, default: str | None = None
+    parser: argparse.ArgumentParser,
+    *,
+    raw: bool | str,
+    default: str | None = None,
+    asks: bool = True,
 ) -> None:
-    group = parser.add_argument_group("router")
-    group.add_argument("--url", default=default, help=f"its address (default: {DEFAULT_URL})")
-    group.add_argument("--admin-api-key", default=default, metavar="KEY", help="opens all calls")
-    group.add_argument("--read-api-key", default=default, metavar="KEY", help="opens those to look")
-    group.add_argument(
-        "--json", action="store_true", default=raw, help="write the router's answers as they are"
-    )
+    group = parser.add_argument_group("router" if asks else "answer")
+    if asks:
+        group.add_argument("--url", default=default, help=f"its address (default: {DEFAULT_URL})")
+        for key, opens in (("admin", "all calls"), ("read", "those to look")):
+            group.add_argument(
+                f"--{key}-api-key", default=default, metavar="KEY", help=f"opens {opens}"
+            )
+    whose = "the router's answers as they are" if asks else "it for programs"
+    group.add_argument("--json", action="store_true", default=raw, help=f"write {whose}")
 
 
 def _client(flags: argparse.Namespace, environment: Mapping[str, str]) -> RouterClient:

@@ -95,9 +95,14 @@ def with_budget(options: Options, instances: int, sglang_argv: Sequence[str]) ->
     """
     if options.memory_budget or instances < 1 or wanted_device(sglang_argv) != "cpu":
         return options
-    budget = int(psutil.virtual_memory().available * _MEMORY_SHARE / instances)
+    budget = default_budget(psutil.virtual_memory().available, instances)
     Console().note(f"--memory-budget not given, using {format_size(budget)} an instance")
     return msgspec.structs.replace(options, memory_budget=budget)
+
+
+def default_budget(available: int, instances: int) -> int:
+    """Bytes of each of so many instances on a CPU with so many bytes free."""
+    return int(available * _MEMORY_SHARE / instances)
 
 
 def with_api_key(options: LaunchOptions, sglang_argv: Sequence[str]) -> list[str]:

@@ -16,7 +16,8 @@ from kunserve_sglang.core.private_files import write_private
 from kunserve_sglang.core.processes import free_port
 
 _FILE = "cluster.json"
-_LOCK = "lock"
+LOCK = "lock"
+"""A launcher holds it as long as it and its processes run."""
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +56,7 @@ def standing_in(folder: Path, wanted: str | None) -> Standing:
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _lock(folder / _LOCK)
+        _lock(folder / LOCK)
         standing = new_standing()
         with contextlib.suppress(FileNotFoundError):
             standing = msgspec.json.decode((folder / _FILE).read_bytes(), type=Standing)

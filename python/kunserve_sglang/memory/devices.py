@@ -6,14 +6,12 @@ import psutil
 import torch
 
 from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.page_sizes import page_bytes_for, page_bytes_on_cpu
 from kunserve_sglang.memory.cuda import CudaPages
 from kunserve_sglang.memory.cuda_driver import CudaDevice
 from kunserve_sglang.memory.memfd import MemfdDriver
 from kunserve_sglang.memory.pool import PageDriver, PhysicalPagePool
 
-_MAX_PAGES = 16_384
-_MIN_PAGE_ON_CPU = 64 << 10
-_MAX_PAGE_ON_CPU = 2 << 20
 _MAX_PAGE_ON_CUDA = 32 << 20
 _MIN_PAGES_OF_A_BUFFER = 50
 """Of a KV buffer: half of its last page is wasted, so a hundredth of the buffer at most."""
@@ -34,7 +32,7 @@ def open_pool(
     """
     driver: PageDriver
     if device.type == "cpu":
-        page = page_bytes or page_bytes_for(budget, _MIN_PAGE_ON_CPU, _MAX_PAGE_ON_CPU)
+        page = page_bytes or page_bytes_on_cpu(budget)
         driver = MemfdDriver(page, name)
     elif device.type == "cuda":
         gpu = CudaDevice(device.index or 0)
@@ -60,17 +58,5 @@ def page_bytes_on_cuda(budget: int, granularity: int, buffer_bytes: int) -> int:
     """
     page = page_bytes_for(budget, granularity, _MAX_PAGE_ON_CUDA)
     while page < _MAX_PAGE_ON_CUDA and 2 * page * _MIN_PAGES_OF_A_BUFFER <= buffer_bytes:
-        page *= 2
-    return page
-
-
-def page_bytes_for(budget: int, smallest: int, largest: int) -> int:
-    """Small for small budgets, since a buffer wastes half a page at its end; then larger.
-
-    Every page that is mapped costs a call to a driver, or a kernel mapping, of which a Linux
-    process may have 65,530 by default.
-    """
-    page = smallest
-    while budget // page > _MAX_PAGES and page < largest:
         page *= 2
     return page

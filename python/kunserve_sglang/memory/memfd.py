@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kunserve_sglang.core.errors import ConfigurationError, InternalError, MappingRefused
+from kunserve_sglang.core.page_sizes import SPARE_MAPPINGS
 from kunserve_sglang.memory.pool import contiguous_runs
 
 _PROT_NONE = 0
@@ -38,8 +39,6 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 _MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
-_SPARE_MAPPINGS = 8192
-"""For everything else that this process has mapped, or may map in the meantime."""
 
 
 class MemfdDriver:
@@ -98,7 +97,7 @@ class MemfdDriver:
     def mappable(self) -> int:
         # Every page may need a mapping of its own, and split the one that it lies in. They are not
         # counted, which takes a while, where all pages could have two.
-        limit = int(_MAX_MAPPINGS.read_text()) - _SPARE_MAPPINGS
+        limit = int(_MAX_MAPPINGS.read_text()) - SPARE_MAPPINGS
         if (left := limit // 2 - self._committed) > 0:
             return left
         with Path("/proc/self/maps").open("rb") as maps:

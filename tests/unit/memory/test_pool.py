@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from kunserve_sglang.core.errors import InternalError, MappingRefused, OutOfPages
 from kunserve_sglang.memory import PhysicalPagePool, VirtualBuffer, memfd
-from kunserve_sglang.memory.devices import page_bytes_for
 from kunserve_sglang.memory.memfd import MemfdDriver
 from kunserve_sglang.memory.pool import contiguous_runs
 from tests.support.pages import HOST_PAGE, ON_HOST, Pools
@@ -243,14 +242,6 @@ def test_memory_is_committed_as_it_is_used(pool: PhysicalPagePool) -> None:
     pool.commit()
     pool.commit()
     assert asked == [10, 20, 64]
-
-
-@given(st.integers(0, 1 << 45))
-def test_page_sizes_grow_with_the_budget(budget: int) -> None:
-    page = page_bytes_for(budget, 2 << 20, 32 << 20)
-    assert page % (2 << 20) == 0
-    assert budget // page <= 16_384 or page == 32 << 20
-    assert page == 2 << 20 or budget // (page // 2) > 16_384
 
 
 def test_remapping_a_hundred_megabytes_takes_milliseconds() -> None:
