@@ -10,6 +10,8 @@ from kunserve_sglang.cli.doctor.finding import Finding, error, warning
 
 _OURS = "kunserve-sglang"
 _PLUGIN = "kunserve"
+_PIP = "pip install --find-links dist"
+_WHEELS = ", where dist is what `make wheels` has built"
 
 
 def installation_findings(facts: Facts) -> Iterator[Finding]:
@@ -60,14 +62,14 @@ def _plugin(found: InstallationFacts) -> Iterator[Finding]:
         yield error(
             "not-installed",
             f"{_OURS} is on the path and not installed, so SGLang does not find its plugin",
-            f"pip install {_OURS}",
+            f"{_PIP} {_OURS}{_WHEELS}",
         )
     elif not plugin.there:
         named = f"leads to {plugin.value}, which is not there" if plugin.value else "is missing"
         yield error(
             "plugin",
             f"the entry point by which SGLang finds the plugin {named}",
-            f"pip install --force-reinstall --no-deps {_OURS}",
+            f"{_PIP} --force-reinstall --no-deps {_OURS}{_WHEELS}",
         )
     elif plugin.allowed and _PLUGIN not in re.split(r"\s*,\s*", plugin.allowed.strip()):
         yield error(
@@ -110,7 +112,7 @@ def _version(
 
 
 def _install(device: str) -> str:
-    return f"pip install '{_OURS}[{'gpu' if device == 'cuda' else 'serve'}]'"
+    return f"{_PIP} '{_OURS}[{'gpu' if device == 'cuda' else 'serve'}]'{_WHEELS}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
