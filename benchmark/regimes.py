@@ -107,9 +107,8 @@ REGIMES = (
 
 def machines() -> dict[str, Profile]:
     """The profiles by name; the slow CPU is the other one, but for products of matrices."""
-    folder = ROOT / "examples" / "profiles"
-    cpu = load_profile(folder / "smollm2-135m-cpu.toml")
-    gpu = load_profile(folder / "qwen2.5-14b-a800.toml")
+    cpu = load_profile(Path("smollm2-135m-cpu"))
+    gpu = load_profile(Path("qwen2.5-14b-a800"))
     batch, each, beta, *rest = cpu.cost.prefill
     step, request, token = cpu.cost.decode
     slow = msgspec.structs.replace(

@@ -210,9 +210,8 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     flags = flags_of("simulator", "The simulator against real runs, and its speed.")
     traces = ROOT.parent / "shared" / "traces"
-    profiles = ROOT / "examples" / "profiles"
     flags.add_argument("--trace", type=Path, default=traces / "azure_llm_2023_conv.csv")
-    flags.add_argument("--profile", type=Path, default=profiles / "smollm2-135m-cpu.toml")
+    flags.add_argument("--profile", type=Path, default="smollm2-135m-cpu")
     flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
     flags.add_argument("--memory-budget", default="288MiB", help="as in the profile")
     flags.add_argument("--chunked-prefill-size", type=int, default=256, help="as in the profile")
@@ -221,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--duration", type=float, default=90.0, help="seconds of the trace")
     flags.add_argument("--rate", type=float, default=0.2, help="share of the trace's requests")
     flags.add_argument("--seed", type=int, default=1)
-    flags.add_argument("--large-profile", type=Path, default=profiles / "qwen2.5-14b-a800.toml")
+    flags.add_argument("--large-profile", type=Path, default="qwen2.5-14b-a800")
     flags.add_argument("--large-rate", type=float, default=180.0, help="times the trace")
     flags.add_argument("--only", choices=("accuracy", "hour"), help="leave the other as it is")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")

@@ -111,9 +111,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--chunked-prefill-size", type=int, default=256)
     flags.add_argument("--core", type=int, default=0)
     flags.add_argument("--passes", type=int, default=3, help="runs; the best counts")
-    flags.add_argument(
-        "--output", type=Path, default=ROOT / "examples" / "profiles" / "smollm2-135m-cpu.toml"
-    )
+    profiles = ROOT / "python" / "kunserve_sglang" / "simulation" / "profiles"
+    flags.add_argument("--output", type=Path, default=profiles / "smollm2-135m-cpu.toml")
     return flags
 
 

@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
         description="How many instances a load needs, and what dropping parameters would save.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    flags.add_argument("--profile", type=Path, required=True, help="machine and model (TOML, JSON)")
+    flags.add_argument(
+        "--profile", type=Path, required=True, help="machine and model: a name, or TOML or JSON"
+    )
     flags.add_argument("--trace", type=Path, required=True, help="Azure, BurstGPT or Mooncake")
     flags.add_argument("--instances", type=_counts, default=(2,), help="for example 4 or 2,4,8")
     flags.add_argument("--compare", type=_policies, default=("none", "drop"), help="policies")

@@ -1,11 +1,12 @@
 """What a simulation must know of a machine and a model: one typed TOML or JSON file.
 
-`docs/simulator.md` describes every field; `examples/profiles/` has one of a measured CPU and one
-of a GPU made of published figures.
+`docs/simulator.md` describes every field; `simulation/profiles/` has one of a measured CPU and one
+of a GPU made of published figures, which are also known by their names.
 """
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,8 @@ from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.layout import MemoryProfile
 from kunserve_sglang.core.sizes import parse_size
+
+_SHIPPED = files("kunserve_sglang.simulation") / "profiles"
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,9 +139,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def load_profile(path: Path) -> Profile:
-    """Read a profile; raises `ConfigurationError` that names the file and the field."""
+    """Read a profile, or one of the package's by its name.
+
+    Raises `ConfigurationError` that names the file and the field.
+    """
     try:
-        data = path.read_bytes()
+        shipped = _SHIPPED / f"{path}.toml"
+        by_name = len(path.parts) == 1 and not path.exists() and shipped.is_file()
+        data = shipped.read_bytes() if by_name else path.read_bytes()
         if path.suffix == ".json":
             return msgspec.json.decode(data, type=Profile)
         return msgspec.toml.decode(data, type=Profile)

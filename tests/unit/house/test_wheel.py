@@ -43,7 +43,8 @@ def test_the_wheel_has_all_files_of_the_package(installed: Installed) -> None:
     files = (p.relative_to(PACKAGE) for p in PACKAGE.rglob("*") if p.is_file())
     ours = {p.as_posix() for p in files if "__pycache__" not in p.parts}
     wanted = {name for name in ours if not name.startswith(tuple(f"{f}/" for f in LEFT_OUT))}
-    assert {"router/admin/web/index.html", "py.typed"} < wanted < ours
+    known = {"router/admin/web/index.html", "simulation/profiles/qwen2.5-14b-a800.toml", "py.typed"}
+    assert known < wanted < ours
     assert _names(installed.wheel) == wanted
 
 
@@ -98,6 +99,18 @@ def test_programs_start_without_a_checkout(installed: Installed) -> None:
     for done in helps:
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith("usage: ")
+
+
+def test_a_simulator_knows_the_profiles_that_come_with_it(
+    installed: Installed, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = (f"2026-01-01 00:00:0{i}.0000000,100,20" for i in range(9))
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    words = ("--profile", "smollm2-135m-cpu", "--trace", str(trace), "--compare", "none")
+    done = installed.run("-m", f"{PACKAGE.name}.simulate", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "9 requests" in done.stdout
 
 
 def test_a_simulator_without_numpy_says_so_in_one_line(installed: Installed) -> None:

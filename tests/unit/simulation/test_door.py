@@ -19,11 +19,11 @@ from kunserve_sglang.simulation import load_profile
 from kunserve_sglang.simulation.report import Slo, needed, savings, summarise
 from kunserve_sglang.simulation.routing import Dispatch
 from kunserve_sglang.simulation.traces import TraceRow, multiply
-from tests.support.places import ROOT
+from tests.support.repository import PACKAGE
 from tests.unit.simulation.test_cluster import profile
 from tests.unit.simulation.test_cluster import simulate as simulated
 
-PROFILES = ROOT / "examples" / "profiles"
+PROFILES = PACKAGE / "simulation" / "profiles"
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     f"2023-11-16 18:15:{second:02d}.{tenth}000000,{100 + second},{20 + tenth}\n"
     for second in range(20)
@@ -92,8 +92,14 @@ def test_dispatch_takes_turns_whatever_the_number() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.iterdir()), ids=lambda p: p.name)
-def test_example_profiles_are_complete(path: Path) -> None:
+def test_profiles_of_the_package_are_complete_and_known_by_name(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     found = load_profile(path)
+    assert load_profile(Path(path.stem)) == found
+    (tmp_path / path.stem).write_text(PROFILE)  # a file goes before a name
+    assert load_profile(Path(path.stem)) == profile()
     assert found.source in path.read_text()
     assert found.memory(8).capacity(LayerRange(0, found.layers), 1) > 1000
 
