@@ -154,7 +154,8 @@ class ModelMember:
     @property
     def at_rest(self) -> bool:
         """Whether it waits for nobody, and does not just stand still."""
-        return not self.sleeper.stopped and self.agent.status().mode in ("independent", "cooperative")
+        at_rest = self.agent.status().mode in ("independent", "cooperative")
+        return at_rest and not self.sleeper.stopped
 
     def kill(self) -> None:
         self.sleeper.kill()

@@ -126,7 +126,7 @@ def test_requests_to_a_host_that_has_vanished_end(
     start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connections stay open for ever, as far as this host can tell."""
-    router = start_router(1)
+    router = start_router(1, queue_timeout_s=0.1)
     (vanished,) = router.instances
     vanished.worker.hanging.add("/v1/completions")
 
