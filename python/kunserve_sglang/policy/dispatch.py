@@ -83,14 +83,14 @@ def round_robin(candidates: Sequence[Candidate], turn: int) -> int:
 
 def least_load(candidates: Sequence[Candidate], turn: int) -> int:
     """The smallest share of its slots in demand; then fewest requests, then whose turn it is."""
-    pools = _pools(candidates)
     count = len(candidates)
-
-    def cost(position: int) -> tuple[float, float, int, int]:
-        candidate, pool = candidates[position], pools[position]
-        return pool.load, candidate.load, candidate.in_flight, (position - turn) % count
-
-    return min(range(count), key=cost)
+    costs = [
+        (pool.load, candidate.load, candidate.in_flight, (position - turn) % count, position)
+        for position, (candidate, pool) in enumerate(
+            zip(candidates, _pools(candidates), strict=True)
+        )
+    ]
+    return min(costs)[-1]
 
 
 def lmetric(candidates: Sequence[Candidate], turn: int) -> int:
@@ -100,21 +100,22 @@ def lmetric(candidates: Sequence[Candidate], turn: int) -> int:
     weights between them. The batch includes the request, or any idle instance would do; equal
     scores go where less is to be computed, then to the least load.
     """
-    pools = _pools(candidates)
     count = len(candidates)
-
-    def cost(position: int) -> tuple[float, int, float, float, int, int]:
-        candidate, pool = candidates[position], pools[position]
-        return (
+    costs = [
+        (
             candidate.new_tokens * (pool.mean_batch + 1),
             candidate.new_tokens,
             pool.load,
             candidate.load,
             candidate.in_flight,
             (position - turn) % count,
+            position,
         )
-
-    return min(range(count), key=cost)
+        for position, (candidate, pool) in enumerate(
+            zip(candidates, _pools(candidates), strict=True)
+        )
+    ]
+    return min(costs)[-1]
 
 
 def first(candidates: Sequence[Candidate], turn: int) -> int:  # noqa: ARG001 (a Policy)

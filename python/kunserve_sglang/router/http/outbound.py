@@ -222,9 +222,9 @@ class InstanceConnections:
         self._tls: ssl.SSLContext | None = None
         self._sweeping: asyncio.TimerHandle | None = None
 
-    async def get(self, url: str, *, new: bool = False) -> InstanceConnection:
-        """A kept connection, or a new one. Raises `OSError` if none could be made in time."""
-        idle = None if new else self._idle.get(url)
+    def kept(self, url: str) -> InstanceConnection | None:
+        """One that waits for a next request, if there is one."""
+        idle = self._idle.get(url)
         since = self._loop.time() - KEEP_ALIVE_S
         while idle:
             connection = idle.pop()
@@ -232,6 +232,10 @@ class InstanceConnections:
                 connection.reused = True
                 return connection
             connection.close()
+        return None
+
+    async def make(self, url: str) -> InstanceConnection:
+        """A new one. Raises `OSError` if none could be made in time."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 return await self._connect(url)

@@ -226,7 +226,7 @@ class Proxy:
 
     async def _ask(self, instance: Instance, request: ClientRequest, attempts: Attempts) -> bool:
         """False if the instance cannot have run the request; raises `BrokenOff`."""
-        connection = await self._connection(instance)
+        connection = self._connections.kept(instance.url) or await self._connect(instance)
         if connection is None:
             return False
         try:
@@ -235,16 +235,14 @@ class Proxy:
             if not error.unread or attempts.moving:
                 raise
             # Most likely it never saw the request, and this counts for no loss if it is there.
-            connection = await self._connection(instance, new=True)
+            connection = await self._connect(instance)
             if connection is None:
                 raise
             return await self._exchange(instance, connection, request, attempts)
 
-    async def _connection(
-        self, instance: Instance, *, new: bool = False
-    ) -> InstanceConnection | None:
+    async def _connect(self, instance: Instance) -> InstanceConnection | None:
         try:
-            return await self._connections.get(instance.url, new=new)
+            return await self._connections.make(instance.url)
         except OSError as error:
             if is_refusal(error):
                 instance.liveness.refuses()

@@ -200,7 +200,7 @@ class RequestQueue:
         """Whether `_free` is above 0. This runs for every request, and most often the first has."""
         if not self._leaving:
             for instance in self._registry.instances.values():
-                if instance.available and not instance.quiet and self._room(instance) > 0:
+                if instance.available and not instance.quiet and self.has_room(instance):
                     return True
         return self._free() > 0
 
