@@ -140,13 +140,17 @@ def test_one_that_stands_still_gets_no_requests_and_comes_back(
     before = url_of(client, ILL)
     scheduler = scheduler_of(family_of(launched.pid, before))
     scheduler.send_signal(signal.SIGSTOP)
-    wait_for(lambda: not both_serve(client), about=client.status)
-    assert next(i["stalled"] for i in client.status()["instances"] if i["id"] == ILL)
+    wait_for(lambda: stalled(client, ILL), about=client.status)
+    assert not both_serve(client)
     assert texts(client) == expected  # all of them by the other
     comes_back(client, before, log)
     assert f"instance {ILL} stands still: ending it" in log.read_text()
     assert not scheduler.is_running()
     assert texts(client) == expected
+
+
+def stalled(client: Client, number: int) -> bool:
+    return bool(next(i["stalled"] for i in client.status()["instances"] if i["id"] == number))
 
 
 def scheduler_of(family: list[psutil.Process]) -> psutil.Process:
