@@ -145,7 +145,7 @@ def run(flags: argparse.Namespace, console: Console) -> int:
             flags.output / f"real_regimes-{policy.value}.log",
         ) as cluster:
             lone, *runs = (_serve(cluster, work, policy.value, console) for work in workloads)
-        slo = slo or slo_from(lone.results, LONE_FACTOR)
+        slo = slo or slo_from(lone.run.results, LONE_FACTOR)
         for load, served in zip(loads, runs, strict=True):
             rows.append(_row(load, policy.value, served, slo))
             console.print(line_of(rows[-1]), markup=False, soft_wrap=True)
@@ -171,10 +171,6 @@ class Served:
     run: Run
     events: list[dict[str, Any]]
 
-    @property
-    def results(self) -> list[Any]:
-        return self.run.results
-
     def count(self, kind: str, status: str) -> int:
         return sum(e["kind"] == kind and e["status"] == status for e in self.events)
 
@@ -199,13 +195,13 @@ def _serve(cluster: Cluster, work: Workload, name: str, console: Console) -> Ser
 
 
 def _row(load: Load, policy: str, served: Served, slo: Slo) -> Row:
-    figures = summarise(served.results, slo)
+    figures = summarise(served.run.results, slo)
     wanted = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "slo_ttft_ms", "slo_tpot_ms")
     return {
         "regime": load.name,
         "profile": "here",
         "policy": policy,
-        "requests": len(served.results),
+        "requests": len(served.run.results),
         "failed": figures["failed"],
         "slo_attainment": figures["slo_attainment"],
         **{key: round(figures[key], 1) for key in wanted},
