@@ -13,7 +13,8 @@ from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS, PROFILE
 from tests.browser.conftest import Visit
 from tests.support.dashboard_page import ask_for, confirm, instance, width
-from tests.support.mock_worker import Canned, vote_no
+from tests.support.mock_instance import vote_no
+from tests.support.mock_worker import Canned
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

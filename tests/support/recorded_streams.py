@@ -12,7 +12,8 @@ import pytest
 from kunserve_sglang.core.resumption import (
     COMMENT,
 )
-from tests.support.mock_worker import MockInstance, MockWorker
+from tests.support.mock_instance import MockInstance
+from tests.support.mock_worker import MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

@@ -20,7 +20,8 @@ from kunserve_sglang.core.keys import MemberKeys, new_keys
 from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.server import listen, serve
 from kunserve_sglang.router.settings import RouterConfig
-from tests.support.mock_worker import Background, MockInstance
+from tests.support.background import Background
+from tests.support.mock_instance import MockInstance
 from tests.support.waiting import until
 
 

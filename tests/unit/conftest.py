@@ -37,7 +37,8 @@ def idle_router() -> Iterator[RouterCluster]:
 @pytest.fixture
 def worker() -> Iterator[MockWorker]:
     """Some HTTP server, and no router."""
-    from tests.support.mock_worker import Background, MockWorker
+    from tests.support.background import Background
+    from tests.support.mock_worker import MockWorker
 
     background = Background()
     worker = MockWorker(background)

@@ -11,7 +11,8 @@ import pytest
 
 from kunserve_sglang.testing.mock_member import CAPACITY
 from tests.support.command_line import Run
-from tests.support.mock_worker import Canned, MockWorker, vote_no
+from tests.support.mock_instance import vote_no
+from tests.support.mock_worker import Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

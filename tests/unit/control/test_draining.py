@@ -10,7 +10,7 @@ import pytest
 
 from kunserve_sglang.core.messages import Prepare, Vote
 from kunserve_sglang.testing.mock_member import CAPACITY
-from tests.support.mock_worker import MockInstance, vote_no
+from tests.support.mock_instance import MockInstance, vote_no
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 

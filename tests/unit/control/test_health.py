@@ -10,7 +10,8 @@ import pytest
 from kunserve_sglang.control import control_plane, health, liveness
 from kunserve_sglang.control.registry import Registry
 from kunserve_sglang.testing.mock_member import CAPACITY
-from tests.support.mock_worker import Background, Canned, MockWorker
+from tests.support.background import Background
+from tests.support.mock_worker import Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

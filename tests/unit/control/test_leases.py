@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kunserve_sglang.control.leases import LEASE_S, Leases
-from tests.support.mock_worker import MODEL
+from tests.support.mock_instance import MODEL
 
 OTHER = msgspec.structs.replace(MODEL, layers=5)
 

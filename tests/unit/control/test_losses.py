@@ -12,7 +12,7 @@ from kunserve_sglang.control import health
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.control.upstream import Reply
 from kunserve_sglang.core.messages import Lost
-from tests.support.mock_worker import MockInstance
+from tests.support.mock_instance import MockInstance
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

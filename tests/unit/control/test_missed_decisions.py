@@ -10,7 +10,7 @@ from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.messages import Commit
 from kunserve_sglang.policy.agreement import Agreement, agreement
 from kunserve_sglang.testing.mock_member import CAPACITY
-from tests.support.mock_worker import MockInstance
+from tests.support.mock_instance import MockInstance
 from tests.support.model.cluster import ModelCluster
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.mock_worker import Background, Canned, MockWorker
+from tests.support.background import Background
+from tests.support.mock_worker import Canned, MockWorker
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from kunserve_sglang.core.messages import Prepare, Vote
 from kunserve_sglang.testing.mock_member import CAPACITY
-from tests.support.mock_worker import vote_no, vote_yes
+from tests.support.mock_instance import vote_no, vote_yes
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

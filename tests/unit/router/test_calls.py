@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from kunserve_sglang.api.calls import CALLS, Access, Call
-from tests.support.mock_worker import MODEL
+from tests.support.mock_instance import MODEL
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 from tests.unit.router.test_docs import ADMIN, Checker

@@ -26,7 +26,7 @@ from kunserve_sglang.router.http.answers import ERROR_TYPES, Code
 from kunserve_sglang.router.http.outbound import InstanceConnections
 from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig
-from tests.support.mock_worker import MODEL
+from tests.support.mock_instance import MODEL
 from tests.support.places import ROOT
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until

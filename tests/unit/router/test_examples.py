@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.mock_worker import vote_no
+from tests.support.mock_instance import vote_no
 from tests.support.places import ROOT
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until

@@ -17,7 +17,7 @@ from kunserve_sglang.router.http.http_server import HttpServer
 from kunserve_sglang.router.http.inbound import Handler
 from kunserve_sglang.router.http.incoming import Incoming
 from kunserve_sglang.router.http.limits import Limits
-from tests.support.mock_worker import Background
+from tests.support.background import Background
 from tests.support.raw_http import all_of, connect, statuses
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until

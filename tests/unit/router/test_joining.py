@@ -18,7 +18,7 @@ from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.instance.agent.control import ControlLink
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS, PROFILE
-from tests.support.mock_worker import MODEL
+from tests.support.mock_instance import MODEL
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 

@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kunserve_sglang.router.admin.exposition import merge_expositions
 from kunserve_sglang.testing.mock_member import CAPACITY, PROFILE
-from tests.support.mock_worker import Canned, vote_no
+from tests.support.mock_instance import vote_no
+from tests.support.mock_worker import Canned
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

@@ -9,7 +9,8 @@ import pytest
 
 from kunserve_sglang.core.blocks import BLOCK_TOKENS, block_hashes
 from kunserve_sglang.core.settings import DispatchPolicy
-from tests.support.mock_worker import Background, Canned, MockWorker
+from tests.support.background import Background
+from tests.support.mock_worker import Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 

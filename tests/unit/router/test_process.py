@@ -18,7 +18,8 @@ import pytest
 
 from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
-from tests.support.mock_worker import Background, MockInstance
+from tests.support.background import Background
+from tests.support.mock_instance import MockInstance
 from tests.support.router_harness import Client
 from tests.support.waiting import until
 

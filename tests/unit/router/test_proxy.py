@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.mock_worker import Canned, MockInstance
+from tests.support.mock_instance import MockInstance
+from tests.support.mock_worker import Canned
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
 
