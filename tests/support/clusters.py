@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.planner import Plan
@@ -82,16 +84,10 @@ def with_load(
 
 
 def _moved(state: InstanceState, layout: Layout) -> InstanceState:
-    load = state.load
-    return InstanceState(
-        instance=state.instance,
-        address=state.address,
-        memory=state.memory,
-        layout=layout,
-        load=_load(
-            layout.member(state.instance).capacity, load.slots.used, load.waiting, load.demand
-        ),
-    )
+    capacity = layout.member(state.instance).capacity
+    slots = msgspec.structs.replace(state.load.slots, capacity=capacity)
+    load = msgspec.structs.replace(state.load, slots=slots)
+    return msgspec.structs.replace(state, layout=layout, load=load)
 
 
 def _load(capacity: int, used: int, waiting: int, demand: int) -> Load:
@@ -100,4 +96,16 @@ def _load(capacity: int, used: int, waiting: int, demand: int) -> Load:
         running=1 if used else 0,
         waiting=waiting,
         demand=demand,
+    )
+
+
+def with_counts(state: ClusterState, arrived: int = 0, tokens: int = 0) -> ClusterState:
+    """Every instance says that it has got and answered so many, since it began."""
+    return ClusterState(
+        instances=tuple(
+            msgspec.structs.replace(
+                s, load=msgspec.structs.replace(s.load, arrived=arrived, tokens=tokens)
+            )
+            for s in state.instances
+        )
     )

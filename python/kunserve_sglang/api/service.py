@@ -8,14 +8,16 @@ import msgspec
 class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The limits that a request of usual length is to keep, in milliseconds.
 
-    `weighed`: drops and restores are decided by them. `slowness`: how many times as long decode
-    steps have lately taken as instances have measured.
+    `weighed`: drops and restores are decided by them. `slowness`: how many times as long as
+    instances have measured decode steps have lately taken; `slowness_together`: in groups, when
+    there last was one.
     """
 
     ttft_ms: float
     tpot_ms: float
     weighed: bool
     slowness: float
+    slowness_together: float
 
 
 class ClassAttainment(msgspec.Struct, frozen=True, kw_only=True):

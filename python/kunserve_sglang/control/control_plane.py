@@ -183,7 +183,8 @@ class ControlPlane:
             ttft_ms=limits.ttft_ms,
             tpot_ms=limits.tpot_ms,
             weighed=self.controller.weighs,
-            slowness=self.controller.slowness,
+            slowness=self.controller.slowness.alone,
+            slowness_together=self.controller.slowness.together,
         )
 
     def status(self) -> ClusterStatus:

@@ -7,17 +7,18 @@ is seen in what instances report: requests that run, and tokens that come of it.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.load import Load
 from kunserve_sglang.policy.forecast import PipelineTimes
-from kunserve_sglang.policy.service_level import times_of
+from kunserve_sglang.policy.service_level import Slowness, times_of
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
 _WINDOW_S = 10.0
 
 _ENOUGH_TOKENS = 64.0
-"""So many tokens of history weigh as much as no news: a factor of one."""
+"""So many tokens of history weigh as much as what is usual."""
 
 _LEAST, _MOST = 0.7, 2.0
 
@@ -25,24 +26,49 @@ _LOOKED_AT = 64
 """Instances; all are of one model, and mostly of one kind."""
 
 
+@dataclass(slots=True)
+class _Kind:
+    """What tokens took and should have taken, of instances that were served in one way."""
+
+    took: float = 0.0
+    expected: float = 0.0
+    answered: float = 0.0
+
+    def fade(self, seconds: float) -> None:
+        fading = math.exp(-seconds / _WINDOW_S)
+        self.took *= fading
+        self.expected *= fading
+        self.answered *= fading
+
+    def factor(self, usual: float) -> float:
+        """`usual` where nothing is known."""
+        if not self.expected:
+            return usual
+        known = self.answered / (self.answered + _ENOUGH_TOKENS)
+        seen = math.pow(self.took / self.expected, known) * math.pow(usual, 1 - known)
+        return min(_MOST, max(_LEAST, seen))
+
+
 class Calibration:
-    """Follows the ratio of the time that tokens took to the time that they should have taken."""
+    """Follows the ratio of the time that tokens took to the time that they should have taken.
+
+    What groups were seen to take is not forgotten while there are none, since that is when it is
+    asked for. Before the first, they are taken to be as slow as instances alone.
+    """
 
     def __init__(self) -> None:
         self._last = float("-inf")
         self._seen: dict[int, Load] = {}
-        self._took = 0.0
-        self._expected = 0.0
-        self._answered = 0.0
+        self._alone = _Kind()
+        self._together = _Kind()
 
     def observe(self, now: float, state: ClusterState) -> None:
         """A snapshot of time `now`, in seconds."""
         seconds = now - self._last
-        fading = math.exp(-seconds / _WINDOW_S)
-        self._took *= fading
-        self._expected *= fading
-        self._answered *= fading
         looked_at = state.instances[:_LOOKED_AT]
+        self._alone.fade(seconds)
+        if any(s.layout.cooperative for s in looked_at):
+            self._together.fade(seconds)
         for owner in looked_at:
             before, load = self._seen.get(owner.instance), owner.load
             if before is None or owner.costs is None or not load.running:
@@ -50,18 +76,17 @@ class Calibration:
             tokens = load.tokens - before.tokens
             if tokens < 0:
                 continue  # it has begun anew
-            self._took += 1e3 * seconds * load.running
-            self._expected += _expected_ms(owner, owner.costs, before)
-            self._answered += tokens
+            kind = self._together if owner.layout.cooperative else self._alone
+            kind.took += 1e3 * seconds * load.running
+            kind.expected += _expected_ms(owner, owner.costs, before)
+            kind.answered += tokens
         self._seen, self._last = {s.instance: s.load for s in looked_at}, now
 
     @property
-    def factor(self) -> float:
+    def slowness(self) -> Slowness:
         """What predicted times of decode steps are to be multiplied by."""
-        if not self._expected:
-            return 1.0
-        known = self._answered / (self._answered + _ENOUGH_TOKENS)
-        return min(_MOST, max(_LEAST, math.pow(self._took / self._expected, known)))
+        alone = self._alone.factor(usual=1.0)
+        return Slowness(alone=alone, together=self._together.factor(usual=alone))
 
 
 def _expected_ms(owner: InstanceState, costs: CostModel, before: Load) -> float:

@@ -18,7 +18,7 @@ from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.dropping import weighed_drop, weighed_restore
 from kunserve_sglang.policy.monitor import OverloadMonitor
 from kunserve_sglang.policy.planner import Plan, plan_drop, plan_restore
-from kunserve_sglang.policy.service_level import LatencyLimits, ServiceLevel, StepTimes
+from kunserve_sglang.policy.service_level import LatencyLimits, ServiceLevel, Slowness, StepTimes
 from kunserve_sglang.policy.shares import plan_rebalance
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.state import ClusterState
@@ -120,9 +120,9 @@ class Controller:
         return self._bounds.look(state, self._expected()) if self.weighs else {}
 
     @property
-    def slowness(self) -> float:
+    def slowness(self) -> Slowness:
         """How many times as long as predicted decode steps have lately taken."""
-        return self._calibration.factor
+        return self._calibration.slowness
 
     def limits(self, state: ClusterState) -> LatencyLimits | None:
         """Those of a request of usual length; None until somebody has measured costs."""

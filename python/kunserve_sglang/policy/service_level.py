@@ -56,6 +56,21 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
         return LatencyLimits(ttft_ms=self.prompts_ms(1, prompt), tpot_ms=self.step_ms(1, context))
 
 
+class Slowness(msgspec.Struct, frozen=True, kw_only=True):
+    """How many times as long as costs predict decode steps take, of instances alone and in groups.
+
+    They differ: a group adds hops and turns, and its members wait for each other, on one machine
+    more than on another.
+    """
+
+    alone: float = 1.0
+    together: float = 1.0
+
+    def of(self, stages: int) -> float:
+        """Where a step goes through so many stages."""
+        return self.alone if stages == 1 else self.together
+
+
 def times_of(costs: Sequence[CostModel], layers: int) -> StepTimes:
     """The mean of several instances; a model with `layers` decoder layers."""
     count = len(costs)

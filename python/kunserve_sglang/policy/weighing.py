@@ -22,7 +22,13 @@ from kunserve_sglang.policy.forecast import (
     Serving,
     forecast,
 )
-from kunserve_sglang.policy.service_level import LatencyLimits, ServiceLevel, StepTimes, times_of
+from kunserve_sglang.policy.service_level import (
+    LatencyLimits,
+    ServiceLevel,
+    Slowness,
+    StepTimes,
+    times_of,
+)
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 
 SAME = 0.02
@@ -87,12 +93,12 @@ class Prospect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Expected(msgspec.Struct, frozen=True, kw_only=True):
-    """What users want, how many requests come at all instances together, and how they are served:
-    decode steps have lately taken `slowness` times as long as costs predict."""
+    """What users want, how many requests come at all instances together, and how much slower than
+    costs predict decode steps have lately been."""
 
     level: ServiceLevel
     arrivals_per_s: float = 0.0
-    slowness: float = 1.0
+    slowness: Slowness = Slowness()
 
 
 class Prospects:
@@ -101,12 +107,15 @@ class Prospects:
     def __init__(self, state: ClusterState, instances: Iterable[int], expected: Expected) -> None:
         """Raises `ValueError` where costs are not known."""
         self._owners = [state.instance(i) for i in instances]
-        measured = known_times(self._owners)
-        self._times = measured.slower(expected.slowness)
+        self._measured = known_times(self._owners)
+        self._slowness = expected.slowness
         here = expected.arrivals_per_s * len(self._owners) / max(1, len(state.instances))
         self._now = serving(self._owners, {s.instance: s.layout for s in self._owners})
-        self.requests = requests_of(self._owners, self._times, self._now.stages, here)
-        self.limits = expected.level.limits(measured, self.requests.prompt, self.requests.output)
+        stages = self._now.stages
+        self.requests = requests_of(self._owners, self._times(stages), stages, here)
+        self.limits = expected.level.limits(
+            self._measured, self.requests.prompt, self.requests.output
+        )
 
     def as_it_is(self, what: str) -> Prospect:
         """As now; in a group with a bound if that is better."""
@@ -136,8 +145,11 @@ class Prospects:
         most = self._most_running(way.stages)
         return self._prospect(what, msgspec.structs.replace(way, most=most))
 
+    def _times(self, stages: int) -> StepTimes:
+        return self._measured.slower(self._slowness.of(stages))
+
     def _most_running(self, stages: int) -> float:
-        return most_running(self._owners, self.requests, self._times, stages, self.limits)
+        return most_running(self._owners, self.requests, self._times(stages), stages, self.limits)
 
     def _prospect(self, what: str, way: Serving) -> Prospect:
         gained = len(self._owners) * (way.capacity - self._now.capacity)
@@ -145,7 +157,7 @@ class Prospects:
             what=what,
             stages=way.stages,
             slots=round(gained),
-            forecast=forecast(self.requests, way, self._times, self.limits),
+            forecast=forecast(self.requests, way, self._times(way.stages), self.limits),
         )
 
 

@@ -12,9 +12,7 @@ from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.policy import bounds as bounds_module
-from kunserve_sglang.policy.arrivals import Arrivals
 from kunserve_sglang.policy.bounds import AT_ONCE, Bounds
-from kunserve_sglang.policy.calibration import Calibration
 from kunserve_sglang.policy.controller import Controller
 from kunserve_sglang.policy.decision import NoPlan
 from kunserve_sglang.policy.dropping import weighed_restore
@@ -58,19 +56,8 @@ def overloaded(
 
 
 def in_a_group(state: ClusterState) -> ClusterState:
-    """The same requests, after a drop of everything."""
     plan = plan_drop(state, epoch=1, reason="", max_group_size=8, tokens=1 << 60)
-    layouts = {i: layout for layout in plan.transition.after for i in layout.ids}
-    moved = []
-    for s in state.instances:
-        slots = Slots(
-            used=s.load.slots.used,
-            cached=0,
-            capacity=layouts[s.instance].member(s.instance).capacity,
-        )
-        load = msgspec.structs.replace(s.load, slots=slots)
-        moved.append(msgspec.structs.replace(s, layout=layouts[s.instance], load=load))
-    return ClusterState(instances=tuple(moved))
+    return carried_out(state, plan)
 
 
 def controller(**config: object) -> Controller:
@@ -252,39 +239,3 @@ def test_instances_are_told_their_bounds() -> None:
     assert {said.running for said in blind.admission(group).values()} == {0}
     off = carried_out(cluster(2), plan_drop(cluster(2), epoch=1, reason="", max_group_size=2))
     assert {said.running for said in controller().admission(off).values()} == {0}
-
-
-# -- what is learnt on the way -------------------------------------------------------------------
-
-
-def with_counts(state: ClusterState, arrived: int, tokens: int) -> ClusterState:
-    return ClusterState(
-        instances=tuple(
-            msgspec.structs.replace(
-                s, load=msgspec.structs.replace(s.load, arrived=arrived, tokens=tokens)
-            )
-            for s in state.instances
-        )
-    )
-
-
-def test_arrivals_are_counted_as_they_come_and_forgotten() -> None:
-    state, counted = cluster(2), Arrivals()
-    for tick in range(400):
-        counted.observe(tick / 20, with_counts(state, tick // 5, 0))
-    assert counted.per_second == pytest.approx(8.0, rel=0.15)
-    counted.observe(20.0, with_counts(state, 0, 0))  # both have begun anew
-    counted.observe(60.0, with_counts(state, 0, 0))
-    assert counted.per_second < 0.01
-
-
-@pytest.mark.parametrize("factor", [0.8, 1.0, 1.6])
-def test_slowness_is_learnt_from_tokens_that_come(factor: float) -> None:
-    state = overloaded(MEMORY_IS_SHORT, waiting=0)
-    running = state.instances[0].load.running
-    step_s = factor * 1.15 * 30 * (1.0 + 1e-3 * running) / 1e3
-    learnt = Calibration()
-    for tick in range(2000):
-        at = tick / 20
-        learnt.observe(at, with_counts(state, 0, running * int(at / step_s)))
-    assert learnt.factor == pytest.approx(factor, rel=0.05)
