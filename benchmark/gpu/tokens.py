@@ -54,7 +54,8 @@ async def compare(
         undisturbed = await asyncio.gather(*(answer(url, p, output) for p in prompts))
         await cluster.forget()
         answers = asyncio.gather(*(answer(url, p, output) for p in prompts))
-        await until(cluster, lambda status: running(status) == requests)
+        # Not all: on a busy machine the first may have ended before the last begins.
+        await until(cluster, lambda status: running(status) >= requests / 2)
         dropped = await cluster.drop()
         assert running(await cluster.status()) > 0, "all had ended before the drop had"
         restored = await cluster.restore()

@@ -30,13 +30,13 @@ def test_checks_of_instances_do_what_they_say() -> None:
     bench = Bench(partial(CudaDevice, 0, FakeCuda()), torch.device("cpu"), 1 << 20)
     with exact_rig(bench) as rig, rig.kunserve("checks", PLAN.slots) as cluster:
         url = cluster.url
-        asyncio.run(tokens.compare(url, "deterministic", found, requests=8, output=150))
+        asyncio.run(tokens.compare(url, "deterministic", found, requests=8, output=300))
         asyncio.run(decode.steps_and_exchange(url, Shape(32, 96), found))
         slots, dropping = asyncio.run(side_by_side.bursts_of_ours(url, (2,), PLAN, found))
         asyncio.run(side_by_side.in_turns(url, url, 2, PLAN, found, pairs=1))
         asyncio.run(_only_one_stays(url))
     met = {m["what"]: m["ok"] for m in found.limits}
-    assert met["shortest match of 150 tokens, deterministic"]
+    assert met["shortest match of 300 tokens, deterministic"]
     assert met.keys() >= {
         "decode step of 16, cooperative with graphs / independent",
         "TTFT P99 of 2 queueing / dropping",
