@@ -13,6 +13,7 @@ import msgspec
 from kunserve_sglang.core.bounds import Count, InstanceNumber, Real, Size
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.decoding import decode
+from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.layout import Layout, MemoryProfile
 from kunserve_sglang.core.load import Load, Pages
 
@@ -236,11 +237,13 @@ class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
 class Attainable(msgspec.Struct, frozen=True, kw_only=True, tag="attainable"):
     """What to admit: a single request may count on this many token slots. Needs no answer.
 
-    No more than `running` requests are to run at once; 0: as many as there are slots for.
+    No more than `running` requests are to run at once; 0: as many as there are slots for. Those
+    that can have their first token in time go before those that cannot any more.
     """
 
     slots: Count
     running: Count = 0
+    first_token: FirstTokenLimit = FirstTokenLimit()
 
 
 ToRouter = Hello | Status | CacheReport | Vote | Done | Traced

@@ -1,8 +1,8 @@
-"""How many requests a member of a group may run, so that their tokens keep their limit.
+"""How many requests an instance may run, so that their tokens keep their limit.
 
-A drop makes room for more requests than a group can serve in time, and without a bound all of them
-may miss their limits together. With it, those that run keep theirs, and the others wait as they
-would have without the drop. It is set while a forecast says that more keep their limits that way.
+Where there are slots for more requests than can be served in time, as after many a drop, all of
+them may miss their limits together. With a bound, those that run keep theirs, and the others wait.
+It is set while a forecast says that more keep their limits that way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AT_ONCE = 8
 
 
 class Bounds:
-    """Those of all groups; of many, each is looked at when it is its turn."""
+    """Those of all groups, also of one instance; of many, each is looked at when it is its turn."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], int | None] = {}
@@ -27,13 +27,18 @@ class Bounds:
 
     def look(self, state: ClusterState, expected: Expected) -> dict[int, int]:
         """By instance, for members of groups of which all have measured what their steps cost."""
-        groups = {group.ids: group for group in state.groups() if group.cooperative}
+        groups = {g.ids: g for g in state.groups() if self._concerns(state, g)}
         self._known = {ids: most for ids, most in self._known.items() if ids in groups}
         new = [ids for ids in groups if ids not in self._known]
         for ids in [*new, *self._known][:AT_ONCE]:
             self._known.pop(ids, None)
             self._known[ids] = bound(state, groups[ids], expected)
         return _by_member(self._known.items())
+
+    def _concerns(self, state: ClusterState, group: Layout) -> bool:
+        """Not an instance alone where nobody waits, unless that is because of its bound."""
+        waiting = any(state.instance(i).load.waiting for i in group.ids)
+        return group.cooperative or waiting or self._known.get(group.ids) is not None
 
 
 def bound(state: ClusterState, group: Layout, expected: Expected) -> int | None:

@@ -7,6 +7,7 @@ It looks at snapshots and asks for one transition at a time. Whoever it serves p
 from __future__ import annotations
 
 from kunserve_sglang.core.errors import KunServeError
+from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.messages import Attainable, TransitionKind
 from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.core.transports import ExchangeMode
@@ -110,10 +111,16 @@ class Controller:
     def admission(self, state: ClusterState) -> dict[int, Attainable]:
         """By instance, what it is to admit: `attainable`, and so many as hold the limits."""
         most = self.bounds(state)
+        first_token = self.first_token(state)
         return {
-            i: Attainable(slots=slots, running=most.get(i, 0))
+            i: Attainable(slots=slots, running=most.get(i, 0), first_token=first_token)
             for i, slots in self.attainable(state).items()
         }
+
+    def first_token(self, state: ClusterState) -> FirstTokenLimit:
+        """Whose turn it is while requests wait."""
+        limits = self.limits(state) if self.weighs else None
+        return FirstTokenLimit() if limits is None else self.level.first_token(limits)
 
     def bounds(self, state: ClusterState) -> dict[int, int]:
         """By instance, how many requests it is to run where the slots of a group are for more."""

@@ -1,9 +1,10 @@
 """What becomes of the requests that are there and expected, if an owner serves them in some way.
 
 A fluid model of the mean owner: requests are amounts that need not be whole and go in parts that
-share a fate. They wait in order, enter as slots allow, are prefilled while nobody decodes, and then
-decode together. It knows no chunks, no single step and no spread of lengths; it is asked which of
-some ways is best, and what it leaves out is much the same in all of them.
+share a fate. They wait in order, but for those whose first token is late already, enter as slots
+allow, are prefilled while nobody decodes, and then decode together. It knows no chunks, no single
+step and no spread of lengths; it is asked which of some ways is best, and what it leaves out is
+much the same in all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.policy.service_level import LatencyLimits, StepTimes
 
 _PARTS = 32
@@ -124,42 +126,58 @@ def forecast(
     asked: Requests, serving: Serving, times: StepTimes, limits: LatencyLimits
 ) -> Forecast:
     """Play it through, from now until all that are there and expected have ended."""
-    return _Play(asked, serving, PipelineTimes(times=times, stages=serving.stages)).through(limits)
+    pipeline = PipelineTimes(times=times, stages=serving.stages)
+    return _Play(asked, serving, pipeline, limits).through()
 
 
 class _Play:
-    def __init__(self, asked: Requests, serving: Serving, pipeline: PipelineTimes) -> None:
+    def __init__(
+        self, asked: Requests, serving: Serving, pipeline: PipelineTimes, limits: LatencyLimits
+    ) -> None:
         self._asked = asked
         self._serving = serving
         self._pipeline = pipeline
+        self._limits = limits
+        self._first_token = FirstTokenLimit(ms=limits.ttft_ms)
         self._now = 0.0
         self._peak = 0.0
         self._running = list(_running(asked))
         self._line = deque([*_waiting(asked), *_expected(asked)])
+        self._late: deque[_Batch] = deque()
         self._ended: list[_Batch] = []
         most = min(serving.capacity / max(1.0, asked.prompt + asked.output), serving.most)
         longest = min(most / 2, sum(p.count for p in self._line) / _TURNS)
         self._least = max(_LEAST_PART * max(1.0, most), longest)
 
-    def through(self, limits: LatencyLimits) -> Forecast:
+    def through(self) -> Forecast:
         served = True
-        while served and (self._running or self._line):
+        while served and (self._running or self._line or self._late):
             served = self._enter() | self._decode()
         # Whoever is left needs more slots than there are.
-        return self._told([*self._ended, *self._running, *self._line], limits)
+        return self._told([*self._ended, *self._running, *self._line, *self._late])
+
+    def _next(self) -> deque[_Batch]:
+        """The queue at whose head is who is next; empty if nobody waits."""
+        while self._line and self._past(self._line[0]):
+            self._late.append(self._line.popleft())
+        here = self._line and self._line[0].arrived <= self._now
+        return self._line if here else self._late
+
+    def _past(self, part: _Batch) -> bool:
+        return self._first_token.past(0, self._now - part.arrived)
 
     def _enter(self) -> bool:
         """Let those in for whom there is room; whether any have come in."""
         came = False
-        while self._line and self._line[0].arrived <= self._now:
-            head = self._line[0]
+        while queue := self._next():
+            head = queue[0]
             room = min(head.count, self._room(head))
             if room <= 0 or (room < min(head.count, self._least) and self._running):
                 break
             entered = _Batch(room, head.arrived, head.left, head.context)
             head.count -= room
             if head.count <= 1e-9:
-                self._line.popleft()
+                queue.popleft()
             self._now += self._pipeline.prompts_ms(room, self._asked.prompt)
             entered.first = self._now
             self._running.append(entered)
@@ -205,7 +223,7 @@ class _Play:
         self._running = [p for p in self._running if p.left > 1e-6]
         return True
 
-    def _told(self, parts: list[_Batch], limits: LatencyLimits) -> Forecast:
+    def _told(self, parts: list[_Batch]) -> Forecast:
         output = max(1.0, self._asked.output)
         past = self._asked.output - self._asked.left
         requests = within = tokens = 0.0
@@ -215,7 +233,7 @@ class _Play:
             since = -past * self._asked.token_ms if began else part.first
             each = (part.end - since) / output if part.end < float("inf") else float("inf")
             waited = 0.0 if began else part.first - part.arrived
-            sure = _within(each, limits.tpot_ms) * _within(waited, limits.ttft_ms)
+            sure = _within(each, self._limits.tpot_ms) * _within(waited, self._limits.ttft_ms)
             requests += part.count
             within += part.count * sure
             tokens += part.count * (self._asked.left if began else output)

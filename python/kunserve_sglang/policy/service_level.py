@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.first_token import FirstTokenLimit
 
 LONE_FACTOR = 5.0
 """LatencyLimits that nobody has named: so many times what a lone request takes, as in the paper."""
@@ -103,6 +104,11 @@ class ServiceLevel(msgspec.Struct, frozen=True, kw_only=True):
             return self
         found = self.limits(times, prompt, output)
         return ServiceLevel(ttft_ms=found.ttft_ms, tpot_ms=found.tpot_ms)
+
+    def first_token(self, limits: LatencyLimits) -> FirstTokenLimit:
+        """That of each request, `limits` being those of a usual one."""
+        named = self.ttft_ms is not None
+        return FirstTokenLimit(ms=limits.ttft_ms, tokens=0 if named else USUAL_TOKENS)
 
     def limits(self, times: StepTimes, prompt: float = 0.0, output: float = 0.0) -> LatencyLimits:
         """Those of a request of these lengths; of a usual one without any."""

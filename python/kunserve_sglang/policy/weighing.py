@@ -69,12 +69,15 @@ class Prospect(msgspec.Struct, frozen=True, kw_only=True):
             return mine.e2e_ms <= theirs.e2e_ms * (1 + _SAME_E2E + _WORTH * gain)
         return gain >= -SAME and mine.e2e_ms < theirs.e2e_ms * (1 - _SAME_E2E)
 
-    def keeps_more_than(self, other: Prospect) -> bool:
-        """More requests within their limits; of as many, they end sooner."""
-        gain = self.forecast.attainment - other.forecast.attainment
-        if abs(gain) > SAME:
-            return gain > 0
-        return self.forecast.e2e_ms < other.forecast.e2e_ms
+    def worth_its_bound(self, free: Prospect) -> bool:
+        """More requests within their limits than without; in a group, of as many they end sooner.
+
+        Alone, that would be the answer to limits which nobody can keep: one request at a time.
+        """
+        gain = self.forecast.attainment - free.forecast.attainment
+        if abs(gain) > SAME or self.stages == 1:
+            return gain > SAME
+        return self.forecast.e2e_ms < free.forecast.e2e_ms
 
     def choice(self, verdict: str, *, chosen: bool) -> Choice:
         told = self.forecast
@@ -118,28 +121,28 @@ class Prospects:
         )
 
     def as_it_is(self, what: str) -> Prospect:
-        """As now; in a group with a bound if that is better."""
+        """As now; with a bound if that is better."""
         return self._best(what, self._now)
 
     def after(self, what: str, layouts: Iterable[Layout]) -> Prospect:
-        """With these layouts; in a group with a bound if that is better."""
+        """With these layouts; with a bound if that is better."""
         by_owner = {i: layout for layout in layouts for i in layout.ids}
         return self._best(what, serving(self._owners, by_owner))
 
     def bound(self) -> float:
         """How many requests each owner is to run as things are; infinite: as many as it can."""
         most = self._most_running(self._now.stages)
-        if self._now.stages == 1 or self.requests.running + self.requests.waiting <= most:
+        if self.requests.running + self.requests.waiting <= most:
             return math.inf
         bounded = self._bounded("", self._now)
-        return most if bounded.keeps_more_than(self._prospect("", self._now)) else math.inf
+        return most if bounded.worth_its_bound(self._prospect("", self._now)) else math.inf
 
     def _best(self, what: str, way: Serving) -> Prospect:
         free = self._prospect(what, way)
-        if way.stages == 1 or free.forecast.running <= self._most_running(way.stages):
+        if free.forecast.running <= self._most_running(way.stages):
             return free
         bounded = self._bounded(what, way)
-        return bounded if bounded.keeps_more_than(free) else free
+        return bounded if bounded.worth_its_bound(free) else free
 
     def _bounded(self, what: str, way: Serving) -> Prospect:
         most = self._most_running(way.stages)
@@ -239,12 +242,13 @@ def most_running(
     stages: int,
     limits: LatencyLimits,
 ) -> float:
-    """How many requests an owner may run in a group so that a token keeps its limit.
+    """How many requests an owner may run so that a token keeps its limit.
 
-    Never fewer than would run without any drop. While an answer comes, as many prompts are computed
-    as requests run: they count as well.
+    In a group never fewer than there would be slots for without it. While an answer comes, as many
+    prompts are computed as requests run: they count as well.
     """
     alone = sum(s.full_capacity for s in owners) / len(owners) / (asked.prompt + asked.output)
+    least = 1.0 if stages == 1 else max(1.0, alone)
     pipeline = PipelineTimes(times=times, stages=stages)
     context = asked.prompt + asked.output / 2
 
@@ -254,7 +258,7 @@ def most_running(
 
     fixed = tpot_ms(0)
     each = tpot_ms(1) - fixed
-    return max(1.0, alone, (limits.tpot_ms - fixed) / each if each > 0 else math.inf)
+    return max(least, (limits.tpot_ms - fixed) / each if each > 0 else math.inf)
 
 
 def in_words(now: Prospect, then: Prospect) -> str:

@@ -19,6 +19,7 @@ from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.instance_config import LEAVE_SIGNAL
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.load import Load, Slots
+from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.execution.stage_graphs import batch_sizes, first_drop_ranges
 from kunserve_sglang.instance.agent.cache_log import CacheLog
@@ -186,8 +187,8 @@ class SglangEngine:
             object.__setattr__(getattr(scheduler, name), "max_total_num_tokens", slots)
         self._waiting.limit_prompts()
 
-    def limit_requests(self, slots: int, running: int) -> None:
-        self._waiting.limit(slots, running)
+    def limit_requests(self, told: Attainable) -> None:
+        self._waiting.limit(told)
 
     def request_table(self) -> torch.Tensor:
         table: torch.Tensor = self._scheduler.req_to_token_pool.req_to_token

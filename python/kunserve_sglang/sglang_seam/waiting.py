@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.sglang_seam.containment import Containment
 from kunserve_sglang.sglang_seam.lengths import needed_to_admit
 from kunserve_sglang.sglang_seam.scheduling import Scheduling
@@ -30,25 +31,21 @@ class WaitingRequests:
         self._scheduler = scheduler
         self._containment = containment
         self._seen: object = None
-        self._told = 0
-        self._most = 0
+        self._told = Attainable(slots=0)
         self._hopeless_since: dict[str, float] = {}
+        self._waiting_since: dict[str, float] = {}
         self.limit_prompts()
 
     @property
     def attainable(self) -> int:
         """Slots that a single request may count on: what is here, or could be had."""
         scheduler = self._scheduler
-        return int(
-            min(max(self._told, scheduler.max_total_num_tokens), scheduler.tp_worker.max_slots)
-        )
+        had = max(self._told.slots, scheduler.max_total_num_tokens)
+        return int(min(had, scheduler.tp_worker.max_slots))
 
-    def limit(self, slots: int, running: int) -> None:
-        """The router says how many slots this instance could get, and how many requests may run.
-
-        With 0, as many as there are slots for.
-        """
-        self._told, self._most = slots, running
+    def limit(self, told: Attainable) -> None:
+        """The router says how many slots this instance could get, and whom to admit."""
+        self._told = told
         self.limit_prompts()
 
     def limit_prompts(self) -> None:
@@ -59,8 +56,8 @@ class WaitingRequests:
     def admissible(self, running: Any) -> Iterator[None]:
         """Let SGLang see, and admit from, the waiting requests that it could run now.
 
-        Not those that are too large nor, beyond the first of the others, more than may run; and
-        while some are tried apart, none but these.
+        Not those that are too large, nor those that are late while others are not, nor more of
+        the others than may run; and while some are tried apart, none but these.
         """
         scheduler = self._scheduler
         if self._situation(running) != self._seen:
@@ -71,6 +68,10 @@ class WaitingRequests:
         if aside:
             aside -= self._turned_away(aside)
             whole = [r for r in whole if not r.finished()]
+        late = self._late([r for r in whole if r not in aside])
+        if not running.batch_is_full:
+            aside |= late
+        if aside:
             scheduler.waiting_queue = [r for r in whole if r not in aside]
         beyond = self._beyond(scheduler.waiting_queue)
         if beyond:
@@ -86,9 +87,30 @@ class WaitingRequests:
 
     def _beyond(self, queue: list[Any]) -> list[Any]:
         """Those for whom there is no seat beside the requests that run."""
-        if not self._most:
+        most = self._told.running
+        if not most:
             return []
-        return queue[max(0, self._most - len(self._scheduler.requests_with_slots())) :]
+        return queue[max(0, most - len(self._scheduler.requests_with_slots())) :]
+
+    def _late(self, queue: list[Any]) -> set[Any]:
+        """Those that cannot have their first token in time any more, while others can.
+
+        SGLang knows when each has come, but every rank by its own clock, and all have to put off
+        the same ones.
+        """
+        limit, since = self._told.first_token, self._waiting_since
+        if not limit.ms or not queue:
+            since.clear()
+            return set()
+        now = self._scheduler.clock()
+        self._waiting_since = since = {r.rid: since.get(r.rid, now) for r in queue}
+        late = {
+            r
+            for r in queue
+            # Its first token has gone out before it was retracted.
+            if not r.output_ids and limit.past(len(r.origin_input_ids), 1e3 * (now - since[r.rid]))
+        }
+        return late if len(late) < len(queue) else set()
 
     def may_run(self, request: Any) -> bool:
         """Whether SGLang gets to see it."""
@@ -147,11 +169,15 @@ def _in_order(queue: list[Any], aside: set[Any], before: list[Any]) -> list[Any]
 
     SGLang may have sorted the queue, taken requests out and added others.
     """
-    merged, there = list(queue), set(queue)
-    follower = None
-    for request in reversed(before):
+    there = set(queue)
+    in_front_of: dict[Any, list[Any]] = {}
+    passed: list[Any] = []
+    for request in before:
         if request in aside:
-            merged.insert(len(merged) if follower is None else merged.index(follower), request)
-        if request in aside or request in there:
-            follower = request
-    return merged
+            passed.append(request)
+        elif request in there:
+            in_front_of[request], passed = passed, []
+    merged: list[Any] = []
+    for request in queue:
+        merged += [*in_front_of.get(request, ()), request]
+    return merged + passed

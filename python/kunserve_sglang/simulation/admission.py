@@ -50,7 +50,7 @@ class PrefillAdder:
         """
         begun: list[Job] = []
         while waiting and not self.full:
-            self.full = len(self.pieces) >= seats or not self._admits(waiting[0])
+            self.full = len(self.pieces) >= seats or not self._admits(waiting.head)
             if self.full or self.chunked is not None or self._chunk <= 0:
                 break
             job = waiting.take()

@@ -55,7 +55,8 @@ class ControlLoop:
         state = self._instances.state(loads)
         if now >= self._tell_at:
             self._tell_at = now + TELL_INTERVAL_S
-            self._instances.bound(self._controller.bounds(state))
+            controller = self._controller
+            self._instances.limit(controller.bounds(state), controller.first_token(state))
         if self._running is not None:
             self._look_after(self._running, now, state)
         else:

@@ -95,7 +95,7 @@ class Formation:
         if member.flights >= outlook.count:
             return None
         limit = min(owner.limits.chunked_prefill_size, max(1, outlook.chunk_tokens))
-        pieces = owner.admit(limit)
+        pieces = owner.admit(limit, now)
         jobs = [] if pieces else self._decodes(member, outlook.count)
         if pieces:
             work = work_of(pieces)

@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.load import Load
 from kunserve_sglang.core.settings import ClusterConfig, MicroBatches
@@ -141,10 +142,11 @@ class Instances:
             states.append(state)
         return ClusterState(instances=tuple(states))
 
-    def bound(self, most: Mapping[int, int]) -> None:
-        """So many requests may run at once; where nothing is said, any number."""
+    def limit(self, most: Mapping[int, int], first_token: FirstTokenLimit) -> None:
+        """How many requests may run at once, any number where nothing is said; and who is next."""
         for owner in self.owners:
             owner.bound(most.get(owner.number, 0))
+            owner.first_token = first_token
 
     # -- transitions -----------------------------------------------------------------------------
 

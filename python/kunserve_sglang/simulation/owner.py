@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.simulation.admission import Piece, PrefillAdder
@@ -41,6 +42,7 @@ class Owner:
         "chunked",
         "decoding",
         "finished",
+        "first_token",
         "full",
         "limits",
         "most",
@@ -56,6 +58,7 @@ class Owner:
         self.limits = limits
         self.used = 0
         self.most = limits.max_running_requests
+        self.first_token = FirstTokenLimit()
         self.full = False
         self.waiting = WaitingQueue()
         self.chunked: Job | None = None
@@ -146,10 +149,12 @@ class Owner:
         """Whether the next step tries to be a prefill."""
         return self.chunked is not None or (not self.full and bool(self.waiting))
 
-    def admit(self, chunk_limit: int) -> list[Piece]:
+    def admit(self, chunk_limit: int, now: float) -> list[Piece]:
         """The next prefill batch, whose slots are taken at once; empty if nothing may run."""
         if not self.may_admit:
             return []
+        if self.first_token.ms:
+            self.waiting.put_off(self.first_token, now)
         adder = PrefillAdder(
             free=self.capacity - self.used,
             promised=self._ratio * self.decoding.remaining,

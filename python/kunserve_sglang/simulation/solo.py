@@ -131,7 +131,7 @@ class Solo:
         owner = self.owner
         if self._shrunk and not owner.count:
             owner.full = self._shrunk = False
-        pieces = owner.admit(owner.limits.chunked_prefill_size)
+        pieces = owner.admit(owner.limits.chunked_prefill_size, now)
         self._start = now
         if pieces:
             self._pieces = pieces

@@ -4,39 +4,69 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 
+from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.simulation.job import Job
 
 _LARGEST_OF = 4
 """With more requests waiting, what all of them are expected to need is more than one may need."""
 
 
-class WaitingQueue(deque[Job]):
-    """In order of arrival; `demand` is the slots that all of them are expected to need.
+class WaitingQueue:
+    """In order of arrival, but for those that are late; `demand` is the slots that all may need.
 
     `prompts` are the tokens to compute before they go on, as `seqlen` of SGLang's requests.
     """
 
-    __slots__ = ("demand", "prompts")
+    __slots__ = ("_late", "_line", "demand", "prompts")
 
     def __init__(self) -> None:
-        super().__init__()
+        self._line: deque[Job] = deque()
+        self._late: deque[Job] = deque()
         self.demand = 0
         self.prompts = 0
 
+    def __len__(self) -> int:
+        return len(self._line) + len(self._late)
+
+    def __iter__(self) -> Iterator[Job]:
+        return chain(self._line, self._late)
+
     def add(self, job: Job) -> None:
         """Queue up a request, of which is known how long its output is expected to be."""
-        self.append(job)
+        self._line.append(job)
         self.demand += job.prompt + job.expected
         self.prompts += job.known
 
-    def take(self) -> Job:
+    @property
+    def head(self) -> Job:
         """The next one."""
-        job = self.popleft()
+        return self._line[0] if self._line else self._late[0]
+
+    def take(self) -> Job:
+        """Take out the next one."""
+        job = (self._line or self._late).popleft()
         self.demand -= job.prompt + job.expected
         self.prompts -= job.known
         return job
+
+    def put_off(self, limit: FirstTokenLimit, now: float) -> None:
+        """Those that cannot have their first token in time any more go after those that can.
+
+        As `sglang_seam.waiting` does it, where a prompt may be late behind one that is not yet.
+        """
+
+        def late(job: Job) -> bool:
+            return not job.produced and limit.past(job.prompt, 1e3 * (now - job.arrival))
+
+        while self._line and late(self._line[0]):
+            self._late.append(self._line.popleft())
+        waited_enough: list[Job] = []
+        while self._late and not late(self._late[0]):
+            waited_enough.append(self._late.popleft())
+        self._line.extendleft(reversed(waited_enough))
 
     def largest(self) -> int:
         """Slots that the largest of the first few may need at most; 0 if nobody waits."""

@@ -9,6 +9,7 @@ import torch
 
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.load import Load, Slots
+from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.execution.formation import PeerWork
 from kunserve_sglang.instance.agent.cache_log import CacheLog
 from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
@@ -169,7 +170,7 @@ class ModelEngine:
         self._capacity = slots
         assert all(slot <= slots for mine in self._slots.values() for slot in mine)
 
-    def limit_requests(self, slots: int, running: int) -> None:
+    def limit_requests(self, told: Attainable) -> None:
         """Requests are small."""
 
     def request_table(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kunserve_sglang.core.cost_model import CostModel
+from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
@@ -207,6 +208,43 @@ def test_a_bound_is_never_below_what_would_run_without_a_drop() -> None:
     assert all(most >= fits * 0.9 for most in found.values())
 
 
+def flooded(running: int, waiting: int, costs: CostModel = COMPUTING_IS_SHORT) -> ClusterState:
+    """Two instances with slots for all that wait, who come faster than they are computed."""
+    few = overloaded(costs, waiting=waiting)
+    states = []
+    for s in few.instances:
+        slots = msgspec.structs.replace(s.load.slots, used=running * (PROMPT + OUTPUT // 2))
+        load = msgspec.structs.replace(
+            s.load,
+            slots=slots,
+            running=running,
+            produced=running * OUTPUT // 2,
+            demand=slots.used + running * OUTPUT // 2 + waiting * (PROMPT + OUTPUT),
+        )
+        states.append(msgspec.structs.replace(s, load=load))
+    return ClusterState(instances=tuple(states))
+
+
+def test_an_instance_alone_runs_no_more_than_hold_the_limit_of_a_token() -> None:
+    step = 30 * 1.15  # milliseconds for each request
+    state = flooded(running=4, waiting=10)
+    found = Bounds().look(state, expected(8 * step))
+    assert set(found) == {0, 1}
+    assert all(4 <= most <= 8 for most in found.values())
+
+
+def test_limits_that_nobody_can_keep_bound_no_instance_alone() -> None:
+    assert Bounds().look(flooded(running=4, waiting=10), expected(1.0)) == {}
+
+
+def test_an_instance_alone_is_looked_at_while_requests_wait_or_it_is_bounded() -> None:
+    bounds = Bounds()
+    limits = expected(8 * 30 * 1.15)
+    assert bounds.look(flooded(running=4, waiting=0), limits) == {}
+    assert set(bounds.look(flooded(running=4, waiting=10), limits)) == {0, 1}
+    assert bounds.look(flooded(running=4, waiting=0), limits) == {}
+
+
 def test_of_many_groups_some_are_looked_at_and_all_when_it_is_their_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -235,7 +273,9 @@ def test_instances_are_told_their_bounds() -> None:
     group = in_a_group(overloaded(COMPUTING_IS_SHORT))
     told = asked.admission(group)
     assert {i: said.running for i, said in told.items()} == asked.bounds(group)
+    assert {said.first_token for said in told.values()} == {FirstTokenLimit(ms=1e6)}
     blind = controller(overload_policy=OverloadPolicy.DROP_ALWAYS)
     assert {said.running for said in blind.admission(group).values()} == {0}
+    assert {said.first_token for said in blind.admission(group).values()} == {FirstTokenLimit()}
     off = carried_out(cluster(2), plan_drop(cluster(2), epoch=1, reason="", max_group_size=2))
     assert {said.running for said in controller().admission(off).values()} == {0}

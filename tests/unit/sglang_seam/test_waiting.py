@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from kunserve_sglang.core.first_token import FirstTokenLimit
+from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 SLOTS = 1000
@@ -18,11 +20,20 @@ class Request:
     def __init__(self, name: str, length: int = 10) -> None:
         self.rid = name
         self.seqlen = length
+        self.origin_input_ids = [0] * length
         self.output_ids: list[int] = []
         self.sampling_params = SimpleNamespace(max_new_tokens=10, ignore_eos=True)
 
     def finished(self) -> bool:
         return False
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def queue_of(waiting: list[Request], running: int) -> tuple[WaitingRequests, Any]:
@@ -36,7 +47,7 @@ def queue_of(waiting: list[Request], running: int) -> tuple[WaitingRequests, Any
         chunked_req=None,
         requests_with_slots=lambda: [Request(f"running {i}") for i in range(running)],
         init_req_max_new_tokens=lambda _: None,
-        clock=lambda: 0.0,
+        clock=Clock(),
     )
     containment = SimpleNamespace(look_again=lambda *_: None, may_run=lambda _: True)
     return WaitingRequests(scheduler, containment), scheduler  # type: ignore[arg-type]
@@ -46,7 +57,7 @@ def queue_of(waiting: list[Request], running: int) -> tuple[WaitingRequests, Any
 def test_no_more_are_seen_than_may_run_beside_those_that_do(most: int, seen: int) -> None:
     requests = [Request(str(i)) for i in range(6)]
     waiting, scheduler = queue_of(list(requests), running=4)
-    waiting.limit(SLOTS, most)
+    waiting.limit(Attainable(slots=SLOTS, running=most))
     with waiting.admissible(SimpleNamespace(batch_is_full=False, reqs=[])):
         assert scheduler.waiting_queue == requests[:seen]
         del scheduler.waiting_queue[:1]  # SGLang admits the first
@@ -56,7 +67,86 @@ def test_no_more_are_seen_than_may_run_beside_those_that_do(most: int, seen: int
 def test_one_that_is_too_large_takes_no_seat_and_keeps_its_place() -> None:
     requests = [Request("first"), Request("large", 2 * SLOTS), Request("second"), Request("third")]
     waiting, scheduler = queue_of(list(requests), running=0)
-    waiting.limit(10 * SLOTS, 2)
+    waiting.limit(Attainable(slots=10 * SLOTS, running=2))
     with waiting.admissible(SimpleNamespace(batch_is_full=False, reqs=[])):
         assert [r.rid for r in scheduler.waiting_queue] == ["first", "second"]
     assert scheduler.waiting_queue == requests
+
+
+# -- whose turn it is ----------------------------------------------------------------------------
+
+A_SECOND = Attainable(slots=SLOTS, first_token=FirstTokenLimit(ms=1000.0))
+FREE = SimpleNamespace(batch_is_full=False, reqs=[])
+
+
+def seen(waiting: WaitingRequests, scheduler: Any) -> list[str]:
+    with waiting.admissible(FREE):
+        return [r.rid for r in scheduler.waiting_queue]
+
+
+def test_those_that_are_late_let_the_others_go_first() -> None:
+    early, late = Request("early"), Request("late")
+    waiting, scheduler = queue_of([early], running=0)
+    waiting.limit(A_SECOND)
+    assert seen(waiting, scheduler) == ["early"]
+    scheduler.clock.now += 0.9
+    scheduler.waiting_queue.append(late)
+    assert seen(waiting, scheduler) == ["late"]
+    assert scheduler.waiting_queue == [early, late]
+    scheduler.waiting_queue.remove(late)  # it has been admitted
+    assert seen(waiting, scheduler) == ["early"]
+
+
+def test_nobody_is_put_off_for_ever() -> None:
+    waiting, scheduler = queue_of([Request("first")], running=0)
+    waiting.limit(A_SECOND)
+    seen(waiting, scheduler)
+    admitted: list[str] = []
+    for turn in range(40):
+        scheduler.clock.now += 0.1
+        scheduler.waiting_queue.append(Request(str(turn)))
+        admitted += seen(waiting, scheduler)[:1]
+        scheduler.waiting_queue = [r for r in scheduler.waiting_queue if r.rid not in admitted]
+    assert "first" in admitted[:35]
+
+
+def test_without_a_limit_nobody_is_late() -> None:
+    waiting, scheduler = queue_of([Request("first")], running=0)
+    seen(waiting, scheduler)
+    scheduler.clock.now += 1000
+    scheduler.waiting_queue.append(Request("second"))
+    assert seen(waiting, scheduler) == ["first", "second"]
+
+
+def test_whoever_has_had_a_first_token_is_not_late() -> None:
+    retracted = Request("retracted")
+    retracted.output_ids = [1]
+    waiting, scheduler = queue_of([retracted], running=0)
+    waiting.limit(A_SECOND)
+    seen(waiting, scheduler)
+    scheduler.clock.now += 0.9
+    scheduler.waiting_queue.append(Request("second"))
+    assert seen(waiting, scheduler) == ["retracted", "second"]
+
+
+def test_a_long_prompt_may_take_longer() -> None:
+    waiting, scheduler = queue_of([Request("long", 100), Request("short", 10)], running=0)
+    told = Attainable(slots=SLOTS, first_token=FirstTokenLimit(ms=1000.0, tokens=50))
+    waiting.limit(told)
+    seen(waiting, scheduler)
+    scheduler.clock.now += 1.2
+    assert seen(waiting, scheduler) == ["long"]
+
+
+def test_those_put_off_keep_their_places_among_others() -> None:
+    names = ["a", "large", "b", "new"]
+    requests = {name: Request(name, 2 * SLOTS if name == "large" else 10) for name in names}
+    waiting, scheduler = queue_of([requests[n] for n in names[:3]], running=0)
+    waiting.limit(Attainable(slots=10 * SLOTS, first_token=FirstTokenLimit(ms=1000.0)))
+    seen(waiting, scheduler)
+    scheduler.clock.now += 0.9
+    scheduler.waiting_queue.append(requests["new"])
+    with waiting.admissible(FREE):
+        assert [r.rid for r in scheduler.waiting_queue] == ["new"]
+        scheduler.waiting_queue = [Request("more"), requests["new"]]  # SGLang sorts, and adds
+    assert [r.rid for r in scheduler.waiting_queue] == ["more", "a", "large", "b", "new"]

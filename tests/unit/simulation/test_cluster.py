@@ -184,8 +184,10 @@ class Watched(Owner):
 
     log: dict[int, list[int]]
 
-    def admit(self, chunk_limit: int) -> list[tuple[object, int, int]]:  # type: ignore[override]
-        pieces = super().admit(chunk_limit)
+    def admit(  # type: ignore[override]
+        self, chunk_limit: int, now: float
+    ) -> list[tuple[object, int, int]]:
+        pieces = super().admit(chunk_limit, now)
         for job, before, _ in pieces:
             if before == 0 and not job.retractions:
                 self.log.setdefault(self.number, []).append(job.index)
@@ -230,7 +232,7 @@ def test_every_request_is_served_once_and_in_order(
             assert job.arrival < job.first <= job.end
             assert job.produced == job.output
             assert (job.first == job.end) == (job.output == 1)
-    if not outcome.retractions:
+    if not outcome.retractions and policy != "drop":  # by service level, some may be put off
         for number, admitted in Watched.log.items():
             assert admitted == [j.index for j in outcome.jobs if j.instance == number]
     assert outcome.samples[-1].running == outcome.samples[-1].waiting == 0

@@ -179,7 +179,7 @@ class Agent:
         if isinstance(message, Prepare | Commit | Abort | Lost):
             self._participant.obey(message)
         elif isinstance(message, Attainable):
-            self._body.engine.limit_requests(message.slots, message.running)
+            self._body.engine.limit_requests(message)
         elif self._speaks:
             self._obey_alone(message)
 

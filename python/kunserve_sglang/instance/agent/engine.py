@@ -11,6 +11,7 @@ import torch
 from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.load import Load
+from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.instance.agent.cache_log import CacheLog
 
 Hidden = tuple[torch.Tensor, torch.Tensor | None]
@@ -106,10 +107,10 @@ class Engine(Protocol):
         """From now on, hand out slots `1..slots` only; none above is taken."""
         ...
 
-    def limit_requests(self, slots: int, running: int) -> None:
-        """No request may need more than `slots` slots, but for those that it has room for now.
+    def limit_requests(self, told: Attainable) -> None:
+        """What the router says of which requests to admit, how many, and in which order.
 
-        At most `running` requests are to run at once; 0: as many as there are slots for.
+        No request may need more slots than that, but for those that there is room for now.
         """
         ...
 
