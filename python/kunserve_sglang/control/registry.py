@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 
 from kunserve_sglang.control.leases import Leases
-from kunserve_sglang.control.liveness import Liveness
+from kunserve_sglang.control.liveness import Liveness, LivenessState
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.messages import Hello, Mode, Status
 from kunserve_sglang.policy.state import ClusterState, InstanceState
@@ -66,7 +65,10 @@ class Instance:
     @property
     def available(self) -> bool:
         """Whether it can take requests."""
-        return self.liveness.alive and not self.draining and not self._says_stalled
+        # As it runs for every instance with every request, it asks no other property.
+        if self.draining or self.liveness.state is not LivenessState.SERVING:
+            return False
+        return self.status is None or not self.status.load.stalled
 
     @property
     def stalled(self) -> bool:
@@ -92,12 +94,10 @@ class Instance:
         return not self.in_flight and (load is None or not load.running + load.waiting)
 
 
-_by_number = attrgetter("number")
-
-
 class Registry:
     """The instances that have said hello and the plain servers that were added, by number.
 
+    `instances` are in the order of their numbers.
     `expected` are those that make the cluster complete: what is started with the router or has
     come since, and has not left in good order.
     """
@@ -131,12 +131,14 @@ class Registry:
         known = self.instances.get(message.instance)
         if known is None or known.hello != message:
             self.expected.add(message.instance)
-            self.instances[message.instance] = Instance(
-                message.instance,
-                message.url,
-                Liveness(self.now()),
-                message,
-                message.capacity,
+            self._add(
+                Instance(
+                    message.instance,
+                    message.url,
+                    Liveness(self.now()),
+                    message,
+                    message.capacity,
+                )
             )
         else:
             known.liveness.speaks(self.now())
@@ -152,9 +154,13 @@ class Registry:
         number = self.next_worker if number is None else number
         self.next_worker = max(self.next_worker, number + 1)
         worker = Instance(number, url, Liveness(self.now()), key=key)
-        self.instances[number] = worker
+        self._add(worker)
         self.expected.add(number)
         return worker
+
+    def _add(self, instance: Instance) -> None:
+        known = self.instances | {instance.number: instance}
+        self.instances = dict(sorted(known.items()))
 
     def forget(self, instance: Instance) -> None:
         """It has left; a new process may come under its number."""
@@ -198,17 +204,9 @@ class Registry:
                 instance.liveness.check_silence(now)
 
     def available(self) -> list[Instance]:
-        """Instances that can take requests, by number."""
-        return sorted(self.ready(), key=_by_number)
-
-    def ready(self) -> list[Instance]:
-        """The same in any order; quiet ones only if all are."""
-        speaking: list[Instance] = []
-        quiet: list[Instance] = []
-        for instance in self.instances.values():
-            if instance.available:
-                (quiet if instance.quiet else speaking).append(instance)
-        return speaking or quiet
+        """Instances that can take requests, by number; quiet ones only if all are."""
+        available = [i for i in self.instances.values() if i.available]
+        return [i for i in available if not i.quiet] or available
 
     def awaited(self, *, doubtful: bool = False) -> bool:
         """Whether one that takes no requests now is going to: what has died is started again.
@@ -239,7 +237,7 @@ class Registry:
                     load=i.status.load,
                     costs=i.hello.costs,
                 )
-                for i in sorted(self.instances.values(), key=lambda i: i.number)
+                for i in self.instances.values()
                 if i.hello is not None and i.status is not None and not i.liveness.lost
                 if i.mode is not Mode.RECOVERING
                 if draining or not i.draining

@@ -42,7 +42,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def load(self) -> float:
         """Demand as a share of the slots."""
-        return self.demand / max(1, self.capacity)
+        return self.demand / (self.capacity or 1)
 
     @property
     def mean_batch(self) -> float:
@@ -66,7 +66,7 @@ class Pool(msgspec.Struct):
     @property
     def load(self) -> float:
         """Demand as a share of the slots."""
-        return self.demand / max(1, self.capacity)
+        return self.demand / (self.capacity or 1)
 
     @property
     def mean_batch(self) -> float:
@@ -84,12 +84,11 @@ def round_robin(candidates: Sequence[Candidate], turn: int) -> int:
 def least_load(candidates: Sequence[Candidate], turn: int) -> int:
     """The smallest share of its slots in demand; then fewest requests, then whose turn it is."""
     count = len(candidates)
-    costs = [
-        (pool.load, candidate.load, candidate.in_flight, (position - turn) % count, position)
-        for position, (candidate, pool) in enumerate(
-            zip(candidates, _pools(candidates), strict=True)
-        )
-    ]
+    costs = []
+    for position, (candidate, pool) in enumerate(zip(candidates, _pools(candidates), strict=True)):
+        load = candidate.load
+        shared = load if pool is candidate else pool.load
+        costs.append((shared, load, candidate.in_flight, (position - turn) % count, position))
     return min(costs)[-1]
 
 

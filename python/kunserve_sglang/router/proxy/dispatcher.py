@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ class Dispatcher:
         self._prompts = prompts
         self._turn = 0
         self._tickets = itertools.count()
-        self._sent: dict[int, dict[int, int]] = {}
+        self._sent: defaultdict[int, SentTokens] = defaultdict(SentTokens)
 
     async def weigh(self, path: str, body: bytes) -> Weight:
         """What a request with this body will ask of an instance, about."""
@@ -116,7 +117,7 @@ class Dispatcher:
 
     def under_way(self, instance: Instance, weight: Weight) -> UnderWay:
         """Counts a request as sent to `instance` inside the block."""
-        sent = self._sent.setdefault(instance.number, {})
+        sent = self._sent[instance.number]
         return UnderWay(instance, weight, sent, next(self._tickets), self._prefixes)
 
     def _candidate(self, instance: Instance, prompt: Prompt) -> Candidate:
@@ -129,7 +130,7 @@ class Dispatcher:
             reported, known = load.demand, load.running + load.waiting
             capacity = load.slots.capacity
             group = layout.ids[0] if layout.cooperative else None
-        number, tokens = self._unreported(instance, known)
+        number, tokens = self._sent[instance.number].after(known)
         cached = self._prefixes.cached_tokens(instance, prompt) if self._prefixes else 0
         return Candidate(
             in_flight=instance.in_flight,
@@ -140,19 +141,38 @@ class Dispatcher:
             group=group,
         )
 
-    def _unreported(self, instance: Instance, known: int) -> tuple[int, int]:
+
+class SentTokens:
+    """The tokens of all requests that are under way to one number, by ticket, and their sum."""
+
+    __slots__ = ("_tokens", "_total")
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, int] = {}
+        self._total = 0
+
+    def add(self, ticket: int, tokens: int) -> None:
+        self._tokens[ticket] = tokens
+        self._total += tokens
+
+    def remove(self, ticket: int) -> None:
+        self._total -= self._tokens.pop(ticket)
+
+    def after(self, known: int) -> tuple[int, int]:
         """Requests that are too recent for the instance's last status record, and their tokens.
 
         The record knows of `known` requests, so it misses the latest of those under way.
         """
-        sent = self._sent.get(instance.number)
-        if sent is None or len(sent) <= known:
+        number = len(self._tokens) - known
+        if number <= 0:
             return 0, 0
-        return len(sent) - known, sum(itertools.islice(sent.values(), known, None))
+        if not known:
+            return number, self._total
+        return number, sum(itertools.islice(reversed(self._tokens.values()), number))
 
 
 class UnderWay:
-    """One request at one instance; `sent` are the tokens of all that are there, by ticket."""
+    """One request at one instance; `sent` is all that is there."""
 
     __slots__ = ("_instance", "_prefix", "_sent", "_ticket", "_tokens")
 
@@ -160,7 +180,7 @@ class UnderWay:
         self,
         instance: Instance,
         weight: Weight,
-        sent: dict[int, int],
+        sent: SentTokens,
         ticket: int,
         prefixes: PrefixIndex | None,
     ) -> None:
@@ -171,13 +191,13 @@ class UnderWay:
         self._prefix = prefixes.on_its_way(instance, weight.prompt) if prefixes else None
 
     def __enter__(self) -> None:
-        self._sent[self._ticket] = self._tokens
+        self._sent.add(self._ticket, self._tokens)
         self._instance.in_flight += 1
         if self._prefix is not None:
             self._prefix.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._instance.in_flight -= 1
-        del self._sent[self._ticket]
+        self._sent.remove(self._ticket)
         if self._prefix is not None:
             self._prefix.__exit__(*error)

@@ -126,7 +126,7 @@ class RequestQueue:
 
     def has_room(self, instance: Instance) -> bool:
         """Whether it should get more requests now."""
-        return self._room(instance) > 0
+        return instance.in_flight < self._limit(instance)
 
     def let_in(self) -> None:
         """Wake as many as there is room for. To be called whenever there may be more of it."""
@@ -194,7 +194,8 @@ class RequestQueue:
 
     def _free(self) -> float:
         """For how many more requests there is room, besides those that are just leaving."""
-        return sum([max(0, self._room(i)) for i in self._available()]) - self._leaving
+        room = [self._limit(i) - i.in_flight for i in self._available()]
+        return sum([r for r in room if r > 0]) - self._leaving
 
     def _has_any(self) -> bool:
         """Whether `_free` is above 0. This runs for every request, and most often the first has."""
@@ -204,12 +205,12 @@ class RequestQueue:
                     return True
         return self._free() > 0
 
-    def _room(self, instance: Instance) -> float:
+    def _limit(self, instance: Instance) -> float:
         load = instance.status.load if instance.status else None
-        return in_flight_limit(self._given_limit, load, instance.capacity) - instance.in_flight
+        return in_flight_limit(self._given_limit, load, instance.capacity)
 
     def _available(self) -> list[Instance]:
-        return self._registry.ready()
+        return self._registry.available()
 
 
 class Turn:
