@@ -35,33 +35,38 @@ def check_body(path: str, body: bytes) -> None:
     """Raises `RequestError` (400), with the name of the field where there is one."""
     if not body or path in _FORMS:
         return
-    escapes = b"\\u" in body
-    document = None if escapes else _plain(body)
-    if document is None:
+    document = _plain(body)
+    looked_at = document is not None
+    if not looked_at:
         document = _decoded(body)
     lists = body.count(b"[")
     if lists + body.count(b"{") > MAX_DEPTH:
         _check_depth(document)
     if not isinstance(document, dict):
         return
-    if escapes:
+    if not looked_at and b"\\u" in body:
         _check_texts(document)
-    if escapes or lists or b'"n"' in body:
+    sampling = document.get("sampling_params")
+    if lists or "n" in document or (isinstance(sampling, dict) and "n" in sampling):
         _check_answers(document)
 
 
 def _plain(body: bytes) -> Any:
-    """What nearly all bodies say, at a fifth of the cost; None where a closer look is needed.
+    """What nearly all bodies say, at a tenth of the cost; None where a closer look is needed.
 
-    As each name is followed by a colon, a name that is there twice leaves one too many. Where a
-    colon may stand in another spelling, they are not to be counted so. No number of fewer digits
+    What is written again as it came has no name twice, nor an escape for half a character. With
+    spaces between its parts it has none either if no backslash comes before a `u`, and each name is
+    followed by a colon: a name that is there twice leaves one too many. No number of fewer digits
     than `_LONG` is too large, save those at which the decoder fails.
     """
     if _LONG in body.translate(_DIGITS):
         return None
     try:
         document = _plain_decoder.decode(body)
-        return document if _colons(document) == body.count(b":") else None
+        if _plain_encoder.encode(document) == body:
+            return document
+        plain = b"\\u" not in body and _colons(document) == body.count(b":")
+        return document if plain else None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -120,6 +125,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object)
 _plain_decoder = msgspec.json.Decoder()
+_plain_encoder = msgspec.json.Encoder()
 
 
 def _all_fit(values: list[Any]) -> bool:
