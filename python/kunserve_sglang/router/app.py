@@ -54,7 +54,7 @@ class RouterApp:
     async def _serve(self, request: ClientRequest) -> None:
         way = self._door.way(request.scope)
         if way == "forward":
-            if (refusal := self._keys.refuse_inference(request.scope)) is not None:
+            if (refusal := self._keys.refuse_inference(request)) is not None:
                 request.answer(refusal)
             else:
                 await self._proxy(request)

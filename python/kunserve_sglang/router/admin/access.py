@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from kunserve_sglang.api.calls import Access
 from kunserve_sglang.router.http.answers import Code, error_answer
+from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.http.sites import Sites
 from kunserve_sglang.router.settings import RouterConfig
 
@@ -85,11 +86,11 @@ class Keys:
 
         return guarded
 
-    def refuse_inference(self, scope: Scope) -> Response | None:
+    def refuse_inference(self, request: ClientRequest) -> Response | None:
         """The answer to a request that must go to no instance; before any work is done for it."""
         if not self._api:
-            return self._sites.refuse_inference(scope)
-        if scope["method"] == "OPTIONS" or _holds_key(self._api, scope):
+            return self._sites.refuse_inference(request)
+        if request.scope["method"] == "OPTIONS" or _holds_key(self._api, request.scope):
             return None  # browsers ask without a key whether they may come with one
         return error_answer(
             401,

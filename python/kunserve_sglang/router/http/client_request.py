@@ -36,7 +36,8 @@ class Connection(Protocol):
 class ClientRequest:
     """One request, read whole, and the state of its answer.
 
-    `scope` is that of ASGI. `streams` says that the answer comes in events as they happen.
+    `scope` is that of ASGI; `headers` are those in it by name, where one may be there several times
+    the last of them. `streams` says that the answer comes in events as they happen.
     `refusal` is what the last instance without room has said. `gone` says that the client has left;
     `on_gone` is called then, which cancels the task of the request unless something else was set,
     and what is written afterwards goes nowhere.
@@ -52,6 +53,7 @@ class ClientRequest:
         "body",
         "ended",
         "gone",
+        "headers",
         "keep_alive",
         "on_gone",
         "refusal",
@@ -65,6 +67,7 @@ class ClientRequest:
         self, connection: Connection, scope: Scope, body: bytes, *, keep_alive: bool
     ) -> None:
         self.scope = scope
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.body = body
         self.keep_alive = keep_alive
         self.arrived = 0.0
@@ -92,7 +95,7 @@ class ClientRequest:
         lines += [b"%b: %b\r\n" % header for header in headers]
         if self.scope["method"] == "HEAD" or status in BODILESS:
             self._bodiless = True
-        elif all(name != b"content-length" for name, _ in headers):
+        elif b"content-length" not in dict(headers):
             if self.scope["http_version"] == "1.0":
                 self.keep_alive = False  # the end of the connection is the end of the answer
             else:

@@ -186,7 +186,7 @@ class ClientConnection(asyncio.Protocol):
         self._refused = True
         self._refuse_more()
         if self._current is None:
-            scope = {"method": "GET", "http_version": "1.1"}
+            scope = {"method": "GET", "http_version": "1.1", "headers": []}
             refused = self._current = ClientRequest(self, scope, b"", keep_alive=False)
             refused.answer(fault.answer())
 

@@ -139,7 +139,8 @@ class Incoming:
         return Fault(413, "body_too_large", message)
 
     def wants_continue(self) -> bool:
-        return any(n == b"expect" and v.lower() == b"100-continue" for n, v in self.headers)
+        # A list is faster than `any` over a generator, and this runs for every request.
+        return b"100-continue" in [v.lower() for n, v in self.headers if n == b"expect"]
 
     def whole_body(self) -> bytes:
         return self.body[0] if len(self.body) == 1 else b"".join(self.body)

@@ -25,6 +25,9 @@ _RACE_S = 1.0
 
 _SMALL_BODY = 4096
 
+_LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
+"""Headers of which one says where an answer ends, unless the end of the connection does."""
+
 
 class BrokenOff(ConnectionError):
     """The instance's answer ended before its end, or is no HTTP.
@@ -194,9 +197,7 @@ class InstanceConnection(asyncio.Protocol):
         headers, self._headers = self._headers, []
         self._sink.head(status, headers)
         self._ended = self._bodiless
-        self._until_closed = status not in BODILESS and not any(
-            name in (b"content-length", b"transfer-encoding") for name, _ in headers
-        )
+        self._until_closed = status not in BODILESS and _LENGTHS.isdisjoint(dict(headers))
 
     def on_body(self, part: bytes) -> None:
         if not self._ended:

@@ -18,6 +18,7 @@ from starlette.types import Scope
 
 from kunserve_sglang.core.hosts import is_address, is_local
 from kunserve_sglang.router.http.answers import error_answer
+from kunserve_sglang.router.http.client_request import ClientRequest
 
 ANY_SITE = "*"
 
@@ -37,19 +38,20 @@ class Sites:
         self._trusted = frozenset(name.lower().rstrip(".") for name in trusted)
         self._names = self._trusted | {host.lower(), own, f"{own}.local", own.partition(".")[0]}
 
-    def refuse_inference(self, scope: Scope) -> Response | None:
+    def refuse_inference(self, request: ClientRequest) -> Response | None:
         """The answer to a request of a foreign page; pages of this host, at any port, may ask.
 
         A page could fill the queue and read what the model says, but it changes nothing. What comes
         without an `Origin` is from no page, or can neither be read by it nor cost anything, unless
         its name points to us.
         """
-        origins = [value for name, value in scope["headers"] if name == b"origin"]
-        if not origins:
+        scope = request.scope
+        if b"origin" not in request.headers:
             return self.refuse_reading(scope) if scope["method"] == "GET" else None
-        if ANY_SITE in self._trusted or is_local(_host_of(origins[0])):
+        origin = next(value for name, value in scope["headers"] if name == b"origin")
+        if ANY_SITE in self._trusted or is_local(_host_of(origin)):
             return None
-        return None if self._is_own(origins[0], _by_name(scope)) else _refused(origins[0])
+        return None if self._is_own(origin, _by_name(scope)) else _refused(origin)
 
     def refuse_reading(self, scope: Scope) -> Response | None:
         """The answer to a browser that has been told that somebody's name is ours.

@@ -38,7 +38,7 @@ class Promise:
     def __init__(self, attainment: Attainment, request: ClientRequest) -> None:
         """Raises `RequestError` where the request names limits that are none."""
         scope = request.scope
-        name, level = read_slo(scope)
+        name, level = read_slo(request)
         self._attainment = attainment
         self._class = attainment.of(name)
         self._level = level.over(self._class.level)

@@ -121,7 +121,7 @@ class Proxy:
         weight = await self._dispatcher.weigh(request.scope["path"], request.body)
         promise.prompt = weight.prompt_tokens(request.body)
         try:
-            async with self._queue.admitted(request.scope):
+            async with self._queue.admitted(request):
                 await self._dispatch(request, weight, promise)
         except TurnedAway as refusal:
             request.answer(refusal.answer)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import StrEnum
 
 from prometheus_client import Histogram
 from starlette.responses import Response
-from starlette.types import Scope
 
 from kunserve_sglang.api.types import QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
@@ -25,6 +24,7 @@ from kunserve_sglang.policy.queueing import (
     retry_after_s,
 )
 from kunserve_sglang.router.http.answers import Code, error_answer, retry_later
+from kunserve_sglang.router.http.client_request import ClientRequest
 
 PRIORITY_HEADER = "X-KunServe-Priority"
 
@@ -115,9 +115,9 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._line)
 
-    def admitted(self, scope: Scope) -> Turn:
+    def admitted(self, request: ClientRequest) -> Turn:
         """Waits for room; the block sends the request, at first without waiting for anything."""
-        return Turn(self, scope)
+        return Turn(self, request)
 
     def leave(self) -> None:
         """One that had entered has its answer, or has none to expect."""
@@ -219,15 +219,15 @@ class Turn:
     To be entered once. That raises `TurnedAway`, for a priority that is none as well.
     """
 
-    __slots__ = ("_queue", "_scope", "_waits")
+    __slots__ = ("_queue", "_request", "_waits")
 
-    def __init__(self, queue: RequestQueue, scope: Scope) -> None:
+    def __init__(self, queue: RequestQueue, request: ClientRequest) -> None:
         self._queue = queue
-        self._scope = scope
-        self._waits = scope["method"] not in _QUESTIONS
+        self._request = request
+        self._waits = request.scope["method"] not in _QUESTIONS
 
     async def __aenter__(self) -> None:
-        priority = read_priority(self._scope["headers"])
+        priority = read_priority(self._request)
         if self._waits:
             await self._queue.enter(priority)
 
@@ -236,11 +236,11 @@ class Turn:
             self._queue.leave()
 
 
-def read_priority(headers: Iterable[tuple[bytes, bytes]]) -> int:
+def read_priority(request: ClientRequest) -> int:
     """From `X-KunServe-Priority`; 0 without it. Raises `TurnedAway` with a 400."""
-    given = [value for name, value in headers if name == _PRIORITY_HEADER]
-    if not given:
+    if _PRIORITY_HEADER not in request.headers:
         return 0
+    given = [value for name, value in request.scope["headers"] if name == _PRIORITY_HEADER]
     priority = _PRIORITIES.get(given[0].strip()) if len(given) == 1 else None
     if priority is None:
         message = (

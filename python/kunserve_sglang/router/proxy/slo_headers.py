@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.types import Scope
-
 from kunserve_sglang.core.service_classes import DEFAULT_CLASS, read_limit
 from kunserve_sglang.policy.service_level import ServiceLevel
 from kunserve_sglang.router.http.answers import RequestError
+from kunserve_sglang.router.http.client_request import ClientRequest
 
 CLASS_HEADER = "X-KunServe-Class"
 TTFT_HEADER = "X-KunServe-SLO-TTFT-MS"
@@ -16,14 +15,15 @@ _NAMES = {name.lower().encode(): name for name in (CLASS_HEADER, TTFT_HEADER, TP
 _NOTHING = DEFAULT_CLASS, ServiceLevel()
 
 
-def read_slo(scope: Scope) -> tuple[str, ServiceLevel]:
+def read_slo(request: ClientRequest) -> tuple[str, ServiceLevel]:
     """The class that the request names, and the limits. Raises `RequestError` with a 400."""
-    headers = [header for header in scope["headers"] if header[0] in _NAMES]
-    if not headers:
+    if _NAMES.keys().isdisjoint(request.headers):
         return _NOTHING  # as nearly all
     given: dict[str, str] = {}
-    for raw_name, value in headers:
-        name = _NAMES[raw_name]
+    for raw_name, value in request.scope["headers"]:
+        name = _NAMES.get(raw_name)
+        if name is None:
+            continue
         if name in given:
             raise RequestError(400, "bad_limit", f"{name}: one is expected, not several", name)
         given[name] = value.decode("latin-1").strip(" \t")
