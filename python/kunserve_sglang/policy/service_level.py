@@ -89,9 +89,14 @@ class ServiceLevel(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: float | None = None
     tpot_ms: float | None = None
 
+    @property
+    def named(self) -> bool:
+        """Whether any is."""
+        return self.ttft_ms is not None or self.tpot_ms is not None
+
     def over(self, other: ServiceLevel) -> ServiceLevel:
         """The same, with those of `other` where none is named here."""
-        if self.ttft_ms is None and self.tpot_ms is None:
+        if not self.named:
             return other
         return ServiceLevel(
             ttft_ms=other.ttft_ms if self.ttft_ms is None else self.ttft_ms,

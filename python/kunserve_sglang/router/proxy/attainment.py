@@ -76,6 +76,10 @@ class Attainment:
             return self._usual  # of most requests
         return named.known(self._times, prompt, output)
 
+    def promises(self, level: ServiceLevel) -> bool:
+        """Whether any limit is known for a request for which `level` was named."""
+        return self._times is not None or level.over(self._level).named
+
     def classes(self) -> Iterator[tuple[ServiceClass, ServiceLevel]]:
         """Each with the limits of a request of usual length."""
         for each in self._classes.values():

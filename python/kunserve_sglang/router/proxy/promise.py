@@ -29,11 +29,11 @@ class Promise:
     """Judges one request, once.
 
     An answer that is streamed is missed as soon as its first chunk is late, and else judged at its
-    end. `timer` is there once it has begun; `tokens` is the length of an answer that came whole, if
-    it tells. `prompt` is about the number of tokens in the request.
+    end. `timer` is there once it has begun; `whole` is an answer that is not streamed. `prompt` is
+    about the number of tokens in the request.
     """
 
-    __slots__ = ("_attainment", "_class", "_level", "_open", "prompt", "timer", "tokens")
+    __slots__ = ("_attainment", "_class", "_level", "_open", "prompt", "timer", "whole")
 
     def __init__(self, attainment: Attainment, request: ClientRequest) -> None:
         """Raises `RequestError` where the request names limits that are none."""
@@ -45,7 +45,7 @@ class Promise:
         self._open = scope["path"] in _JUDGED and scope["method"] != "OPTIONS"
         self.prompt = 0
         self.timer: StreamTimer | None = None
-        self.tokens: int | None = None
+        self.whole = b""
 
     def first_chunk(self, ttft_s: float, chunk: bytes) -> None:
         """Of an answer that is streamed."""
@@ -56,22 +56,19 @@ class Promise:
         if limit is not None and 1e3 * ttft_s > limit:
             self._judge(kept=False)
 
-    def whole(self, body: bytes) -> None:
-        """All of an answer that is not streamed."""
-        self.tokens = answer_tokens(body) if self._open else None
-
     def ended(self, request: ClientRequest) -> None:
         """The answer has ended, however it did, or none will come."""
         if self.timer is not None:
             self.timer.end()
-        if self._open and (kept := self._kept(request)) is not None:
+        if not self._open or not self._attainment.promises(self._level):
+            return
+        if (kept := self._kept(request)) is not None:
             self._judge(kept=kept)
 
     def _refused(self, chunk: bytes) -> None:
         """In a stream SGLang says so behind a 200; whose fault anything else is, nobody knows."""
-        limits = self._attainment.limits(self._level, self.prompt)
-        promised = limits.ttft_ms is not None or limits.tpot_ms is not None
-        if self._open and promised and any(message in chunk for message in QUEUE_FULL):
+        promised = self._open and self._attainment.promises(self._level)
+        if promised and any(message in chunk for message in QUEUE_FULL):
             self._judge(kept=False)
         self._open = False
 
@@ -80,11 +77,9 @@ class Promise:
         self._class.add(self._attainment.clock(), kept=kept)
 
     def _kept(self, request: ClientRequest) -> bool | None:
-        """None where that cannot be said: nothing was promised, or the request is at fault."""
-        chunks = self.timer.chunks if self.timer is not None else self.tokens or 0
-        limits = self._attainment.limits(self._level, self.prompt, chunks)
-        if limits.ttft_ms is None and limits.tpot_ms is None:
-            return None
+        """None where that cannot be said, as where the request is at fault."""
+        tokens = self.timer.chunks if self.timer is not None else answer_tokens(self.whole)
+        limits = self._attainment.limits(self._level, self.prompt, tokens or 0)
         if request.gone:
             return self._kept_so_far(request, limits)
         if not request.ended or request.status == 429 or request.status >= 500:
@@ -93,8 +88,8 @@ class Promise:
             return None
         if self.timer is not None:
             # The first chunk was in time, or this would have been judged.
-            return _within(self.timer.pace_s, limits.tpot_ms) if chunks else None
-        return self._whole_in_time(request, limits)
+            return _within(self.timer.pace_s, limits.tpot_ms) if tokens else None
+        return self._whole_in_time(request, limits, tokens)
 
     def _kept_so_far(self, request: ClientRequest, limits: ServiceLevel) -> bool | None:
         """By what a client has got that did not wait for the end."""
@@ -107,11 +102,13 @@ class Promise:
             timer.since_first_s(now) / timer.chunks, limits.tpot_ms
         )
 
-    def _whole_in_time(self, request: ClientRequest, limits: ServiceLevel) -> bool | None:
+    def _whole_in_time(
+        self, request: ClientRequest, limits: ServiceLevel, tokens: int | None
+    ) -> bool | None:
         """Within what both limits allow together for an answer of so many tokens."""
-        if self.tokens is None or limits.ttft_ms is None or limits.tpot_ms is None:
+        if tokens is None or limits.ttft_ms is None or limits.tpot_ms is None:
             return None
-        allowed = limits.ttft_ms + limits.tpot_ms * max(0, self.tokens - 1)
+        allowed = limits.ttft_ms + limits.tpot_ms * max(0, tokens - 1)
         return _within(self._attainment.clock() - request.arrived, allowed)
 
 

@@ -86,7 +86,7 @@ class Relay:
         if self._start is not None:
             self._request.start(*self._start)
             last = b"".join(self._held)
-            self._promise.whole(last)
+            self._promise.whole = last
         elif self._journal is not None:
             last += self._journal.rest()
         self._request.end(last)
