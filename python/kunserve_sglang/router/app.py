@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import aiohttp
+from starlette.responses import Response
 
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.policy.dispatch import POLICIES
@@ -44,21 +45,21 @@ class RouterApp:
 
     async def __call__(self, request: ClientRequest) -> None:
         try:
-            await self._serve(request)
+            way = self._door.way(request.scope)
+            if way != "forward":
+                await self._answer(request, way)
+            elif (refusal := self._keys.refuse_inference(request)) is not None:
+                request.answer(refusal)
+            else:
+                await self._proxy(request)
         except Exception as error:
             if request.started:
                 raise
             logger.exception("%s failed", request.scope["path"])
             request.answer(failure(request.scope, error))
 
-    async def _serve(self, request: ClientRequest) -> None:
-        way = self._door.way(request.scope)
-        if way == "forward":
-            if (refusal := self._keys.refuse_inference(request)) is not None:
-                request.answer(refusal)
-            else:
-                await self._proxy(request)
-            return
+    async def _answer(self, request: ClientRequest, way: Literal["answer"] | Response) -> None:
+        """What goes to no instance."""
         if way != "answer":
             request.answer(way)
             return
