@@ -155,10 +155,13 @@ class RequestQueue:
         while (waiter := self._line.take()) is not None:
             waiter.decide(Shed.STOPPING)
 
+    @property
+    def open(self) -> bool:
+        """Whether the next request need not wait."""
+        return not self._line and self._has_any()
+
     async def enter(self, priority: int) -> None:
         """Wait for room. Raises `TurnedAway`."""
-        if not self._line and self._has_any():
-            return
         if not self._available() and not self._registry.awaited():
             return  # there is nobody to wait for, and the proxy says so
         if self._stopping:
@@ -228,7 +231,7 @@ class Turn:
 
     async def __aenter__(self) -> None:
         priority = read_priority(self._request)
-        if self._waits:
+        if self._waits and not self._queue.open:
             await self._queue.enter(priority)
 
     async def __aexit__(self, *_: object) -> None:
