@@ -85,7 +85,8 @@ def least_load(candidates: Sequence[Candidate], turn: int) -> int:
     """The smallest share of its slots in demand; then fewest requests, then whose turn it is."""
     count = len(candidates)
     costs = []
-    for position, (candidate, pool) in enumerate(zip(candidates, _pools(candidates), strict=True)):
+    for position, pool in enumerate(_pools(candidates)):
+        candidate = candidates[position]
         load = candidate.load
         shared = load if pool is candidate else pool.load
         costs.append((shared, load, candidate.in_flight, (position - turn) % count, position))
