@@ -10,9 +10,9 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Scope
 
-from kunserve_sglang.router.http.heads import BODILESS, Headers
+from kunserve_sglang.router.http.heads import BODILESS, HEAD_END, Headers
 
-_STATUS_LINES = {int(s): b"HTTP/1.1 %d %b\r\n" % (s, s.phrase.encode()) for s in http.HTTPStatus}
+_STATUS_LINES = {int(s): b"HTTP/1.1 %d %b" % (s, s.phrase.encode()) for s in http.HTTPStatus}
 
 
 class Source(Protocol):
@@ -91,8 +91,8 @@ class ClientRequest:
         """
         self.started = True
         self.status = status
-        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        lines += [b"%b: %b\r\n" % header for header in headers]
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d " % status]
+        lines += [b": ".join(header) for header in headers]
         if self.scope["method"] == "HEAD" or status in BODILESS:
             self._bodiless = True
         elif b"content-length" not in dict(headers):
@@ -100,9 +100,11 @@ class ClientRequest:
                 self.keep_alive = False  # the end of the connection is the end of the answer
             else:
                 self._chunked = True
-                lines.append(b"transfer-encoding: chunked\r\n")
-        lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        self._head = b"".join(lines)
+                lines.append(b"transfer-encoding: chunked")
+        if not self.keep_alive:
+            lines.append(b"connection: close")
+        lines.append(HEAD_END)
+        self._head = b"\r\n".join(lines)
 
     def write(self, chunk: bytes) -> None:
         """Nothing is split or held back; without a chunk it is the head that leaves."""

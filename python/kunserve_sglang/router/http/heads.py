@@ -14,6 +14,9 @@ from kunserve_sglang.core.resumption import JOURNAL_HEADER, RESUME_HEADER
 
 Headers = Sequence[tuple[bytes, bytes]]
 
+HEAD_END = b"\r\n"
+"""In place of a last line: it ends the line before it, and the empty one after that."""
+
 BODILESS = frozenset({204, 304})
 """Answers with these statuses end with their headers."""
 
@@ -43,9 +46,11 @@ _NOT_ANSWERED = _HOP_BY_HOP | _OUR_OWN
 
 def request_headers(headers: Headers) -> list[tuple[str, str]]:
     """A client's headers as they go to an instance."""
+    left_out = _with_named(_NOT_FORWARDED, headers)
     return [
         (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
-        for name, value in _without(headers, _NOT_FORWARDED)
+        for name, value in headers
+        if name not in left_out
     ]
 
 
@@ -55,18 +60,19 @@ def request_head(scope: Scope, body: bytes, instance: Instance, further: Headers
     Raises `ValueError` as `target` does.
     """
     method, where = scope["method"], target(scope["raw_path"], scope["query_string"])
-    lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), where, _host(instance.url))]
+    lines = [b"%b %b HTTP/1.1\r\nhost: %b" % (method.encode(), where, _host(instance.url))]
     left_out = _NOT_FORWARDED
     if (key := instance.key) is not None:
         left_out |= {b"authorization"}
         if key:
-            lines.append(b"authorization: Bearer %b\r\n" % key.encode())
-    lines += [b"%b: %b\r\n" % header for header in _without(scope["headers"], left_out)]
-    lines += [b"%b: %b\r\n" % header for header in further]
+            lines.append(b"authorization: Bearer %b" % key.encode())
+    left_out = _with_named(left_out, scope["headers"])
+    lines += [b": ".join(header) for header in scope["headers"] if header[0] not in left_out]
+    lines += [b": ".join(header) for header in further]
     if body or method in _BODY_EXPECTED:
-        lines.append(b"content-length: %d\r\n" % len(body))
-    lines.append(b"\r\n")
-    return b"".join(lines)
+        lines.append(b"content-length: %d" % len(body))
+    lines.append(HEAD_END)
+    return b"\r\n".join(lines)
 
 
 @cache
@@ -76,12 +82,13 @@ def _host(url: str) -> bytes:
 
 def answer_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """An instance's headers, names in lower case, as they go to the client."""
-    return _without(headers, _NOT_ANSWERED)
+    left_out = _with_named(_NOT_ANSWERED, headers)
+    return [header for header in headers if header[0] not in left_out]
 
 
-def _without(headers: Headers, left_out: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+def _with_named(left_out: frozenset[bytes], headers: Headers) -> frozenset[bytes]:
+    """And those that `Connection` names: they are meant for one hop only, too."""
     for name, value in headers:
         if name == b"connection":
-            # This header may name further ones that are meant for one hop only.
             left_out |= {token.strip().lower() for token in value.split(b",")}
-    return [pair for pair in headers if pair[0] not in left_out]
+    return left_out
