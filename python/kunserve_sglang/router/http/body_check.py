@@ -31,10 +31,13 @@ _LONG = b"0" * len(str(_MAX_INT))
 """So many digits may be more than 64 bits."""
 
 
-def check_body(path: str, body: bytes) -> None:
-    """Raises `RequestError` (400), with the name of the field where there is one."""
+def check_body(path: str, body: bytes) -> dict[str, Any]:
+    """Its fields; none of what is no JSON object.
+
+    Raises `RequestError` (400), with the name of the field where there is one.
+    """
     if not body or path in _FORMS:
-        return
+        return {}
     document = _plain(body)
     looked_at = document is not None
     if not looked_at:
@@ -43,12 +46,13 @@ def check_body(path: str, body: bytes) -> None:
     if lists + body.count(b"{") > MAX_DEPTH:
         _check_depth(document)
     if not isinstance(document, dict):
-        return
+        return {}
     if not looked_at and b"\\u" in body:
         _check_texts(document)
     sampling = document.get("sampling_params")
     if lists or "n" in document or (isinstance(sampling, dict) and "n" in sampling):
         _check_answers(document)
+    return document
 
 
 def _plain(body: bytes) -> Any:

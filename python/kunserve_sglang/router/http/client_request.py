@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from starlette.responses import Response
@@ -36,11 +36,11 @@ class Connection(Protocol):
 class ClientRequest:
     """One request, read whole, and the state of its answer.
 
-    `scope` is that of ASGI; `headers` are those in it by name, where one may be there several times
-    the last of them. `streams` says that the answer comes in events as they happen.
-    `refusal` is what the last instance without room has said. `gone` says that the client has left;
-    `on_gone` is called then, which cancels the task of the request unless something else was set,
-    and what is written afterwards goes nowhere.
+    `scope` is that of ASGI; `headers` are those in it by name, of several of one name the last.
+    `wants_stream` is what the body says, None if that is no boolean; `streams` says that the answer
+    comes in events as they happen. `refusal` is what the last instance without room has said.
+    `gone` says that the client has left; `on_gone` is called then, which cancels the task of the
+    request unless something else was set, and what is written afterwards goes nowhere.
     """
 
     __slots__ = (
@@ -61,14 +61,22 @@ class ClientRequest:
         "started",
         "status",
         "streams",
+        "wants_stream",
     )
 
     def __init__(
-        self, connection: Connection, scope: Scope, body: bytes, *, keep_alive: bool
+        self,
+        connection: Connection,
+        scope: Scope,
+        headers: Mapping[bytes, bytes],
+        body: bytes,
+        *,
+        keep_alive: bool,
     ) -> None:
         self.scope = scope
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.headers = headers
         self.body = body
+        self.wants_stream: bool | None = False
         self.keep_alive = keep_alive
         self.arrived = 0.0
         self.started = False

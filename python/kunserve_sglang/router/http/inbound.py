@@ -186,17 +186,16 @@ class ClientConnection(asyncio.Protocol):
         self._refused = True
         self._refuse_more()
         if self._current is None:
-            scope = {"method": "GET", "http_version": "1.1", "headers": []}
-            refused = self._current = ClientRequest(self, scope, b"", keep_alive=False)
+            scope = {"method": "GET", "http_version": "1.1"}
+            refused = self._current = ClientRequest(self, scope, {}, b"", keep_alive=False)
             refused.answer(fault.answer())
 
     # --- what the parser finds ---
 
     def on_message_begin(self) -> None:
         if not self._refused:
-            self._incoming = Incoming(
-                self._clients.limits, self._clients.loop.time(), self._read_size
-            )
+            clients = self._clients
+            self._incoming = Incoming(clients.limits, clients.loop.time(), self._read_size)
 
     def on_url(self, part: bytes) -> None:
         if self._incoming is not None:
@@ -240,7 +239,8 @@ class ClientConnection(asyncio.Protocol):
         method, version = self._parser.get_method(), self._parser.get_http_version()
         scope = incoming.scope(method, version, self._scheme, self._peer, self._here)
         keep_alive = version == "1.1" and self._parser.should_keep_alive()
-        request = ClientRequest(self, scope, incoming.whole_body(), keep_alive=keep_alive)
+        named, body = incoming.by_name, incoming.whole_body()
+        request = ClientRequest(self, scope, named, body, keep_alive=keep_alive)
         if self._current is None:
             self._begin(request)
         elif not self._closing:

@@ -24,9 +24,7 @@ _RACE_S = 1.0
 """An instance that closes an idle connection when a request is on its way has done so by then."""
 
 _SMALL_BODY = 4096
-
-_LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
-"""Headers of which one says where an answer ends, unless the end of the connection does."""
+_SAY_LENGTH = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class BrokenOff(ConnectionError):
@@ -197,7 +195,7 @@ class InstanceConnection(asyncio.Protocol):
         headers, self._headers = self._headers, []
         self._sink.head(status, headers)
         self._ended = self._bodiless
-        self._until_closed = status not in BODILESS and _LENGTHS.isdisjoint(dict(headers))
+        self._until_closed = status not in BODILESS and _SAY_LENGTH.isdisjoint(dict(headers))
 
     def on_body(self, part: bytes) -> None:
         if not self._ended:

@@ -161,7 +161,8 @@ class Journals:
 
     def of(self, request: ClientRequest) -> Journal | None:
         """One for a request that may ask for a stream which can be resumed; to be closed."""
-        if self.limit and request.scope["path"] in RESUMABLE_PATHS and b'"stream"' in request.body:
+        streams = request.wants_stream is not False  # what is no boolean may be taken for one
+        if self.limit and streams and request.scope["path"] in RESUMABLE_PATHS:
             return Journal(self)
         return None
 

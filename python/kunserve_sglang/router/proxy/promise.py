@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import msgspec
-
 from kunserve_sglang.core.resumption import RESUMABLE_PATHS
 from kunserve_sglang.policy.service_level import ServiceLevel
 from kunserve_sglang.router.http.client_request import ClientRequest
@@ -95,7 +93,7 @@ class Promise:
         """By what a client has got that did not wait for the end."""
         now, timer = self._attainment.clock(), self.timer
         if timer is None or not timer.chunks:
-            waits = timer is not None or _asks_for_stream(request.body)
+            waits = timer is not None or request.wants_stream is True
             late = waits and not _within(now - request.arrived, limits.ttft_ms)
             return False if late else None
         return _within(timer.pace_s, limits.tpot_ms) and _within(
@@ -126,14 +124,3 @@ def answer_tokens(body: bytes) -> int | None:
 def _within(seconds: float | None, limit_ms: float | None) -> bool:
     """Without a time or a limit there is nothing to miss."""
     return seconds is None or limit_ms is None or 1e3 * seconds <= limit_ms
-
-
-class _Asked(msgspec.Struct):
-    stream: bool | None = None
-
-
-def _asks_for_stream(body: bytes) -> bool:
-    try:
-        return msgspec.json.decode(body, type=_Asked).stream is True
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False

@@ -114,7 +114,7 @@ class Proxy:
         """Send the request when it is its turn, or say why it is not sent."""
         # Whoever is let in has to go at once, so what takes time comes before.
         try:
-            check_body(request.scope["path"], request.body)
+            _look_into(request)
         except RequestError as error:
             request.answer(error.answer())
             return
@@ -287,3 +287,9 @@ class Proxy:
             return False
         request.answer(request.refusal)
         return True
+
+
+def _look_into(request: ClientRequest) -> None:
+    """Nothing else of the body's fields is kept: together they may take more memory than it."""
+    stream = check_body(request.scope["path"], request.body).get("stream", False)
+    request.wants_stream = stream if isinstance(stream, bool) else None
