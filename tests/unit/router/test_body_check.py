@@ -115,8 +115,9 @@ ITEMS = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([":", "x:y"
 def objects_with_repeated_names(draw: st.DrawFn) -> bytes:
     pairs = draw(st.lists(st.tuples(NAMES, st.recursive(ITEMS, st.lists)), min_size=1, max_size=5))
     colon = draw(st.sampled_from([":", " : ", ":\n"]))
-    text = ", ".join(f"{json.dumps(name)}{colon}{json.dumps(item)}" for name, item in pairs)
-    wrapped = draw(st.sampled_from(["{%s}", '{"in": {%s}}', "[{%s}, {}]", '{"in": [1, {%s}]}']))
+    comma = draw(st.sampled_from([",", ", "]))
+    text = comma.join(f"{json.dumps(name)}{colon}{json.dumps(item)}" for name, item in pairs)
+    wrapped = draw(st.sampled_from(["{%s}", '{"in":{%s}}', "[{%s}, {}]", '{"in": [1, {%s}]}']))
     return (wrapped % text).replace("\\\\", "\\").encode()
 
 
@@ -133,6 +134,7 @@ def test_a_glance_is_enough_for_most() -> None:
     usual = [{"text": "a: b", "sampling_params": {"n": 1}}, {"input_ids": [1, 2], "stream": True}]
     for body in usual:
         assert body_check._plain(json.dumps(body).encode()) == body
+        assert body_check._plain(json.dumps(body, separators=(",", ":")).encode()) == body
 
 
 def test_forms_are_not_read() -> None:
