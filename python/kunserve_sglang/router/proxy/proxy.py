@@ -121,10 +121,14 @@ class Proxy:
         weight = await self._dispatcher.weigh(request.scope["path"], request.body)
         promise.prompt = weight.prompt_tokens(request.body)
         try:
-            async with self._queue.admitted(request):
-                await self._dispatch(request, weight, promise)
+            await self._queue.enter(request)
         except TurnedAway as refusal:
             request.answer(refusal.answer)
+            return
+        try:
+            await self._dispatch(request, weight, promise)
+        finally:
+            self._queue.leave(request)
 
     async def _dispatch(self, request: ClientRequest, weight: Weight, promise: Promise) -> None:
         """Have the request answered by whichever instance the policy chooses."""

@@ -115,14 +115,20 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._line)
 
-    def admitted(self, request: ClientRequest) -> Turn:
-        """Waits for room; the block sends the request, at first without waiting for anything."""
-        return Turn(self, request)
+    async def enter(self, request: ClientRequest) -> None:
+        """Wait for room, unless it only asks something; it has to be sent at once then.
 
-    def leave(self) -> None:
+        Raises `TurnedAway`, for a priority that is none as well.
+        """
+        priority = read_priority(request)
+        if request.scope["method"] not in _QUESTIONS and (self._line or not self._has_any()):
+            await self._wait(priority)
+
+    def leave(self, request: ClientRequest) -> None:
         """One that had entered has its answer, or has none to expect."""
-        self._ends.ended(self._clock())
-        self.let_in()
+        if request.scope["method"] not in _QUESTIONS:
+            self._ends.ended(self._clock())
+            self.let_in()
 
     def has_room(self, instance: Instance) -> bool:
         """Whether it should get more requests now."""
@@ -155,13 +161,7 @@ class RequestQueue:
         while (waiter := self._line.take()) is not None:
             waiter.decide(Shed.STOPPING)
 
-    @property
-    def open(self) -> bool:
-        """Whether the next request need not wait."""
-        return not self._line and self._has_any()
-
-    async def enter(self, priority: int) -> None:
-        """Wait for room. Raises `TurnedAway`."""
+    async def _wait(self, priority: int) -> None:
         if not self._available() and not self._registry.awaited():
             return  # there is nobody to wait for, and the proxy says so
         if self._stopping:
@@ -214,29 +214,6 @@ class RequestQueue:
 
     def _available(self) -> list[Instance]:
         return self._registry.available()
-
-
-class Turn:
-    """A request's, from when it comes; what only asks something does not wait for it.
-
-    To be entered once. That raises `TurnedAway`, for a priority that is none as well.
-    """
-
-    __slots__ = ("_queue", "_request", "_waits")
-
-    def __init__(self, queue: RequestQueue, request: ClientRequest) -> None:
-        self._queue = queue
-        self._request = request
-        self._waits = request.scope["method"] not in _QUESTIONS
-
-    async def __aenter__(self) -> None:
-        priority = read_priority(self._request)
-        if self._waits and not self._queue.open:
-            await self._queue.enter(priority)
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._waits:
-            self._queue.leave()
 
 
 def read_priority(request: ClientRequest) -> int:
