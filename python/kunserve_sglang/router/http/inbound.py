@@ -236,9 +236,9 @@ class ClientConnection(asyncio.Protocol):
         if fault := incoming.oversize():
             self._refuse(fault)
             return
-        method, version = self._parser.get_method(), self._parser.get_http_version()
-        scope = incoming.scope(method, version, self._scheme, self._peer, self._here)
-        keep_alive = version == "1.1" and self._parser.should_keep_alive()
+        method = self._parser.get_method()
+        scope = incoming.scope(method, self._scheme, self._peer, self._here)
+        keep_alive = incoming.version == "1.1" and self._parser.should_keep_alive()
         named, body = incoming.by_name, incoming.whole_body()
         request = ClientRequest(self, scope, named, body, keep_alive=keep_alive)
         if self._current is None:

@@ -48,11 +48,13 @@ class Incoming:
         "headers",
         "moved",
         "target",
+        "version",
     )
 
     def __init__(self, limits: Limits, now: float, first_read: int) -> None:
         """`first_read` is the size of the read in which it begins."""
         self.target = b""
+        self.version = ""
         self.headers: list[tuple[bytes, bytes]] = []
         self.by_name: dict[bytes, bytes] = {}
         self.head_done = False
@@ -92,7 +94,7 @@ class Incoming:
 
     def head_fault(self, version: str) -> Fault | None:
         """What is wrong with a whole head; `version` is that of HTTP. Fills in `by_name`."""
-        self.head_done = True
+        self.head_done, self.version = True, version
         if version not in _VERSIONS:
             return Fault(505, "not_supported", f"HTTP/{version}: this router speaks HTTP/1.1")
         known = self.by_name = dict(self.headers)
@@ -149,14 +151,14 @@ class Incoming:
         return self.body[0] if len(self.body) == 1 else b"".join(self.body)
 
     def scope(
-        self, method: bytes, version: str, scheme: str, peer: tuple[str, int], here: tuple[str, int]
+        self, method: bytes, scheme: str, peer: tuple[str, int], here: tuple[str, int]
     ) -> Scope:
         """As ASGI has it."""
         raw_path, _, query = self.target.partition(b"?")
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": version,
+            "http_version": self.version,
             "method": method.decode("ascii"),
             "scheme": scheme,
             "path": raw_path.decode("latin-1"),  # as it stands: what is encoded is another path
