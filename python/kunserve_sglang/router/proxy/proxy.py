@@ -125,25 +125,17 @@ class Proxy:
         except TurnedAway as refusal:
             request.answer(refusal.answer)
             return
-        try:
-            await self._dispatch(request, weight, promise)
-        finally:
-            self._queue.leave(request)
-
-    async def _dispatch(self, request: ClientRequest, weight: Weight, promise: Promise) -> None:
-        """Have the request answered by whichever instance the policy chooses."""
-        policy = first if request.scope["path"] in _SAME_EVERYWHERE else self._policy
         journal = self._journals.of(request)
         try:
-            await self._try(request, policy, weight, Attempts(promise, journal))
+            await self._try(request, weight, Attempts(promise, journal))
         finally:
             if journal is not None:
                 journal.close()
+            self._queue.leave(request)
 
-    async def _try(
-        self, request: ClientRequest, policy: Policy, weight: Weight, attempts: Attempts
-    ) -> None:
-        """One instance after the other, until it has its answer."""
+    async def _try(self, request: ClientRequest, weight: Weight, attempts: Attempts) -> None:
+        """One instance after the other, as the policy chooses, until it has its answer."""
+        policy = first if request.scope["path"] in _SAME_EVERYWHERE else self._policy
         while (
             instance := self._next(policy, weight, attempts)
         ) is not None or await self._may_come(attempts):
