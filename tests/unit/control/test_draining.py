@@ -51,7 +51,7 @@ def test_an_idle_instance_leaves_at_once(router: RouterCluster) -> None:
     answer = drain(router, 0)
     assert (answer.status, answer.json["id"], answer.json["draining"]) == (200, 0, True)
     assert [w["id"] for w in router.get("/workers").json["workers"]] == [1]
-    until(lambda: router.instances[0].obeyed["Leave"] == 1)
+    until(lambda: router.instances[0].obeyed["Leave"] >= 1)
     assert router.get("/readiness").json == {"status": "ok", "available": 1, "expected": 1}
     for _ in range(3):
         assert router.post("/v1/completions", {}).status == 200
@@ -63,15 +63,15 @@ def test_one_that_greets_again_is_told_again(router: RouterCluster) -> None:
     """Its end may have been lost on the way; it must not slip back in."""
     leaver = router.instances[0]
     assert drain(router, 0).status == 200
-    until(lambda: leaver.obeyed["Leave"] == 1)
+    until(lambda: leaver.obeyed["Leave"] >= 1)
     leaver.greet()
-    until(lambda: leaver.obeyed["Leave"] == 2)
+    until(lambda: leaver.obeyed["Leave"] >= 2)
     assert [i["id"] for i in router.status()["instances"]] == [1]
 
 
 def test_a_new_process_may_take_the_number(router: RouterCluster) -> None:
     assert drain(router, 0).status == 200
-    until(lambda: router.instances[0].obeyed["Leave"] == 1)
+    until(lambda: router.instances[0].obeyed["Leave"] >= 1)
     router.instances[0].stop()
     router.instances[0] = router.add(0)
     router.ready(2)
@@ -92,7 +92,7 @@ def test_requests_under_way_end_first(router: RouterCluster) -> None:
     busy.worker.finish()
     assert connection.getresponse().read() == b"data: 1\n\n"
     connection.close()
-    until(lambda: busy.obeyed["Leave"] == 1)
+    until(lambda: busy.obeyed["Leave"] >= 1)
     assert busy.number not in {i["id"] for i in router.status()["instances"]}
 
 
