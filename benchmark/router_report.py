@@ -62,7 +62,7 @@ def rows_of(case: Case, rounds: Sequence[dict[str, Row]]) -> list[Row]:
         for sample, r in zip(samples, rounds, strict=True):
             if target != DIRECT:
                 for key in ("ttft_p50_ms", "ttft_p99_ms"):
-                    if key in sample:
+                    if key in sample and key in r[DIRECT]:
                         sample[f"added_{key}"] = sample[key] - r[DIRECT][key]
             if target == OURS and BEFORE in r:
                 for key in ("requests_per_cpu_s", "chunks_per_cpu_s"):
