@@ -2,13 +2,16 @@
 
 `python -m benchmark.demo` starts each cluster in turn with the same memory budget, cores and
 SGLang flags, sends the same requests at the same times, and writes a table, JSON and a picture.
+When all is as it was before, a second, shorter burst follows, in which memory is not what is short.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +19,7 @@ import aiohttp
 import torch
 from rich.console import Console
 
+from benchmark import second_burst
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, RunError, run_workload, warm_up_requests
 from benchmark.metrics import Slo, slo_from
@@ -23,6 +27,7 @@ from benchmark.picture import draw
 from benchmark.program import CHUNK_FLAGS, ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import Comparison, dumps, raw, table, to_json
+from benchmark.timeline import StatusReader
 from benchmark.workload import Shape, Workload, steady_and_burst
 from kunserve_sglang.execution.dtypes import FLOAT32, choose_dtype
 from kunserve_sglang.sglang_seam.cpu_dtype import times_slower
@@ -82,9 +87,9 @@ def main() -> NoReturn:
 def run(flags: argparse.Namespace, console: Console) -> int:
     """Both runs and their results; returns the exit status."""
     model = flags.model_path or small_model()
-    workload = build_workload(
-        PromptSource(load_tokenizer(model), flags.seed), flags.scale, flags.seed
-    )
+    prompts = PromptSource(load_tokenizer(model), flags.seed)
+    workload = build_workload(prompts, flags.scale, flags.seed)
+    second = second_burst.workload(prompts, flags.scale, flags.seed)
     suit_cpu(flags)
     console.print(
         f"{len(workload.requests)} requests in {workload.duration_s:.0f} s, a burst from "
@@ -97,12 +102,15 @@ def run(flags: argparse.Namespace, console: Console) -> int:
         overload_policy="none",
         sglang_flags=flags.sglang_flags,
     )
-    baseline = _run_one("baseline", options, workload, flags.output, console)
+    loads = (workload, second)
+    baseline = _run_one("baseline", options, loads, flags.output, console)
     options = replace(options, overload_policy="drop")
-    kunserve = _run_one("KunServe", options, workload, flags.output, console)
-    slo = _slo((baseline, kunserve), workload, flags.slo_scale)
-    comparison = Comparison(workload, baseline, kunserve, slo)
-    return _publish(comparison, flags, model, console)
+    kunserve = _run_one("KunServe", options, loads, flags.output, console)
+    first = baseline.runs[0], kunserve.runs[0]
+    slo = _slo(first, workload, flags.slo_scale)
+    bursts = second_burst.to_json(first, (baseline.runs[1], kunserve.runs[1]), kunserve.limits)
+    comparison = Comparison(workload, *first, slo)
+    return _publish(comparison, bursts, flags, model, console)
 
 
 def suit_cpu(flags: argparse.Namespace) -> None:
@@ -118,27 +126,53 @@ def suit_cpu(flags: argparse.Namespace) -> None:
     flags.sglang_flags = (*CHUNK_FLAGS, "--dtype", choice.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One cluster's runs, in order, and the limits that it promises to keep."""
+
+    runs: list[Run]
+    limits: Slo
+
+
 def _run_one(
-    name: str, options: ClusterOptions, workload: Workload, output: Path, console: Console
-) -> Run:
+    name: str,
+    options: ClusterOptions,
+    loads: Sequence[Workload],
+    output: Path,
+    console: Console,
+) -> Served:
     log = output / f"{name.lower()}.log"
-    with (
-        RunDisplay(name, workload, console) as display,
-        Cluster(options.command, log, on_wait=display.starting) as cluster,
-    ):
-        display.started()
-        running = run_workload(
-            cluster.url,
-            workload,
-            warm_up=warm_up_requests("What is a KV cache?", 2 * options.num_instances),
-            restore_timeout_s=_RESTORE_TIMEOUT_S,
-            on_progress=display.progress,
-        )
-        try:
-            return asyncio.run(running)
-        except (aiohttp.ClientError, OSError):
-            cluster.check_running()  # its log says more than a lost connection
-            raise
+    display = RunDisplay(name, loads[0], console)
+    with ExitStack() as shown:
+        shown.enter_context(display)
+        with Cluster(options.command, log, on_wait=display.starting) as cluster:
+            try:
+                runs = [_serve(cluster.url, loads[0], options, display)]
+                shown.close()
+                for load in loads[1:]:
+                    with RunDisplay("then", load, console) as display:
+                        runs.append(_serve(cluster.url, load, options, display))
+                return Served(runs, asyncio.run(_limits(cluster.url)))
+            except (aiohttp.ClientError, OSError):
+                cluster.check_running()  # its log says more than a lost connection
+                raise
+
+
+def _serve(url: str, load: Workload, options: ClusterOptions, display: RunDisplay) -> Run:
+    display.started()
+    running = run_workload(
+        url,
+        load,
+        warm_up=warm_up_requests("What is a KV cache?", 2 * options.num_instances),
+        restore_timeout_s=_RESTORE_TIMEOUT_S,
+        on_progress=display.progress,
+    )
+    return asyncio.run(running)
+
+
+async def _limits(url: str) -> Slo:
+    async with aiohttp.ClientSession() as session:
+        return second_burst.promised(await StatusReader(url, session).status())
 
 
 def _slo(runs: tuple[Run, ...], workload: Workload, scale: float) -> Slo:
@@ -149,7 +183,11 @@ def _slo(runs: tuple[Run, ...], workload: Workload, scale: float) -> Slo:
 
 
 def _publish(
-    comparison: Comparison, flags: argparse.Namespace, model: Path, console: Console
+    comparison: Comparison,
+    bursts: dict[str, dict[str, Any]],
+    flags: argparse.Namespace,
+    model: Path,
+    console: Console,
 ) -> int:
     setup: dict[str, Any] = {
         "model": model.name,
@@ -158,13 +196,16 @@ def _publish(
         "seed": flags.seed,
         "scale": flags.scale,
     }
-    figures = to_json(comparison, setup)
+    figures = to_json(comparison, setup) | {"bursts": bursts}
     (flags.output / "demo.json").write_text(dumps(figures))
     (flags.output / "demo-raw.json").write_text(dumps(raw(comparison), indent=None))
     draw(comparison, flags.output / "demo.png")
     console.print(table(figures))
+    console.print(second_burst.table(bursts))
     console.print(f"Written: demo.json, demo-raw.json and demo.png in {flags.output}")
     problems = comparison.problems()
+    if second_burst.is_worse(bursts):
+        problems.append("fewer requests of the second burst kept their limits than without")
     for problem in problems:
         console.print(f"demo: {problem}", style="red")
     return 1 if problems else 0
