@@ -47,6 +47,10 @@ requests wait for something else."""
 _SAME_E2E = 0.05
 """Times from arrival to end that differ by no more are the same."""
 
+_ENOUGH_SOONER = 0.15
+"""Acting takes time itself, which no forecast knows of: if no more requests keep their limits by
+it, half of them have to end sooner by as much."""
+
 _WORTH = 2.0
 """Limits are what users ask for, but not at any price: for each point of requests that keep theirs
 besides, half of all may take so many points longer to their end, and no more."""
@@ -67,7 +71,7 @@ class Prospect(msgspec.Struct, frozen=True, kw_only=True):
         gain = mine.attainment - theirs.attainment
         if gain > SAME:
             return mine.e2e_ms <= theirs.e2e_ms * (1 + _SAME_E2E + _WORTH * gain)
-        return gain >= -SAME and mine.e2e_ms < theirs.e2e_ms * (1 - _SAME_E2E)
+        return gain >= -SAME and mine.e2e_ms < theirs.e2e_ms * (1 - _ENOUGH_SOONER)
 
     def worth_its_bound(self, free: Prospect) -> bool:
         """More requests within their limits than without; in a group, of as many they end sooner.
