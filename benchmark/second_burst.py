@@ -71,16 +71,16 @@ def _figures(
 def table(bursts: dict[str, dict[str, Any]]) -> RenderableType:
     """What was decided in each burst, and what came of it."""
     grid = Table(title="Never worse than without", title_justify="left")
-    grid.add_column("burst in which")
-    for name in ("dropped", "within limits", "P50 TTFT", "P99 TTFT", "P50 E2E"):
+    grid.add_column("burst")
+    for name in ("dropped", "within limits", "P99 TTFT (s)", "P50 E2E (s)"):
         grid.add_column(name, justify="right")
     reasons = []
     for name, figures in bursts.items():
         sides = figures["baseline"], figures["kunserve"]
         shares = " -> ".join(f"{side['slo_attainment']:.0%}" for side in sides)
         times = (
-            " -> ".join(f"{side[key] / 1e3:.1f}" for side in sides) + " s"
-            for key in ("median_ttft_ms", "p99_ttft_ms", "median_e2e_latency_ms")
+            " -> ".join(f"{side[key] / 1e3:.1f}" for side in sides)
+            for key in ("p99_ttft_ms", "median_e2e_latency_ms")
         )
         grid.add_row(name, "yes" if figures["drops"] else "no", shares, *times)
         reasons.append(f"{name}: {figures['why']}.")

@@ -6,8 +6,9 @@ import msgspec
 
 from kunserve_sglang.core.bounds import Count, Real
 
-_HOPE = 0.7
-"""Of a limit: whoever has waited for longer has no time left to be computed in."""
+_HOPE = 0.5
+"""Of a limit: whoever has waited for longer has hardly time left to be computed in, beside others
+and after what has begun already."""
 
 _PATIENCE = 3.0
 """Limits after which one that was put off is put off no more: nobody waits for ever."""

@@ -8,7 +8,7 @@ from kunserve_sglang.core.first_token import FirstTokenLimit
 
 
 @pytest.mark.parametrize(
-    ("waited_ms", "past"), [(0, False), (600, False), (800, True), (2900, True), (3100, False)]
+    ("waited_ms", "past"), [(0, False), (400, False), (600, True), (2900, True), (3100, False)]
 )
 def test_late_from_when_there_is_no_hope_until_patience_ends(waited_ms: float, past: bool) -> None:
     assert FirstTokenLimit(ms=1000.0).past(10, waited_ms) is past

@@ -134,7 +134,7 @@ def test_a_long_prompt_may_take_longer() -> None:
     told = Attainable(slots=SLOTS, first_token=FirstTokenLimit(ms=1000.0, tokens=50))
     waiting.limit(told)
     seen(waiting, scheduler)
-    scheduler.clock.now += 1.2
+    scheduler.clock.now += 0.9
     assert seen(waiting, scheduler) == ["long"]
 
 
