@@ -159,8 +159,10 @@ class Registry:
         return worker
 
     def _add(self, instance: Instance) -> None:
-        known = self.instances | {instance.number: instance}
-        self.instances = dict(sorted(known.items()))
+        self.instances[instance.number] = instance
+        in_order = sorted(self.instances.items())
+        self.instances.clear()  # and not another dictionary: this one is known to others
+        self.instances.update(in_order)
 
     def forget(self, instance: Instance) -> None:
         """It has left; a new process may come under its number."""
