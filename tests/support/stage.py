@@ -202,7 +202,7 @@ def micro_batch(sequence: int) -> Packet:
 def valid_packets() -> list[Packet]:
     slots = torch.arange(1, 9)
     inline, _ = packing.inlined(slots)
-    rows = wire.KvRows(sender=0, epoch=EPOCH, owner=0, layers=UPPER, slots=inline)
+    rows = wire.KvRows(sender=0, epoch=EPOCH, owner=0, layers=UPPER, slots=inline, number=0)
     layer = wire.LayerParameters(sender=0, epoch=EPOCH, layer=3, offset=0)
     taken = wire.TakenSlots(sender=0, epoch=EPOCH)
     home = wire.MicroBatch(

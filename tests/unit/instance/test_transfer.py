@@ -224,3 +224,52 @@ def test_a_transfer_that_stands_still_is_a_lost_peer(sides: tuple[Side, Side]) -
     until(lambda: time.monotonic() > into._moved + 0.2)
     with pytest.raises(PeerLost, match="has stopped"):
         into.check_progress()
+
+
+def test_a_piece_that_is_missing_is_a_lost_peer(sides: tuple[Side, Side]) -> None:
+    """What comes after it would pass for all there is."""
+    owner, stage = sides
+    out, into = owner.transfer(0, LOWER), stage.transfer(1, UPPER)
+    out.take_along(torch.tensor([5, 6]))
+    assert stage.plane.receive(1.0) is not None
+    while out.pump(0.0):
+        pass
+    with pytest.raises(PeerLost, match="with a gap"):
+        deliver(stage, into)
+
+
+def test_a_piece_that_comes_again_changes_nothing(sides: tuple[Side, Side]) -> None:
+    owner, stage = sides
+    out, into = owner.transfer(0, LOWER), stage.transfer(1, UPPER)
+    slots = torch.tensor([5, 6])
+    out.take_along(slots)
+    piece = stage.plane.receive(1.0)
+    assert piece is not None
+    again = Packet(piece.header, [t.clone() for t in piece.tensors])
+    into.store(piece, wire.decode(piece.header))
+    into.before_run(0, slots, slots, stage.next_piece)
+    stage.write(slots, 42.0)
+    into.store(again, wire.decode(again.header))
+    assert (stage.rows(slots) == 42.0).all()
+
+
+def test_a_part_of_a_layer_that_is_missing_is_a_lost_peer(sides: tuple[Side, Side]) -> None:
+    source, target = sides
+    target.parameters.drop(2)
+    load = ParameterLoad(2, source=0, target=1)
+    out, into = source.transfer(0, UPPER, (load,)), target.transfer(1, LOWER, (load,))
+    into.reserve(lambda _: SLOTS)
+    while out.pump(0.0):
+        pass
+    pieces = []
+    while (packet := target.plane.receive()) is not None:
+        pieces.append((packet, wire.decode(packet.header)))
+    first = next(p for p in pieces if isinstance(p[1], wire.LayerParameters))
+    pieces.remove(first)
+
+    def store_the_others() -> None:
+        for packet, header in pieces:
+            into.store(packet, header)
+
+    with pytest.raises(PeerLost, match="layer 2 came with a gap"):
+        store_the_others()

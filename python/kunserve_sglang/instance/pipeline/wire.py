@@ -49,6 +49,8 @@ class TakenSlots(Envelope, frozen=True, kw_only=True, tag="taken_slots"):
 class KvRows(Envelope, frozen=True, kw_only=True, tag="kv_rows"):
     """KV of some slots of `owner` in `layers`; `last` if nothing of it is left to send.
 
+    `number` is how many pieces of the same were sent before, so that one that is missing shows.
+
     Tensors: [slots, int64, unless they are inline], K and V rows, each
     `(len(layers), len(slots), heads, dim)`.
     """
@@ -56,6 +58,7 @@ class KvRows(Envelope, frozen=True, kw_only=True, tag="kv_rows"):
     owner: int
     layers: LayerRange
     slots: bytes
+    number: int
     last: bool = False
 
 

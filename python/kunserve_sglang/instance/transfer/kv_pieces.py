@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import LayerRange, Move
 from kunserve_sglang.instance.pipeline import packing, wire
 from kunserve_sglang.instance.store.kv_store import KvStore
@@ -27,21 +28,24 @@ class _Rows:
 class _Outgoing:
     """`pending`: slots whose rows the target does not have, `asked`: of which a micro-batch has
     need there; bool by slot. `copies`: packets that have to leave, while their rows may not stay.
+    `sent`: packets so far, copies included.
     """
 
     move: Move
     pending: torch.Tensor
     asked: torch.Tensor
     copies: deque[_Rows] = field(default_factory=deque)
+    sent: int = 0
 
 
 @dataclass(slots=True)
 class _Incoming:
-    """`awaited`: slots whose rows are on their way, bool by slot."""
+    """`awaited`: slots whose rows are on their way, bool by slot. `came`: packets so far."""
 
     move: Move
     awaited: torch.Tensor
     ended: bool = False
+    came: int = 0
 
 
 class KvPieces:
@@ -189,10 +193,16 @@ class KvPieces:
                 yield
 
     def receive(self, header: wire.KvRows, tensors: Sequence[torch.Tensor]) -> None:
-        """Keep rows that have arrived."""
+        """Keep rows that have arrived; what has been before is ignored.
+
+        Raises `PeerLost` after a gap: nobody could say which rows are missing here.
+        """
         incoming = self._incoming.get((header.owner, header.layers))
-        if incoming is None:
+        if incoming is None or header.number < incoming.came:
             return
+        if header.number > incoming.came:
+            raise PeerLost(f"KV of instance {header.owner} came with a gap")
+        incoming.came += 1
         *beside, k, v = tensors
         slots = packing.integers_of(header.slots, [t.cpu() for t in beside])
         if self._serves(incoming.move):
@@ -230,8 +240,10 @@ class KvPieces:
             owner=move.owner,
             layers=move.layers,
             slots=inline,
+            number=out.sent,
             last=last,
         )
+        out.sent += 1
         out.pending[slots] = out.asked[slots] = False
         self.sent_bytes += k.nbytes + v.nbytes
         return _Rows(wire.encode(header), [*beside, k, v])

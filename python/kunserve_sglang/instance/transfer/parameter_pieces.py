@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import ParameterLoad
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.store.parameters import ParameterStore
@@ -86,10 +87,14 @@ class ParameterPieces:
     def receive(self, header: wire.LayerParameters, data: torch.Tensor) -> None:
         """Keep a piece that has arrived; one of a layer that is not due is ignored.
 
-        So is one that is not the next: they come in order, from one source.
+        So is one that has been before. Raises `PeerLost` after a gap: they come in order, from one
+        source, and what is missing is not sent again.
         """
-        if header.layer not in self._due or header.offset != self._arrived[header.layer]:
+        arrived = self._arrived[header.layer]
+        if header.layer not in self._due or header.offset < arrived:
             return
+        if header.offset > arrived:
+            raise PeerLost(f"parameters of layer {header.layer} came with a gap")
         memory = self._due[header.layer]
         memory[header.offset : header.offset + len(data)] = data
         self._arrived[header.layer] += len(data)
