@@ -14,48 +14,35 @@ from typing import Any
 import torch
 
 from kunserve_sglang.core.dropped import Dropped
-from kunserve_sglang.core.sockets import PollHandle
 from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
 from kunserve_sglang.instance.pipeline import packing, wire
 from kunserve_sglang.instance.pipeline.request_table import TableDelta
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore
-from kunserve_sglang.transport import DataPlane, Packet, Tensors
+from kunserve_sglang.transport import DataPlane, Packet
 from kunserve_sglang.transport.data import Malformed
+from kunserve_sglang.transport.forwarding import ForwardingPlane
 
 
-class ScreenedPlane:
+class ScreenedPlane(ForwardingPlane):
     """A data plane of which only packets come that `Screen` lets pass."""
 
     def __init__(self, plane: DataPlane, screen: Screen) -> None:
-        self._plane = plane
+        super().__init__(plane)
         self._screen = screen
         self._peers: Collection[int] = ()
         self._dropped = Dropped()
-        self.address = plane.address
 
     @property
     def malformed(self) -> int:
-        return self._plane.malformed + self._dropped.count
+        return super().malformed + self._dropped.count
 
     def connect(self, peers: Mapping[int, str]) -> None:
-        self._plane.connect(peers)
+        super().connect(peers)
         self._peers = set(peers)
 
-    def send(self, peer: int, header: bytes, tensors: Tensors = (), *, bulk: bool = False) -> None:
-        self._plane.send(peer, header, tensors, bulk=bulk)
-
-    def room(self, peer: int) -> int:
-        return self._plane.room(peer)
-
-    def window(self, peer: int) -> int:
-        return self._plane.window(peer)
-
-    def lost(self, peers: Collection[int]) -> str:
-        return self._plane.lost(peers)
-
     def receive(self, timeout_s: float = 0.0) -> Packet | None:
-        while (packet := self._plane.receive(timeout_s)) is not None:
+        while (packet := super().receive(timeout_s)) is not None:
             try:
                 self._screen.check(packet, self._peers)
             except Malformed as error:
@@ -64,12 +51,6 @@ class ScreenedPlane:
                 return packet
             timeout_s = 0.0
         return None
-
-    def poll_handles(self) -> list[PollHandle]:
-        return self._plane.poll_handles()
-
-    def close(self) -> None:
-        self._plane.close()
 
 
 class Screen:
