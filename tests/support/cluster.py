@@ -60,6 +60,7 @@ class ScriptedCluster(Controlled):
                 memory_budget=memory_budget,
                 owners=size,
                 page_bytes=page_bytes,
+                checksums=True,
                 peer_timeout_s=30.0,
                 transport=transport,
             )

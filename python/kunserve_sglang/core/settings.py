@@ -59,10 +59,7 @@ class SharedSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = OverloadPolicy.DROP
     micro_batches: Annotated[
         MicroBatches,
-        about(
-            "in a group: as many as keep all stages busy, of equal predicted time; `one`: one an "
-            "owner"
-        ),
+        about("in a group: enough for all stages, of equal predicted time; `one`: one an owner"),
     ] = MicroBatches.LOOKAHEAD
     transport: Annotated[
         Transport,
@@ -76,9 +73,13 @@ class SharedSettings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(ge=0),
         about(
             "requests in the largest decode step of a group's stages that is captured as a CUDA "
-            "graph; 0: none; GPUs only",
+            "graph; 0: none; GPUs only"
         ),
     ] = 64
+    checksums: Annotated[
+        bool,
+        about("[check](#checksums) KV and parameters that instances send one another"),
+    ] = False
     peer_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
 
     def sharing(self, other: SharedSettings) -> Self:

@@ -24,7 +24,8 @@ from kunserve_sglang.instance.ranks.ranks import Ranks
 from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner
 from kunserve_sglang.sglang_seam.scheduling import Scheduling
-from kunserve_sglang.transport import HostAwareDataPlane
+from kunserve_sglang.transport import DataPlane, HostAwareDataPlane
+from kunserve_sglang.transport.checked import CheckedPlane
 
 _MAX_PROCESS = 1 << 48
 
@@ -88,8 +89,11 @@ def build_agent(scheduler: Scheduling, engine: SglangEngine) -> Agent:
         transport=instance.transport,
         windows=runner.memory.windows,
     )
+    plane: DataPlane = raw
+    if instance.checksums:
+        plane = CheckedPlane(plane)
     screen = Screen(runner.token_to_kv_pool.store, runner.memory.parameters)
-    plane = ranked_plane(ScreenedPlane(raw, screen), ranks)
+    plane = ranked_plane(ScreenedPlane(plane, screen), ranks)
     process = 1 + secrets.randbelow(_MAX_PROCESS)
     hello = Hello(
         version=PROTOCOL_VERSION,

@@ -20,6 +20,7 @@ _UNUSUAL = SharedSettings(
     micro_batches=MicroBatches.ONE,
     transport=Transport.SHM,
     stage_graph_max_bs=3,
+    checksums=True,
     peer_timeout_s=4.5,
 )
 

@@ -164,14 +164,24 @@ class RankedPlane:
         raise InternalError(f"rank {self._ranks.rank} has no part of {wire.decode(header)}")
 
     def _take_in(self) -> list[bytes]:
-        """Keep the parts that have come since; returns their headers."""
+        """Keep the parts that have come since; returns their headers.
+
+        Of one that is spoilt on another rank than the first, all wait until the peer timeout.
+        """
         came = []
-        while (packet := self._plane.receive()) is not None:
+        while (packet := self._next_part()) is not None:
             envelope = wire.envelope(packet.header)
             if envelope.epoch > self._ended:
                 self._parts.append((envelope, packet))
                 came.append(packet.header)
         return came
+
+    def _next_part(self) -> Packet | None:
+        try:
+            return self._plane.receive()
+        except PeerLost as error:
+            self._lost = str(error)  # to be raised when all ranks can hear of it
+            return None
 
 
 class LeadingPlane(RankedPlane):
