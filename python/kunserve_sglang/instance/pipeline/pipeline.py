@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import msgspec
 import torch
@@ -37,6 +38,8 @@ _MAX_ROWS = 4352
 """Of SGLang's request table, by itself, for any budget: owners may have more rows than this one."""
 
 _LOOK_INTERVAL_S = 0.5
+_PATIENCE = 2
+"""Peer timeouts that a micro-batch may be out while others come, before one without any."""
 
 _SILENT_ROUNDS = 3
 """An owner that has sent nothing for so many rounds has no work."""
@@ -56,9 +59,8 @@ class Pipeline:
         next_piece: Callable[[], Packet | None],
         peer_timeout_s: float,
     ) -> None:
-        """`transfer` gives what is on its way while the group serves, if anything is.
-
-        `next_piece` gives the next packet of it, or None after a moment.
+        """`transfer` gives what is on its way while the group serves, if anything is; `next_piece`
+        the next packet of it, or None after a moment.
         """
         me, engine, kv = body.instance, body.engine, body.kv
         self._me, self._layout = me, layout
@@ -147,8 +149,8 @@ class Pipeline:
     def collect(self) -> tuple[int, Hidden] | None:
         """Owner: the oldest own micro-batch, if it is through all stages.
 
-        Raises `PeerLost` if nothing at all has come from the group for the peer timeout, and
-        `StageFailed` in place of a micro-batch that a stage could not run.
+        Raises `PeerLost` if nothing at all has come from the group for the peer timeout, or this
+        has not for some, and `StageFailed` in place of a micro-batch that a stage could not run.
         """
         if not self._own:
             return None
@@ -196,7 +198,8 @@ class Pipeline:
     def _look_for_losses(self) -> None:
         """Whether to wait for a micro-batch is in vain, or seems so. Raises `PeerLost`."""
         now = self._clock()
-        if now - self._progress > self._timeout:
+        left = self._own[0].header.launched + _PATIENCE * self._timeout
+        if now - min(self._progress, left) > self._timeout:
             raise PeerLost(f"no packet from the group within {self._timeout:.0f} s")
         if now - max(self._progress, self._looked) > _LOOK_INTERVAL_S:
             self._looked = now
@@ -234,9 +237,7 @@ class Pipeline:
                 writes = own.batch.out_slots
                 transfer.before_run(self._me, own.reads, writes, self._next_piece)
 
-            def run(hidden: Hidden) -> Hidden:
-                return own.segment(self._layers, hidden)
-
+            run = partial(own.segment, self._layers)
             own.header, hidden = self._run("own layers", own.header, own.batch, hidden, run)
             position += 1
         if position == self.stages:
@@ -271,11 +272,8 @@ class Pipeline:
         yield
         self._engine.settle()
         ended = self._clock()
-        details = {
-            "owner": header.owner,
-            "sequence": header.sequence,
-            "decode": int(batch.decode),
-        }
+        decode = int(batch.decode)
+        details = {"owner": header.owner, "sequence": header.sequence, "decode": decode}
         self._tracer.add(name, started, ended, details)
         self._costs.observe(batch.work(), 1e3 * (ended - started) / len(self._layers))
 
@@ -286,8 +284,8 @@ class Pipeline:
         described: list[torch.Tensor],
         hidden: Hidden,
     ) -> None:
-        last = position == self.stages
-        target = header.owner if last else self._layout.members[position].instance
+        members = self._layout.members
+        target = header.owner if position == self.stages else members[position].instance
         home = target == header.owner
         header = msgspec.structs.replace(
             header,
