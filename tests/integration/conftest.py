@@ -156,7 +156,11 @@ def running(options: ClusterOptions, folder: Path, key: str = "") -> Iterator[Cl
 def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Two instances that change their layout only when told to."""
     options = ClusterOptions(
-        model_path=model, memory_budget=BUDGET, overload_policy="none", sglang_flags=FLAGS
+        model_path=model,
+        memory_budget=BUDGET,
+        overload_policy="none",
+        sglang_flags=FLAGS,
+        kunserve_flags=("--checksums",),
     )
     with running(options, tmp_path_factory.mktemp("cluster")) as client:
         yield client

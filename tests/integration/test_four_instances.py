@@ -57,7 +57,7 @@ def four(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clie
         overload_policy="drop-always",
         num_instances=SIZE,
         sglang_flags=FLAGS,
-        kunserve_flags=("--max-group-size", str(SIZE)),
+        kunserve_flags=("--max-group-size", str(SIZE), "--checksums"),
     )
     with running(options, tmp_path_factory.mktemp("four")) as client:
         yield client

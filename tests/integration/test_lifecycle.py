@@ -109,7 +109,11 @@ def test_nothing_is_left_behind(
     monkeypatch.setenv("TMPDIR", str(temporary))
     shared_before = files_in_shared_memory()
     options = ClusterOptions(
-        model_path=model, memory_budget=BUDGET, overload_policy="drop-always", sglang_flags=FLAGS
+        model_path=model,
+        memory_budget=BUDGET,
+        overload_policy="drop-always",
+        sglang_flags=FLAGS,
+        kunserve_flags=("--checksums",),
     )
     with Cluster(options.command, tmp_path / "log") as cluster:
         client = Client(cluster.url)

@@ -31,7 +31,7 @@ def test_the_cluster_goes_on_with_the_others(model: Path, tmp_path: Path) -> Non
         model_path=model,
         memory_budget=BUDGET,
         overload_policy="none",
-        kunserve_flags=("--restart-limit", "0"),
+        kunserve_flags=("--restart-limit", "0", "--checksums"),
         sglang_flags=FLAGS,
     )
     log = tmp_path / "log"

@@ -97,7 +97,10 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli
         memory_budget=BUDGET,
         overload_policy="none",
         num_instances=1,
-        kunserve_flags=("--join-room", "1", "--control-address", "tcp://127.0.0.1:*"),
+        kunserve_flags=(
+            *("--join-room", "1", "--control-address", "tcp://127.0.0.1:*"),
+            "--checksums",
+        ),
         # At this level SGLang logs its arguments.
         sglang_flags=(*FLAGS, "--api-key", KEY, "--log-level", "info"),
     )

@@ -40,7 +40,7 @@ def test_two_ranks_an_instance(
         memory_budget="6MiB",
         overload_policy="none",
         sglang_flags=FLAGS,
-        kunserve_flags=("--dispatch", "round_robin"),
+        kunserve_flags=("--dispatch", "round_robin", "--checksums"),
     )
     log = tmp_path / "log"
     with Cluster(options.command, log) as cluster, ThreadPoolExecutor(REQUESTS) as pool:

@@ -263,6 +263,27 @@ def test_a_peer_that_is_lost_to_one_rank_is_lost_to_all(instances: list[Instance
     instances[0].run(program)
 
 
+def test_a_packet_that_is_spoilt_is_heard_of_by_all(
+    instances: list[Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = instances[2].raw[0]
+    heard = iter([PeerLost("not what was sent")])
+
+    def spoilt(timeout_s: float = 0.0) -> Packet | None:
+        for error in heard:
+            raise error
+        return receive(timeout_s)
+
+    receive = raw.receive
+    monkeypatch.setattr(raw, "receive", spoilt)
+
+    def program(plane: DataPlane, _: int) -> None:
+        with pytest.raises(PeerLost, match="not what was sent"):
+            plane.receive(WAIT_S)
+
+    instances[2].run(program)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_rank_connects_where_one_cannot(instances: list[Instance], rank: int) -> None:
     instances[1].raw[rank].close()
