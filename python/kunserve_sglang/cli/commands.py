@@ -35,11 +35,13 @@ from kunserve_sglang.cli.views import (
     cluster_view,
     event_line,
     events_view,
+    faults_view,
     leaving_line,
     left_line,
     plan_view,
     policy_view,
 )
+from kunserve_sglang.core.fault_points import POINTS
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.core.sizes import format_size
 from kunserve_sglang.policy.transition_request import Outcome
@@ -112,6 +114,13 @@ def doctor(session: Session, flags: Flags) -> None:
     from kunserve_sglang.cli.doctor.command import examine
 
     examine(session, flags)
+
+
+def faults(session: Session, _: Flags) -> None:
+    if session.raw:
+        session.write(msgspec.json.encode(POINTS))
+    else:
+        session.console.print(faults_view(POINTS))
 
 
 # --- changing -----------------------------------------------------------------------------------
@@ -267,5 +276,6 @@ COMMANDS = (
     Command("policy", "show or set when the cluster acts by itself", policy, (_policy,)),
     Command("events", "list the transitions so far", events, (_log, _repeat)),
     Command("trace", "record what the instances do", trace, (_recording, _instances)),
+    Command("faults", "list the points of KUNSERVE_FAULT", faults, asks=False),
     Command("doctor", "is this host fit to serve?", doctor, (add_launch_flags,), asks=False),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 import msgspec
@@ -15,6 +15,7 @@ from kunserve_sglang.api.events import Event
 from kunserve_sglang.api.service import AttainmentSummary
 from kunserve_sglang.api.types import ClusterStatus, InstanceStatus, PlanAnswer, Policy, Worker
 from kunserve_sglang.cli.bar import Legend, MemoryBar, memory_shares
+from kunserve_sglang.core.fault_points import Point
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.messages import Mode
 from kunserve_sglang.core.sizes import format_size
@@ -61,6 +62,15 @@ def policy_view(policy: Policy) -> RenderableType:
     table = _table("name", "value")
     for name, value in msgspec.structs.asdict(policy).items():
         table.add_row(name, str(value).lower() if isinstance(value, bool) else f"{value:g}")
+    return table
+
+
+def faults_view(points: Mapping[str, Point]) -> RenderableType:
+    """Where faults can happen on purpose, and which."""
+    table = _table("point", "kinds")
+    table.add_column("where that is")
+    for name, point in points.items():
+        table.add_row(name, ", ".join(point.kinds), point.about)
     return table
 
 

@@ -11,6 +11,7 @@ import msgspec
 from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.events import EventLog
 from kunserve_sglang.control.hub import ControlHub, NoAnswer
+from kunserve_sglang.core import faults
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Abort, Commit, Done, Prepare, Transition, Vote
 from kunserve_sglang.core.settings import ClusterConfig
@@ -81,6 +82,7 @@ class Coordinator:
             self.running = None
         duration = 1e3 * (time.perf_counter() - started)
         event = msgspec.structs.replace(event, duration_ms=duration)
+        faults.at("control.ended")
         self._events.add(event)
         return event
 

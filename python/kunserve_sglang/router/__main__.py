@@ -14,6 +14,7 @@ import sys
 import setproctitle
 
 from kunserve_sglang.core.errors import ConfigurationError
+from kunserve_sglang.core.faults import arm_from_environment
 from kunserve_sglang.core.processes import die_with_parent
 from kunserve_sglang.router.admin.audit import logger as audit
 from kunserve_sglang.router.server import listen, serve
@@ -33,6 +34,7 @@ def main() -> int:
     _open_audit_log()
     try:
         config = router_from_environment()
+        arm_from_environment()
         listener = listen(config)
         _raise_file_limit()
         # What was imported stays for good: full collections need not walk it while streams wait.

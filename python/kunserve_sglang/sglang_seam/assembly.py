@@ -9,6 +9,7 @@ import msgspec
 import torch
 import zmq
 
+from kunserve_sglang.core import faults
 from kunserve_sglang.core.cost_model import CostModel, Work
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import MemoryProfile
@@ -17,6 +18,7 @@ from kunserve_sglang.execution.profile import shapes, timing
 from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.agent.control import ControlLink
 from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.pipeline.faulty import FaultyPlane
 from kunserve_sglang.instance.pipeline.profiling import load_or_measure
 from kunserve_sglang.instance.pipeline.screening import Screen, ScreenedPlane
 from kunserve_sglang.instance.ranks.ranked import ranked_control, ranked_plane
@@ -25,7 +27,7 @@ from kunserve_sglang.sglang_seam.engine import SglangEngine
 from kunserve_sglang.sglang_seam.model_runner import KunServeModelRunner
 from kunserve_sglang.sglang_seam.scheduling import Scheduling
 from kunserve_sglang.transport import DataPlane, HostAwareDataPlane
-from kunserve_sglang.transport.checked import CheckedPlane
+from kunserve_sglang.transport.checked import SEAL_BYTES, CheckedPlane
 
 _MAX_PROCESS = 1 << 48
 
@@ -77,6 +79,7 @@ def build_agent(scheduler: Scheduling, engine: SglangEngine) -> Agent:
     """Connects to the router; of several ranks, the first does."""
     runner: KunServeModelRunner = scheduler.tp_worker.model_runner
     instance, ranks = scheduler.instance, scheduler.ranks
+    faults.arm_from_environment(instance.instance)
     profile = runner.kv_cache_configurator.profile
     _check_alike(profile, ranks)
     rank_socket = f"{instance.data_socket}-{ranks.rank}"
@@ -90,6 +93,9 @@ def build_agent(scheduler: Scheduling, engine: SglangEngine) -> Agent:
         windows=runner.memory.windows,
     )
     plane: DataPlane = raw
+    if faults.armed():
+        sealed = SEAL_BYTES if instance.checksums else 0
+        plane = FaultyPlane(plane, me=instance.instance, seal_bytes=sealed)
     if instance.checksums:
         plane = CheckedPlane(plane)
     screen = Screen(runner.token_to_kv_pool.store, runner.memory.parameters)

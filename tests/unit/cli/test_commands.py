@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kunserve_sglang.core.fault_points import POINTS
 from kunserve_sglang.testing.mock_member import CAPACITY
 from tests.support.command_line import Run
 from tests.support.mock_instance import vote_no
@@ -247,3 +248,16 @@ def test_the_policy_is_shown_and_set(router: RouterCluster, run: Run) -> None:
     assert router.get("/kunserve/policy").json == {**before, "drop": 0.8}
     done = run(router, "policy", "set", "restore=0.9")
     assert (done.status, "422 invalid_field: restore" in done.error) == (1, True)
+
+
+def test_faults_on_purpose_are_listed(run: Run) -> None:
+    done = run(None, "faults")
+    lines = done.out.splitlines()
+    assert done.status == 0
+    assert len(lines) == 1 + len(POINTS)
+    (line,) = [line for line in lines if line.startswith("exchange.received ")]
+    assert "crash, hang, delay, drop, corrupt" in line
+    assert all(point.about in done.out for point in POINTS.values() if len(point.about) < 60)
+    assert run(None, "faults", "--json").json["transition.joined"]["kinds"] == [
+        *("crash", "hang", "delay")
+    ]

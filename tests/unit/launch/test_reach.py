@@ -100,6 +100,20 @@ def test_keys_may_come_from_the_environment(tmp_path: Path) -> None:
             status(url)
 
 
+def test_a_fault_that_cannot_happen_is_refused_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kunserve_sglang.launch_server", "--num-instances", "0"],
+        env={**os.environ, "KUNSERVE_FAULT": "transition.joined:drop:1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "KUNSERVE_FAULT=transition.joined:drop:1: what can happen there is crash" in line
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from kunserve_sglang.launch import router_process as module
 from kunserve_sglang.launch.console import Console
 from kunserve_sglang.launch.router_process import RouterProcess
 from kunserve_sglang.router.settings import RouterConfig
+from tests.support.mock_worker import MockWorker
 from tests.support.router_harness import Client
 from tests.support.waiting import until
 from tests.unit.router.test_joining import MODEL
@@ -32,7 +34,7 @@ _START_S = 30.0
 class Launcher:
     """`launch_server` without instances, and what it says."""
 
-    def __init__(self, *flags: str, port: int | None = None) -> None:
+    def __init__(self, *flags: str, port: int | None = None, **environment: str) -> None:
         self.client = Client(port or free_port())
         self._said: list[str] = []
         self.process = subprocess.Popen(
@@ -43,7 +45,11 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                **environment,
+            },
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -123,6 +129,22 @@ def test_it_comes_back_with_what_it_was_told(
     assert launcher.ends() == 0
     with pytest.raises(ConnectionRefusedError):
         launcher.client.get("/liveness")
+
+
+def test_a_fault_on_purpose_happens_to_the_first_only(
+    launchers: list[Launcher], worker: MockWorker
+) -> None:
+    launchers.append(launcher := Launcher(KUNSERVE_FAULT="proxy.sent:crash:1"))
+    launcher.ready()
+    assert launcher.client.post("/workers", {"url": worker.url}).status == 201
+    until(lambda: launcher.client.get("/readiness").status == 200)
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        launcher.client.post("/v1/completions", {"prompt": "x"})
+    launcher.ready(times=2)
+    until(lambda: launcher.client.get("/readiness").status == 200)
+    for _ in range(2):
+        assert launcher.client.post("/v1/completions", {"prompt": "x"}).status == 200
+    assert "fault on purpose: proxy.sent:crash:1" in launcher.said
 
 
 def test_one_that_always_ends_is_given_up(launchers: list[Launcher]) -> None:

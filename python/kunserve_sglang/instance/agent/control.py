@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from kunserve_sglang.core import faults
 from kunserve_sglang.core.addresses import is_ipv6
 from kunserve_sglang.core.errors import PeerLost
+from kunserve_sglang.core.fault_points import FaultKind
 from kunserve_sglang.core.heartbeats import watch_other_end
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.messages import (
@@ -98,6 +100,8 @@ class ControlLink:
         return [self._socket]
 
     def send(self, message: ToRouter) -> None:
+        if _is_dropped(message):
+            return
         # Minutes of reports have room; a router that is away for longer has no use for more.
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(message))
@@ -123,6 +127,8 @@ class ControlLink:
             except msgspec.DecodeError:
                 self.malformed += 1
                 continue
+            if _is_dropped(message):
+                continue
             if isinstance(message, Greet):
                 self._next_hello = 0.0
                 self._greet()
@@ -139,3 +145,10 @@ class ControlLink:
         if now >= self._next_hello:
             self._next_hello = now + (_HELLO_INTERVAL_S if self._welcome else 0.25)
             self.send(self._hello)
+
+
+def _is_dropped(message: ToInstance | ToRouter) -> bool:
+    """Whether this message gets lost on purpose, on either way."""
+    if not faults.armed():
+        return False
+    return faults.at(f"member.{type(message).__name__.lower()}") is FaultKind.DROP

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from kunserve_sglang.core import faults
 from kunserve_sglang.core.errors import (
     MappingRefused,
     OutOfPages,
@@ -93,6 +94,7 @@ class Exchange:
         except TransitionTimeout:
             self._give_back()
             raise
+        faults.at("transition.joined")
         try:
             return self._change(deadline)
         except (MappingRefused, OutOfPages) as error:
@@ -102,6 +104,7 @@ class Exchange:
     def _change(self, deadline: float) -> TransitionStats:
         """Steps 2 to 6."""
         self._compact()
+        faults.at("transition.compacted")
         transition = self._transition
         transfer = self._fetched or self._transfer(transition.before, transition.after)
         live = transition.live
@@ -111,12 +114,15 @@ class Exchange:
             transfer.send_rest(transition.epoch, taken)
         remap_started = time.perf_counter()
         freed = persistently(lambda: self._release(transfer, keep_leaving=live))
+        faults.at("transition.released")
         persistently(lambda: self._make_room(transfer))
         remap_s = time.perf_counter() - remap_started
         if not live:
             transfer.receive_rest(self._next_packet, deadline)
+            faults.at("transition.received")
         remap_started = time.perf_counter()
         persistently(lambda: map_capacities(self._body, self.after))
+        faults.at("transition.mapped")
         remap_s += time.perf_counter() - remap_started
         for packet in self._early:
             self._defer(packet)
@@ -248,6 +254,7 @@ class Exchange:
             return None
         transfer = self._transfer(transition.after, transition.ahead)
         transfer.reserve(lambda owner: self.after.member(owner).capacity)
+        faults.at("restore.reserved")
         return transfer
 
     # -- receiving -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from kunserve_sglang.core import faults
 from kunserve_sglang.core.errors import (
     InternalError,
     MappingRefused,
@@ -29,6 +30,7 @@ from kunserve_sglang.instance.agent.group_work import GroupWork
 from kunserve_sglang.instance.agent.parts import InstanceParts
 from kunserve_sglang.instance.pipeline import wire
 from kunserve_sglang.instance.transfer.transfer import Transfer
+from kunserve_sglang.instance.transitions import points
 from kunserve_sglang.instance.transitions.answers import Answers, Occasion
 from kunserve_sglang.instance.transitions.exchange import Exchange
 from kunserve_sglang.instance.transitions.machine import Machine, PendingAnswer, only_grows
@@ -102,9 +104,10 @@ class Participant:
             if self._machine.state is MemberState.FOLLOWING:
                 transfer.check_progress()
         else:
-            pending.stats = msgspec.structs.replace(
-                pending.stats, sent_kv_bytes=transfer.sent_kv_bytes
-            )
+            if self._machine.fetching:
+                faults.at("restore.fetched")
+            sent = transfer.sent_kv_bytes
+            pending.stats = msgspec.structs.replace(pending.stats, sent_kv_bytes=sent)
             self._happen(MemberEvent.ARRIVED)
 
     def leave_group(self, reason: str) -> None:
@@ -192,8 +195,11 @@ class Participant:
             epoch=message.epoch if isinstance(message, Abort) else None,
         )
         occasion = Occasion(message, reason or "another transition came", reaction.answer)
+        points.on(event)
         for action in reaction.actions:
+            points.before(action)
             self._carry_out[action](occasion)
+            points.after(action)
 
     # -- changes of the instance -----------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from kunserve_sglang.router.proxy.attainment import Attainment
 from kunserve_sglang.router.proxy.attempts import Attempts
 from kunserve_sglang.router.proxy.busy import BusyAnswer
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight
+from kunserve_sglang.router.proxy.faulty import with_faults
 from kunserve_sglang.router.proxy.journal import Journals
 from kunserve_sglang.router.proxy.latency import Latency
 from kunserve_sglang.router.proxy.moves import Moves
@@ -261,7 +262,7 @@ class Proxy:
             body, further = self._journals.question(request, journal)
             head = request_head(request.scope, body, instance, further)
             bodiless = request.scope["method"] == "HEAD"
-            await connection.ask(head, body, relay, bodiless=bodiless)
+            await connection.ask(head, body, with_faults(connection, relay), bodiless=bodiless)
             if relay.unfit:
                 attempts.unfit(instance)
             if request.started and not request.ended:
