@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing as mp
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +22,10 @@ from tests.support.script import Action, Gate, Output
 
 
 class ScriptedCluster(Controlled):
-    """`size` members of `ranks` processes each; use as a context manager."""
+    """`size` members of `ranks` processes each; use as a context manager.
+
+    `faults` are those that happen on purpose, by the number of the member.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,9 @@ class ScriptedCluster(Controlled):
         dispatch: DispatchPolicy = DispatchPolicy.LEAST_LOAD,
         transport: Transport = Transport.AUTO,
         ranks: int = 1,
+        peer_timeout_s: float = 30.0,
+        checksums: bool = True,
+        faults: Mapping[int, str] | None = None,
         **server: Any,
     ) -> None:
         config = ClusterConfig(
@@ -49,6 +55,7 @@ class ScriptedCluster(Controlled):
         context.set_forkserver_preload(["tests.support.member_process"])
         self._links: list[Connection] = []
         self._killed: set[int] = set()
+        self._suffering = faults or {}
         self._processes: list[list[Any]] = []
         server = {**server, "tp_size": ranks}
         for number in range(size):
@@ -60,16 +67,19 @@ class ScriptedCluster(Controlled):
                 memory_budget=memory_budget,
                 owners=size,
                 page_bytes=page_bytes,
-                checksums=True,
-                peer_timeout_s=30.0,
+                peer_timeout_s=peer_timeout_s,
+                checksums=checksums,
                 transport=transport,
             )
             ours, theirs = context.Pipe()
             # Ranks of one instance meet at a port.
             at = {**server, "nccl_port": free_port()}
+            fault = self._suffering.get(number, "")
             members = [
                 context.Process(
-                    target=serve, args=(None if rank else theirs, instance, at, rank), daemon=True
+                    target=serve,
+                    args=(None if rank else theirs, instance, at, rank, fault),
+                    daemon=True,
                 )
                 for rank in range(ranks)
             ]
@@ -117,7 +127,8 @@ class ScriptedCluster(Controlled):
                 try:
                     verb, value = link.recv()
                 except (EOFError, ConnectionResetError):  # the latter if it left something unread
-                    assert number in self._killed, f"member {number} has ended by itself"
+                    known = self._killed | self._suffering.keys()
+                    assert number in known, f"member {number} has ended by itself"
                     verb, value = "played", {}
                 if verb == "gate":
                     waiting[number] = value
@@ -158,6 +169,15 @@ class ScriptedCluster(Controlled):
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
+
+    def has_ended(self, member: int) -> bool:
+        """Its process, or that of one of its ranks."""
+        return not all(process.is_alive() for process in self._processes[member])
+
+    def faults_have_happened(self, member: int) -> bool:
+        """All that it was started with."""
+        self._links[member].send(("faults", None))
+        return bool(self._expect(self._links[member], "faults"))
 
     def kill(self, member: int) -> None:
         """The member is gone, as after `kill -9`; its HTTP server, which it has not, refuses."""

@@ -11,6 +11,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import PortArgs, ServerArgs
 
+from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.instance_config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
@@ -61,6 +62,18 @@ def turn(s: KunServeScheduler) -> bool:
         s.on_idle()
     s.last_batch = batch
     return batch is not None
+
+
+def stand(s: KunServeScheduler) -> None:
+    """A turn in which peers and commands are served, and nothing else."""
+    s.process_input_requests([])
+    if not s.engine.cooperating:
+        return
+    try:
+        s.agent.serve_one()
+        s.agent.move_pieces(0.0)
+    except PeerLost as error:
+        s.agent.leave_group(str(error))
 
 
 def stands(s: KunServeScheduler) -> bool:

@@ -38,7 +38,7 @@ from tests.support.emulated_tensors import EmulatedDevice
 from tests.support.faults import PLANTED, broken, wedge
 from tests.support.frontend import Frontend
 from tests.support.link import Link
-from tests.support.loop import made_scheduler, stands, turn
+from tests.support.loop import made_scheduler, stand, stands, turn
 from tests.support.refusals import Refusals
 from tests.support.script import (
     AbortRequest,
@@ -237,10 +237,7 @@ class Member:
         deadline = time.monotonic() + STALL_S
         while not link.poll():
             with self.scheduler.containment.contained():
-                self.scheduler.process_input_requests([])
-                if self.scheduler.engine.cooperating:
-                    self.scheduler.agent.serve_one()
-                    self.scheduler.agent.move_pieces(0.0)
+                stand(self.scheduler)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"gate {gate.name} was never opened")
         assert link.recv() == "open"

@@ -6,6 +6,8 @@ import os
 from multiprocessing.connection import Connection
 from typing import Any
 
+from kunserve_sglang.core import faults
+from kunserve_sglang.core.faults import FAULT_ENVIRONMENT
 from kunserve_sglang.core.instance_config import InstanceConfig
 from tests.support.census import cached_blocks
 from tests.support.link import Link
@@ -13,12 +15,17 @@ from tests.support.member import Member
 
 
 def serve(
-    pipe: Connection | None, config: InstanceConfig, server: dict[str, Any], rank: int = 0
+    pipe: Connection | None,
+    config: InstanceConfig,
+    server: dict[str, Any],
+    rank: int = 0,
+    fault: str = "",
 ) -> None:
     """Entry point of the child process: obey `(verb, argument)` until told to stop.
 
     Of an instance with several ranks, rank 0 has the pipe, and the others obey as well.
     """
+    os.environ[FAULT_ENVIRONMENT] = fault
     member = Member(config, server, rank)
     if pipe is not None:
         member.wake_for(pipe)
@@ -47,5 +54,7 @@ def serve(
             link.send(("held", None))
         elif verb == "refuse":
             link.send(("refused", member.refusals.begin(argument)))
+        elif verb == "faults":
+            link.send(("faults", faults._armed is not None and faults._armed.happened))
         elif verb == "stop":
             os._exit(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import greenlet
 
@@ -68,6 +68,15 @@ class Sleeper:
     def stop(self, seconds: float) -> None:
         """It does nothing at all for so long, whatever it was about to do."""
         self._stopped_until = max(self._stopped_until, self._loop.time() + seconds)
+
+    @property
+    def running(self) -> bool:
+        """Whether it is what runs at this moment."""
+        return greenlet.getcurrent() is self._greenlet
+
+    def end(self) -> NoReturn:
+        """Called by the program: it ends here, whatever it was about to do."""
+        raise greenlet.GreenletExit
 
     @property
     def stopped(self) -> bool:

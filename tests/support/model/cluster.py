@@ -43,13 +43,15 @@ _LOOK_S = 0.25
 class ModelCluster:
     """What happens in it follows from `seed`; `happened` counts what did."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, kv_pages: int = 12) -> None:
+        """`kv_pages` are those for a layer's KV, of which parameters have nine."""
         self.loop = VirtualLoop()
         self._chance = random.Random(seed)
         self._weather = Weather(self.loop, self._chance)
         self._planes: dict[int, ModelPlane] = {}
         self._line = RouterLine(self._weather)
         self._processes = 0
+        self._kv_pages = kv_pages
         self.members: dict[int, ModelMember] = {}
         self.happened: Counter[str] = Counter()
 
@@ -193,14 +195,19 @@ class ModelCluster:
         number = self._chance.choice(sorted(self.members))
         if len(self.members) < self._size:
             return  # one at a time
-        self.members.pop(number).kill()
+        self.members[number].kill()
+        self._replace(number, self._chance.choice((0.5, 5.0, 20.0)))
+        self.happened["restarted"] += 1
+
+    def _replace(self, number: int, after_s: float) -> None:
+        """It has died; the router finds out, and another one comes."""
+        del self.members[number]
         self._line.hang_up(f"instance-{number}".encode())
         known = self.plane.registry.instances.get(number)
         if known is not None:
             known.liveness.serves()
             known.liveness.refuses()
-        self.loop.call_later(self._chance.choice((0.5, 5.0, 20.0)), self._start_member, number)
-        self.happened["restarted"] += 1
+        self.loop.call_later(after_s, self._start_member, number)
 
     async def _drain(self, number: int, tries: int) -> None:
         failure: Exception | None = None
@@ -228,6 +235,7 @@ class ModelCluster:
             planes=self._planes,
             weather=self._weather,
             chance=self._chance,
+            kv_pages=self._kv_pages,
         )
 
     @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from kunserve_sglang.core import faults
 from kunserve_sglang.core.cost_model import CostEstimate, CostModel
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
@@ -15,9 +16,12 @@ from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello, connection_na
 from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.agent.control import ControlLink
 from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.pipeline.faulty import FaultyPlane
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore
 from kunserve_sglang.memory import PhysicalPagePool
+from kunserve_sglang.transport import DataPlane
+from kunserve_sglang.transport.checked import SEAL_BYTES, CheckedPlane
 from tests.support.model.clock import Sleeper
 from tests.support.model.engine import ROWS, ModelEngine
 from tests.support.model.network import MemberSocket, ModelPlane, RouterLine, Weather
@@ -27,7 +31,6 @@ _PAGE = 1024
 _STRIDE = 256
 _OWNERS = 4
 _LAYER_PAGES = 9
-_KV_PAGES = 12
 _TURN_S = 0.5
 _WORK_S = 0.05
 PEER_TIMEOUT_S = 8.0
@@ -73,6 +76,13 @@ class PlainPages:
         self._memory.clear()
 
 
+def _checked(plane: DataPlane, number: int) -> DataPlane:
+    """As `sglang_seam.assembly` makes it: packets can get lost or spoilt, and that is noticed."""
+    if faults.armed():
+        plane = FaultyPlane(plane, me=number, seal_bytes=SEAL_BYTES)
+    return CheckedPlane(plane)
+
+
 class ModelMember:
     """An instance whose scheduler takes turns, as long as it is not stopped or dead."""
 
@@ -85,6 +95,7 @@ class ModelMember:
         planes: dict[int, ModelPlane],
         weather: Weather,
         chance: random.Random,
+        kv_pages: int,
     ) -> None:
         self.number = number
         self._chance = chance
@@ -95,7 +106,7 @@ class ModelMember:
         clock = weather.loop.time
         layers = [nn.Linear(32, 64) for _ in range(LAYERS)]
         shape = KvShape(LAYERS, heads=1, key_dim=64, value_dim=64, dtype=torch.float32)
-        pool = PhysicalPagePool(PlainPages(), LAYERS * (_LAYER_PAGES + _KV_PAGES))
+        pool = PhysicalPagePool(PlainPages(), LAYERS * (_LAYER_PAGES + kv_pages))
         self.parameters = ParameterStore(pool, layers)
         whole = [self.parameters.bytes_of(layer).clone() for layer in range(LAYERS)]
         kv = KvStore(pool, shape, instance=number, stride=_STRIDE, owners=_OWNERS)
@@ -139,7 +150,7 @@ class ModelMember:
             parameters=self.parameters,
             kv=kv,
             engine=self.engine,
-            plane=self.plane,
+            plane=_checked(self.plane, number),
             control=ControlLink(self.socket, "model", hello, now=clock),
             costs=CostEstimate(_COSTS),
             clock=clock,
