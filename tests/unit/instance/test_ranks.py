@@ -263,25 +263,44 @@ def test_a_peer_that_is_lost_to_one_rank_is_lost_to_all(instances: list[Instance
     instances[0].run(program)
 
 
+def spoil_the_first(plane: LocalDataPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packet that is not what was sent: `CheckedPlane` has taken it, and says so."""
+    receive = plane.receive
+    first = [True]
+
+    def checked(timeout_s: float = 0.0) -> Packet | None:
+        packet = receive(timeout_s)
+        if packet is not None and first:
+            first.clear()
+            raise PeerLost("not what was sent")
+        return packet
+
+    monkeypatch.setattr(plane, "receive", checked)
+
+
 def test_a_packet_that_is_spoilt_is_heard_of_by_all(
     instances: list[Instance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = instances[2].raw[0]
-    heard = iter([PeerLost("not what was sent")])
-
-    def spoilt(timeout_s: float = 0.0) -> Packet | None:
-        for error in heard:
-            raise error
-        return receive(timeout_s)
-
-    receive = raw.receive
-    monkeypatch.setattr(raw, "receive", spoilt)
+    spoil_the_first(instances[2].raw[0], monkeypatch)
+    for part in range(2):
+        instances[0].raw[part].send(2, header(0, 0), [torch.tensor(1.0)])
 
     def program(plane: DataPlane, _: int) -> None:
         with pytest.raises(PeerLost, match="not what was sent"):
             plane.receive(WAIT_S)
 
     instances[2].run(program)
+
+
+def test_one_that_is_spoilt_elsewhere_leaves_a_gap_for_all(
+    instances: list[Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 hears nothing of it: what comes next shows to all alike that something is missing."""
+    spoil_the_first(instances[2].raw[1], monkeypatch)
+    for number, part in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        instances[0].raw[part].send(2, header(0, number), [torch.tensor(1.0)])
+    got = instances[2].run(lambda plane, _: described(plane.receive(WAIT_S)))
+    assert got == [(header(0, 1), 1.0)] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
