@@ -1,4 +1,5 @@
-"""A runtime of whole numbers: its results show which layers a micro-batch has been through."""
+"""A runtime of whole numbers: its results show which layers a micro-batch has been through, and its
+KV for which token it was written."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.execution.formation import PeerWork
 from kunserve_sglang.instance.agent.cache_log import CacheLog
 from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
+from kunserve_sglang.instance.pipeline.request_table import spans_of
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore
 
@@ -65,12 +67,12 @@ class ModelEngine:
         hidden = torch.zeros(len(rows), 1), None
         if not self.cooperating:
             every = LayerRange(0, self.layer_count)
-            self._check(self.run_through(every, batch, 0, hidden))
+            self._check(self._run_own(every, batch, hidden))
             return
         assert self.agent is not None
         self._flying |= set(rows)
         self.agent.pipeline.submit(
-            batch, hidden, lambda layers, h: self.run_through(layers, batch, 0, h), _WORK
+            batch, hidden, lambda layers, h: self._run_own(layers, batch, h), _WORK
         )
 
     def collect(self) -> bool:
@@ -87,14 +89,32 @@ class ModelEngine:
         """All requests that are not in flight end."""
         self._slots = {row: s for row, s in self._slots.items() if row in self._flying}
 
-    def run_through(
-        self, layers: LayerRange, batch: StageBatch, base: int, hidden: Hidden
+    def _run_own(self, layers: LayerRange, batch: StageBatch, hidden: Hidden) -> Hidden:
+        return self._run(layers, batch, spans_of(self._table, batch.rows, batch.seq_lens), hidden)
+
+    def _run(
+        self, layers: LayerRange, batch: StageBatch, reads: torch.Tensor, hidden: Hidden
     ) -> Hidden:
+        """`reads` are the slots of all tokens of its requests, one request after the other."""
         for layer in layers:
             assert layer in self._parameters.held(), f"layer {layer} is run, and not here"
             room = self._kv.slots(layer, batch.owner)
-            assert int(batch.out_slots.max()) - base <= room, f"no room in layer {layer}"
+            assert int(batch.out_slots.max()) <= room, f"no room in layer {layer}"
+        new = self._rows(layers, batch.rows, batch.positions)
+        self._kv.scatter(layers, batch.owner, batch.out_slots, new, new)
+        positions = torch.cat([torch.arange(n) for n in batch.seq_lens.tolist()])
+        expected = self._rows(layers, batch.rows.repeat_interleave(batch.seq_lens), positions)
+        for found in self._kv.gather(layers, batch.owner, reads):
+            assert torch.equal(found, expected), "KV is not what was written for these tokens"
         return hidden[0] + sum(1 << layer for layer in layers), hidden[1]
+
+    def _rows(
+        self, layers: LayerRange, rows: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What stands for these tokens in a layer: its K, and its V."""
+        tokens = (1 + rows * CONTEXT + positions).view(1, -1, 1, 1)
+        offsets = 1000 * torch.tensor(list(layers)).view(-1, 1, 1, 1)
+        return (tokens + offsets).float().expand(-1, -1, 1, self._kv.shape.key_dim)
 
     def _check(self, hidden: Hidden) -> None:
         self.steps += 1
@@ -185,12 +205,13 @@ class ModelEngine:
     def run_stage(
         self,
         batch: StageBatch,
-        table: torch.Tensor,  # noqa: ARG002
-        base: int,  # noqa: ARG002
+        table: torch.Tensor,
+        base: int,
         layers: LayerRange,
         hidden: Hidden,
     ) -> Hidden:
-        return self.run_through(layers, batch, 0, hidden)
+        reads = spans_of(table, batch.rows, batch.seq_lens) - base
+        return self._run(layers, batch, reads, hidden)
 
     def captured(self, batch: StageBatch) -> Sequence[LayerRange]:  # noqa: ARG002
         return ()

@@ -31,6 +31,7 @@ _PAGE = 1024
 _STRIDE = 256
 _OWNERS = 4
 _LAYER_PAGES = 9
+_WHAT_WAS_THERE = 0x5A
 _TURN_S = 0.5
 _WORK_S = 0.05
 PEER_TIMEOUT_S = 8.0
@@ -39,7 +40,8 @@ _COSTS = CostModel(prefill=(0.0,) * 6, decode=(1.0, 1.0, 0.0))
 
 
 class PlainPages:
-    """Pages that are counted, and nothing else: memory is there whether it is mapped or not."""
+    """Pages that are counted: memory is there whether it is mapped or not, but of what was in it
+    nothing is left when it is mapped."""
 
     page_bytes = _PAGE
 
@@ -61,7 +63,9 @@ class PlainPages:
         del self._memory[address]
 
     def map(self, address: int, pages: Sequence[int]) -> None:
-        """It is there."""
+        base = max(start for start in self._memory if start <= address)
+        first = address - base
+        self._memory[base][first : first + len(pages) * _PAGE] = _WHAT_WAS_THERE
 
     def mappable(self) -> int:
         return 1 << 30
@@ -74,6 +78,14 @@ class PlainPages:
 
     def close(self) -> None:
         self._memory.clear()
+
+
+def _same_everywhere(layer: nn.Linear, number: int) -> nn.Linear:
+    """Parameters that all instances have alike, as of one model."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) + number)
+    return layer
 
 
 def _checked(plane: DataPlane, number: int) -> DataPlane:
@@ -104,11 +116,11 @@ class ModelMember:
         self.socket = MemberSocket(connection_name(number), router, self.sleeper)
         self.plane = ModelPlane(number, planes, weather, self.sleeper)
         clock = weather.loop.time
-        layers = [nn.Linear(32, 64) for _ in range(LAYERS)]
+        layers = [_same_everywhere(nn.Linear(32, 64), layer) for layer in range(LAYERS)]
         shape = KvShape(LAYERS, heads=1, key_dim=64, value_dim=64, dtype=torch.float32)
         pool = PhysicalPagePool(PlainPages(), LAYERS * (_LAYER_PAGES + kv_pages))
         self.parameters = ParameterStore(pool, layers)
-        whole = [self.parameters.bytes_of(layer).clone() for layer in range(LAYERS)]
+        self._whole = [self.parameters.bytes_of(layer).clone() for layer in range(LAYERS)]
         kv = KvStore(pool, shape, instance=number, stride=_STRIDE, owners=_OWNERS)
         profile = MemoryProfile(
             page_bytes=_PAGE,
@@ -126,7 +138,7 @@ class ModelMember:
             LAYERS,
             self.parameters,
             kv,
-            lambda layer: self._refill(layer, whole[layer]),
+            lambda layer: self._refill(layer, self._whole[layer]),
             clock,
             capacity,
         )
@@ -213,4 +225,7 @@ class ModelMember:
         mine = layout.member(self.number).layers
         missing = set(mine) - set(self.parameters.held())
         assert not missing, f"instance {self.number} runs {mine} without {missing}"
+        for layer in mine:
+            found = self.parameters.bytes_of(layer)
+            assert torch.equal(found, self._whole[layer]), f"layer {layer} is not what it was"
         assert self.engine.cooperating == layout.cooperative
