@@ -34,7 +34,7 @@ def launched(model: Path, log: Path) -> Iterator[Cluster]:
         model_path=model,
         memory_budget=BUDGET,
         overload_policy="none",
-        kunserve_flags=("--dispatch", "round_robin"),
+        kunserve_flags=("--dispatch", "round_robin", "--checksums"),
         sglang_flags=FLAGS,
     )
     with Cluster(options.command, log, ready_timeout_s=400.0) as cluster:
