@@ -224,8 +224,6 @@ class ModelCluster:
                 return
         raise AssertionError(f"instance {number} cannot be drained: {failure}")
 
-    # -- its parts -------------------------------------------------------------------------------
-
     def _start_member(self, number: int) -> None:
         self._processes += 1
         self.members[number] = ModelMember(
@@ -273,8 +271,6 @@ class ModelCluster:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    # -- what has to hold ------------------------------------------------------------------------
 
     def check(self) -> None:
         """Nobody has failed, and each member runs by a layout that all in it run by."""
