@@ -71,7 +71,7 @@ class WaitingRequests:
         late = self._late([r for r in whole if r not in aside])
         if not running.batch_is_full:
             aside |= late
-        if aside:
+        if aside or len(whole) < len(scheduler.waiting_queue):
             scheduler.waiting_queue = [r for r in whole if r not in aside]
         beyond = self._beyond(scheduler.waiting_queue)
         if beyond:

@@ -12,6 +12,7 @@ from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 SLOTS = 1000
+FREE = SimpleNamespace(batch_is_full=False, reqs=[])
 
 
 class Request:
@@ -23,9 +24,10 @@ class Request:
         self.origin_input_ids = [0] * length
         self.output_ids: list[int] = []
         self.sampling_params = SimpleNamespace(max_new_tokens=10, ignore_eos=True)
+        self.finished_reason: object = None
 
     def finished(self) -> bool:
-        return False
+        return self.finished_reason is not None
 
 
 class Clock:
@@ -49,7 +51,9 @@ def queue_of(waiting: list[Request], running: int) -> tuple[WaitingRequests, Any
         init_req_max_new_tokens=lambda _: None,
         clock=Clock(),
     )
-    containment = SimpleNamespace(look_again=lambda *_: None, may_run=lambda _: True)
+    containment = SimpleNamespace(
+        look_again=lambda *_: None, may_run=lambda _: True, answer=lambda *_: None
+    )
     return WaitingRequests(scheduler, containment), scheduler  # type: ignore[arg-type]
 
 
@@ -73,10 +77,22 @@ def test_one_that_is_too_large_takes_no_seat_and_keeps_its_place() -> None:
     assert scheduler.waiting_queue == requests
 
 
+def test_one_that_there_will_be_no_room_for_leaves_the_queue() -> None:
+    large = Request("large", 2 * SLOTS)
+    waiting, scheduler = queue_of([large], running=0)
+    with waiting.admissible(FREE):
+        assert scheduler.waiting_queue == []
+    assert scheduler.waiting_queue == [large]
+    scheduler.clock.now += 11
+    with waiting.admissible(FREE):
+        pass
+    assert large.finished()
+    assert scheduler.waiting_queue == []
+
+
 # -- whose turn it is ----------------------------------------------------------------------------
 
 A_SECOND = Attainable(slots=SLOTS, first_token=FirstTokenLimit(ms=1000.0))
-FREE = SimpleNamespace(batch_is_full=False, reqs=[])
 
 
 def seen(waiting: WaitingRequests, scheduler: Any) -> list[str]:
