@@ -19,15 +19,18 @@ import pytest
 
 from kunserve_sglang.core.addresses import http_url
 from kunserve_sglang.core.processes import die_with_parent, free_port
+from tests.support.refusing import refusal
 from tests.support.waiting import until
 
 KEYS = ("s3cret-admin", "s3cret-read", "s3cret-api")
+EMPTY = ("kunserve_sglang.launch_server", "--num-instances", "0")
+"""A launcher without instances."""
 
 
 @contextmanager
 def launched(log: Path, *flags: str, **environment: str) -> Iterator[psutil.Process]:
     """A launcher without instances, once it says that it is ready."""
-    command = [sys.executable, "-m", "kunserve_sglang.launch_server", "--num-instances", "0"]
+    command = [sys.executable, "-m", *EMPTY]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, *flags],
@@ -101,16 +104,7 @@ def test_keys_may_come_from_the_environment(tmp_path: Path) -> None:
 
 
 def test_a_fault_that_cannot_happen_is_refused_in_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kunserve_sglang.launch_server", "--num-instances", "0"],
-        env={**os.environ, "KUNSERVE_FAULT": "transition.joined:drop:1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    line = refusal(*EMPTY, KUNSERVE_FAULT="transition.joined:drop:1")
     assert "KUNSERVE_FAULT=transition.joined:drop:1: what can happen there is crash" in line
 
 
@@ -124,13 +118,4 @@ def test_a_fault_that_cannot_happen_is_refused_in_one_line() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(flags: tuple[str, ...], words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kunserve_sglang.launch_server", "--num-instances", "0", *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert words in line
+    assert words in refusal(*EMPTY, *flags)
