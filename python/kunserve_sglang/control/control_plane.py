@@ -82,11 +82,12 @@ class ControlPlane:
 
     def saved(self) -> SavedState:
         """For a router that comes after this one."""
-        return state_to_save(self.registry, self.policy())
+        return state_to_save(self.registry, self.policy(), self.coordinator.last_epoch)
 
     def take_over(self, saved: SavedState) -> None:
         """Go on where another router has ended; to be called before `run`."""
         take_over(self.registry, saved)
+        self.coordinator.last_epoch = saved.last_epoch
         self.controller.auto = saved.policy.auto
         self.controller.thresholds = msgspec.convert(saved.policy, Thresholds, from_attributes=True)
 

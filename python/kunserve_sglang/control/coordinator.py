@@ -31,13 +31,16 @@ class TransitionRunning(TransientError):
 
 
 class Coordinator:
-    """One transition at a time; every one ends committed, aborted or failed (invariant 6)."""
+    """One transition at a time; every one ends committed, aborted or failed (invariant 6).
+
+    `last_epoch` is the highest that a plan has had, also one that was given up.
+    """
 
     def __init__(self, hub: ControlHub, config: ClusterConfig, events: EventLog) -> None:
         self._hub = hub
         self._config = config
         self._events = events
-        self._last_epoch = 0
+        self.last_epoch = 0
         self.running: Event | None = None
 
     def next_epoch(self, known: int) -> int:
@@ -45,8 +48,8 @@ class Coordinator:
 
         The plan that takes it may use the few after it for its steps.
         """
-        epoch = max(self._last_epoch, known) + 1
-        self._last_epoch = epoch + STEPS - 1
+        epoch = max(self.last_epoch, known) + 1
+        self.last_epoch = epoch + STEPS - 1
         return epoch
 
     async def execute(

@@ -36,7 +36,10 @@ class SavedWorker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SavedState(msgspec.Struct, frozen=True, kw_only=True):
-    """What has been set, who is here, who has left, and who makes the cluster complete."""
+    """What has been set, who is here, who has left, and who makes the cluster complete.
+
+    Members refuse an epoch that has been decided against, and report only those decided for.
+    """
 
     policy: Policy
     instances: tuple[SavedInstance, ...]
@@ -45,9 +48,10 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[SavedWorker, ...]
     next_worker: int
     leases: SavedLeases
+    last_epoch: int = 0
 
 
-def state_to_save(registry: Registry, policy: Policy) -> SavedState:
+def state_to_save(registry: Registry, policy: Policy, last_epoch: int) -> SavedState:
     known = registry.instances.values()
     return SavedState(
         policy=policy,
@@ -65,6 +69,7 @@ def state_to_save(registry: Registry, policy: Policy) -> SavedState:
         ),
         next_worker=registry.next_worker,
         leases=registry.leases.saved(),
+        last_epoch=last_epoch,
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kunserve_sglang.control.saved_state import StateFile
+from kunserve_sglang.control.saved_state import SavedState, StateFile
+from tests.support.mock_instance import vote_no, vote_yes
 from tests.support.mock_worker import Canned, MockWorker
 from tests.support.router_harness import RouterCluster
 from tests.support.waiting import until
@@ -27,6 +28,12 @@ def written(router: RouterCluster, what: str) -> None:
     until(lambda: what in Path(router.config.state_file).read_text())
 
 
+def saved(router: RouterCluster) -> SavedState:
+    state = StateFile(Path(router.config.state_file)).read()
+    assert state is not None
+    return state
+
+
 def test_groups_and_epochs_are_found_as_they_are(start_router: Start) -> None:
     router = start_router(2)
     assert router.post("/kunserve/drop", {}).json["status"] == "committed"
@@ -41,6 +48,20 @@ def test_groups_and_epochs_are_found_as_they_are(start_router: Start) -> None:
     restored = router.post("/kunserve/restore", {}).json
     assert restored["status"] == "committed"
     assert restored["epoch"] > max(epoch for _, epoch, _ in before.values())
+
+
+def test_no_epoch_is_used_again_that_was_decided_against(start_router: Start) -> None:
+    router = start_router(2)
+    router.instances[0].on_prepare = vote_no
+    refused = router.post("/kunserve/drop", {}).json
+    assert refused["status"] == "aborted"
+    router.instances[0].on_prepare = vote_yes
+    until(lambda: saved(router).last_epoch >= refused["epoch"])
+    again(router)
+    router.ready(2)
+    dropped = router.post("/kunserve/drop", {}).json
+    assert dropped["status"] == "committed"
+    assert dropped["epoch"] > refused["epoch"]
 
 
 def test_what_was_set_stays_set(start_router: Start) -> None:
