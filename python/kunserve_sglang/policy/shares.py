@@ -26,7 +26,8 @@ def shares(state: ClusterState, group: Layout) -> list[int]:
     """Slots for each owner of `group`, in the order of its members.
 
     Every owner keeps what its requests hold, and what the largest of them needs to end; the rest is
-    divided by demand, as far as every stage has pages for it.
+    divided by demand, as far as every stage has pages for it. Where there are no pages even for the
+    former, slots stay as they are: there is nothing to divide, and only a drop makes more of them.
     """
     owners = [state.instance(i) for i in group.ids]
     idle = min(o.memory.idle_share(o.layers, len(owners)) for o in owners)
@@ -43,6 +44,8 @@ def shares(state: ClusterState, group: Layout) -> list[int]:
         capacities = divided(slots)
         return all(o.memory.fits(o.layers, capacities) for o in owners)
 
+    if not fits(0):
+        return [m.capacity for m in group.members]
     return divided(largest(sum(o.memory.stride for o in owners), fits))
 
 

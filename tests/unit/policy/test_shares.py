@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,6 +69,32 @@ def test_independent_instances_share_nothing() -> None:
         plan_rebalance(state, epoch=1, reason="")
 
 
+def test_slots_stay_where_all_owners_have_requests_too_large_for_one_another() -> None:
+    """Each may need most of the slots to end its largest request: only more of them would help."""
+    state = group(2)
+    most = state.instance(0).load.slots.capacity
+    state = ClusterState(
+        instances=tuple(
+            msgspec.structs.replace(
+                s,
+                load=msgspec.structs.replace(
+                    s.load,
+                    slots=msgspec.structs.replace(s.load.slots, used=most // 4),
+                    running=1,
+                    waiting=2,
+                    demand=4 * most,
+                    largest=3 * most // 2,
+                ),
+            )
+            for s in state.instances
+        )
+    )
+    assert shares(state, state.groups()[0]) == [m.capacity for m in state.groups()[0].members]
+    assert skewed(state, 1.0) is None
+    with pytest.raises(NoPlan, match="divided by demand already"):
+        plan_rebalance(state, epoch=2, reason="")
+
+
 def test_a_plan_moves_no_layer() -> None:
     state = loaded(group(2), (9000, 5, 40_000), (0, 0, 0))
     plan = plan_rebalance(state, epoch=2, reason="why")
@@ -86,7 +113,14 @@ def test_shares_hold_what_is_used_and_fill_the_pages(size: int, data: st.DataObj
     most = state.instance(0).load.slots.capacity
     used = [data.draw(st.integers(0, most)) for _ in range(size)]
     demand = [u + data.draw(st.integers(0, 3 * most)) for u in used]
+    needed = [data.draw(st.integers(0, 2 * most)) for _ in used]
     state = loaded(state, *((u, 1, d) for u, d in zip(used, demand, strict=True)))
+    state = ClusterState(
+        instances=tuple(
+            msgspec.structs.replace(s, load=msgspec.structs.replace(s.load, largest=n))
+            for s, n in zip(state.instances, needed, strict=True)
+        )
+    )
     layout = state.groups()[0]
     capacities = shares(state, layout)
     for owner, capacity in zip(layout.ids, capacities, strict=True):
