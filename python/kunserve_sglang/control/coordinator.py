@@ -97,7 +97,8 @@ class Coordinator:
                 continue
             if plan.undo is not None:
                 return await self._take_back(plan, plan.undo, event)
-            if event.status is Outcome.ABORTED and step.grows:
+            stands = before.status is Outcome.COMMITTED
+            if stands and event.status is Outcome.ABORTED and step.grows:
                 # The memory is there, but was not handed out: the drop itself stands.
                 return msgspec.structs.replace(before, error=event.error)
             return event
