@@ -33,7 +33,7 @@ def objection(
         return f"the plan starts from another layout than epoch {layout.epoch}"
     if not after.covers(body.engine.layer_count):
         return "the plan does not hold every layer exactly once"
-    return _does_not_fit(body, before, after, transition) or _too_narrow(body, after)
+    return _does_not_fit(body, before, after, transition) or _too_narrow(body, before, after)
 
 
 def _does_not_fit(
@@ -59,14 +59,17 @@ def _does_not_fit(
     return ""
 
 
-def _too_narrow(body: InstanceParts, after: Layout) -> str:
-    """Requests that run here need more slots than would be left."""
+def _too_narrow(body: InstanceParts, before: Layout, after: Layout) -> str:
+    """Requests that run here need more slots than would be left.
+
+    One that may need more than there are now, since it counts on those of others, needs no less.
+    """
     capacity = after.member(body.instance).capacity
     body.engine.evict_cached(capacity)
     taken = len(body.engine.taken_slots())
     if taken > capacity:
         return f"requests hold {taken} slots, {capacity} would be left"
     largest = body.engine.largest_request()
-    if largest > capacity:
+    if largest > capacity and capacity < before.member(body.instance).capacity:
         return f"a request may need {largest} slots, {capacity} would be left"
     return ""
