@@ -16,7 +16,6 @@ from kunserve_sglang.control.plausible import check_sender
 from kunserve_sglang.core import faults
 from kunserve_sglang.core.dropped import Dropped
 from kunserve_sglang.core.errors import TransientError
-from kunserve_sglang.core.fault_points import FaultKind
 from kunserve_sglang.core.messages import (
     Abort,
     Attainable,
@@ -113,7 +112,7 @@ class ControlHub:
                 message = decode_to_router(data)
                 if isinstance(message, Hello | Status | CacheReport):
                     check_sender(identity, message)
-                if _is_dropped(message):
+                if faults.loses("control", message):
                     continue
                 if isinstance(message, Hello):
                     await self._send(identity, on_hello(message))
@@ -182,17 +181,10 @@ class ControlHub:
         return await self._send(connection_name(instance), message)
 
     async def _send(self, identity: bytes, message: msgspec.Struct) -> bool:
-        return _is_dropped(message) or await self._line.send(identity, encode(message))
+        return faults.loses("control", message) or await self._line.send(identity, encode(message))
 
     def close(self) -> None:
         self._line.close()
-
-
-def _is_dropped(message: msgspec.Struct) -> bool:
-    """Whether this message gets lost on purpose, on either way."""
-    if not faults.armed():
-        return False
-    return faults.at(f"control.{type(message).__name__.lower()}") is FaultKind.DROP
 
 
 def _epoch(call: Call) -> int | None:

@@ -111,6 +111,11 @@ def at(point: str) -> FaultKind | None:
     return None if _armed is None else _armed.reach(point)
 
 
+def loses(where: str, message: object) -> bool:
+    """Whether a message gets lost on purpose; its point is named after its type, in lower case."""
+    return armed() and at(f"{where}.{type(message).__name__.lower()}") is FaultKind.DROP
+
+
 def armed() -> bool:
     """For places that are passed too often for a call: whether there are faults at all."""
     return _armed is not None

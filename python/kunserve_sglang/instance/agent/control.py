@@ -14,7 +14,6 @@ import zmq
 from kunserve_sglang.core import faults
 from kunserve_sglang.core.addresses import is_ipv6
 from kunserve_sglang.core.errors import PeerLost
-from kunserve_sglang.core.fault_points import FaultKind
 from kunserve_sglang.core.heartbeats import watch_other_end
 from kunserve_sglang.core.keys import MemberKeys
 from kunserve_sglang.core.messages import (
@@ -100,7 +99,7 @@ class ControlLink:
         return [self._socket]
 
     def send(self, message: ToRouter) -> None:
-        if _is_dropped(message):
+        if faults.loses("member", message):
             return
         # Minutes of reports have room; a router that is away for longer has no use for more.
         with contextlib.suppress(zmq.Again):
@@ -127,7 +126,7 @@ class ControlLink:
             except msgspec.DecodeError:
                 self.malformed += 1
                 continue
-            if _is_dropped(message):
+            if faults.loses("member", message):
                 continue
             if isinstance(message, Greet):
                 self._next_hello = 0.0
@@ -145,10 +144,3 @@ class ControlLink:
         if now >= self._next_hello:
             self._next_hello = now + (_HELLO_INTERVAL_S if self._welcome else 0.25)
             self.send(self._hello)
-
-
-def _is_dropped(message: ToInstance | ToRouter) -> bool:
-    """Whether this message gets lost on purpose, on either way."""
-    if not faults.armed():
-        return False
-    return faults.at(f"member.{type(message).__name__.lower()}") is FaultKind.DROP
