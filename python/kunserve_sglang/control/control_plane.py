@@ -180,12 +180,13 @@ class ControlPlane:
         limits = self.controller.limits(self.registry.snapshot())
         if limits is None:
             return None
+        slowness = self.controller.slowness
         return ServiceStatus(
             ttft_ms=limits.ttft_ms,
             tpot_ms=limits.tpot_ms,
             weighed=self.controller.weighs,
-            slowness=self.controller.slowness.alone,
-            slowness_together=self.controller.slowness.together,
+            slowness=slowness.alone,
+            slowness_together=slowness.together,
         )
 
     def status(self) -> ClusterStatus:
@@ -198,7 +199,7 @@ class ControlPlane:
             latency=self.front.latency_summary(),
             attainment=self.front.attainment_summary(),
             queue=self.front.queue_status(),
-            instances=[status_of(i) for _, i in sorted(self.registry.instances.items())],
+            instances=[status_of(i) for i in self.registry.instances.values()],
         )
 
     def _on_hello(self, hello: Hello) -> Welcome | Leave:

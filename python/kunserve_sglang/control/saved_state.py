@@ -38,7 +38,8 @@ class SavedWorker(msgspec.Struct, frozen=True, kw_only=True):
 class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     """What has been set, who is here, who has left, and who makes the cluster complete.
 
-    Members refuse an epoch that has been decided against, and report only those decided for.
+    `last_epoch` is that of the latest plan: members refuse one that has been decided against, and
+    report only those decided for.
     """
 
     policy: Policy
