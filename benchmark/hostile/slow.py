@@ -66,9 +66,10 @@ async def run(quiet: Scene, crowded: Scene, rounds: int, seconds: float) -> dict
     async with _crowd(crowded.port):
         for scene in (quiet, crowded):
             await _load(scene.port, _WARM_UP_S, Seen([]))
-        for _ in range(rounds):
+        for number in range(rounds):
             of_round = {scene: Seen([]) for scene in (quiet, crowded)}
-            for scene in (quiet, crowded):
+            # Each is first as often as the other: who comes later finds the machine busier, or not.
+            for scene in (quiet, crowded) if number % 2 == 0 else (crowded, quiet):
                 await _load(scene.port, seconds, of_round[scene])
                 seen[scene].ttft_ms += of_round[scene].ttft_ms
                 seen[scene].failures += of_round[scene].failures
