@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 import msgspec
@@ -35,7 +36,7 @@ class WaitingLine(Generic[T]):
     it. A full line turns away the youngest of the lowest priority.
     """
 
-    def __init__(self, limit: int, ageing_s: float = AGEING_S) -> None:
+    def __init__(self, limit: float, ageing_s: float = AGEING_S) -> None:
         self._limit = limit
         self._ageing_s = ageing_s
         # One line for each priority, the times of arrival in it: only their heads are compared.
@@ -51,7 +52,7 @@ class WaitingLine(Generic[T]):
         """Add `item`; returns who is turned away for it, which may be `item` itself."""
         turned_away = None
         if len(self) >= self._limit:
-            turned_away = self._least(below=priority)
+            turned_away = self.youngest(below=priority)
             if turned_away is None:
                 return item
             self.leave(turned_away)
@@ -67,6 +68,13 @@ class WaitingLine(Generic[T]):
 
     def take(self) -> T | None:
         """Take out whose turn it is."""
+        item = self.first()
+        if item is not None:
+            self.leave(item)
+        return item
+
+    def first(self) -> T | None:
+        """Whose turn it is."""
         heads = [
             (arrival - priority * self._ageing_s, -priority, item)
             for priority, line in self._arrivals.items()
@@ -74,16 +82,14 @@ class WaitingLine(Generic[T]):
         ]
         if not heads:
             return None
-        _, _, item = min(heads, key=lambda head: head[:2])
-        self.leave(item)
-        return item
+        return min(heads, key=lambda head: head[:2])[-1]
 
     def oldest(self) -> float | None:
         """When the one who waits longest arrived."""
         heads = (head for line in self._arrivals.values() for head in _head(line))
         return min((arrival for _, arrival in heads), default=None)
 
-    def _least(self, below: int) -> T | None:
+    def youngest(self, below: int) -> T | None:
         """The youngest of the lowest priority, if that is `below` this one."""
         for priority in range(LOWEST_PRIORITY, below):
             if line := self._arrivals[priority]:
@@ -138,13 +144,16 @@ def in_flight_limit(given: int | None, load: Load | None, full_capacity: int) ->
     return int(given * max(1.0, load.slots.capacity / max(1, full_capacity)))
 
 
-def with_held(state: ClusterState, held: int, plain_slots: int = 0) -> ClusterState:
+def with_held(
+    state: ClusterState, held: int, plain_slots: int = 0, short: Collection[int] = ()
+) -> ClusterState:
     """`state` as the monitor has to see it while the router holds back `held` requests.
 
     They are divided by capacity, of which `plain_slots` are at plain SGLang servers, and taken to
     need what a request at the instances needs on average, by their own reports. Only instances
     where requests wait get a share: elsewhere those held wait for the limit, not for memory, and no
-    drop would let them in.
+    drop would let them in. Those that are `short` of memory get one as well, though the router lets
+    nobody wait there.
     """
     known = sum(s.load.running + s.load.waiting for s in state.instances)
     slots = state.capacity + plain_slots
@@ -156,13 +165,20 @@ def with_held(state: ClusterState, held: int, plain_slots: int = 0) -> ClusterSt
         after = before + s.load.slots.capacity
         share = held * after // slots - held * before // slots
         before = after
-        if s.load.waiting:
+        if share and (s.load.waiting or s.instance in short):
             load = msgspec.structs.replace(
                 s.load,
                 waiting=s.load.waiting + share,
-                prompts=s.load.prompts + share * s.load.prompts // s.load.waiting,
+                prompts=s.load.prompts + int(share * _prompt(s.load)),
                 demand=s.load.demand + share * state.demand // known,
             )
             s = msgspec.structs.replace(s, load=load)
         seen.append(s)
     return ClusterState(instances=tuple(seen))
+
+
+def _prompt(load: Load) -> float:
+    """Tokens of the mean prompt, of those that wait or else of those that run."""
+    if load.waiting:
+        return load.prompts / load.waiting
+    return max(0, load.slots.used - load.produced) / max(1, load.running)

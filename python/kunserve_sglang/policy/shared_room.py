@@ -1,0 +1,68 @@
+"""How much room an instance has while tenants share it, and what of that is kept free. Pure.
+
+An instance serves in order of arrival, and nobody who runs there is interrupted. So whoever should
+not wait behind a burst has to find room that the burst was not given:
+
+- *In its queue.* Without tenants an instance is sent as many requests as it could want, up to
+  hundreds. With tenants it gets few more than it runs: each report of what has begun to run there
+  makes room for as many again, and each that ends for another one. That costs nothing while
+  requests follow one another; a burst into an idle cluster takes some reports longer to spread.
+- *In its memory.* An eighth of the token slots is kept free, of which new requests hold more and
+  more until they end. That much less of a burst runs at once.
+
+What is kept is for tenants who have little under way (`policy.fair_queueing`), and so nothing is
+lost for good: if only they come, all of it is theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from kunserve_sglang.core.load import Load
+from kunserve_sglang.policy.queueing import in_flight_limit
+
+_READY = 2
+"""Requests that wait at an instance, at least: its next batch need not wait for the router."""
+
+_READY_SHARE = 16
+"""Of so many that run one more may wait: it can grow by that much with each report."""
+
+_KEPT_SLOTS = 1 / 8
+
+
+class Room(NamedTuple):
+    """For how many requests more there is room at an instance; it may be less than none.
+
+    `most` is for tenants who have little under way, `open` for everybody.
+    """
+
+    open: float
+    most: float
+
+
+def shared_room(given: int | None, load: Load | None, full_capacity: int, in_flight: int) -> Room:
+    """Of an instance with so many requests in flight; the other arguments as `in_flight_limit`.
+
+    A plain server says nothing of its slots, and without `given` nothing of its queue.
+    """
+    if load is None or given is not None:
+        limit = in_flight_limit(given, load, full_capacity)
+        kept = 0.0 if math.isinf(limit) else limit // _READY_SHARE
+    else:
+        kept = max(_READY, load.running // _READY_SHARE)
+        limit = load.running + 2 * kept
+    room = Room(open=limit - kept - in_flight, most=limit - in_flight)
+    if load is not None and short_of_slots(load, in_flight):
+        return Room(open=min(0.0, room.open), most=room.most)
+    return room
+
+
+def short_of_slots(load: Load, in_flight: int) -> bool:
+    """Whether its slots are in demand but for those that are kept free.
+
+    Requests that are too recent for its report are taken to need what the others do.
+    """
+    known = load.running + load.waiting
+    demand = load.demand * max(1.0, in_flight / known) if known else load.demand
+    return demand > (1 - _KEPT_SLOTS) * load.slots.capacity

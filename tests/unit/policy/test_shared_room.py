@@ -1,0 +1,75 @@
+"""What is kept free at an instance while tenants share it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kunserve_sglang.core.load import Load, Slots
+from kunserve_sglang.policy.queueing import with_held
+from kunserve_sglang.policy.shared_room import Room, shared_room, short_of_slots
+from kunserve_sglang.policy.state import ClusterState
+from tests.support.clusters import cluster, with_load
+
+
+def load(running: int = 0, waiting: int = 0, demand: int = 0, capacity: int = 1000) -> Load:
+    slots = Slots(used=0, cached=0, capacity=capacity)
+    return Load(slots=slots, running=running, waiting=waiting, demand=demand)
+
+
+@pytest.mark.parametrize(
+    ("given_", "of", "in_flight", "room"),
+    [
+        (None, load(), 0, Room(open=2, most=4)),
+        (None, load(running=20, demand=100), 20, Room(open=2, most=4)),
+        (None, load(running=160, demand=100), 165, Room(open=5, most=15)),
+        (None, load(running=20, demand=900), 20, Room(open=0, most=4)),
+        (None, load(running=20, demand=900), 25, Room(open=-3, most=-1)),
+        (64, load(running=20, demand=100), 20, Room(open=40, most=44)),
+        (64, load(running=20, demand=100, capacity=2000), 20, Room(open=100, most=108)),
+        (64, load(running=20, demand=900), 20, Room(open=0, most=44)),
+        (1, load(), 0, Room(open=1, most=1)),
+        (32, None, 30, Room(open=0, most=2)),
+        (None, None, 500, Room(open=math.inf, most=math.inf)),
+    ],
+)
+def test_room(given_: int | None, of: Load | None, in_flight: int, room: Room) -> None:
+    assert shared_room(given_, of, 1000, in_flight) == room
+
+
+@given(
+    st.one_of(st.none(), st.integers(1, 200)),
+    st.builds(load, st.integers(0, 500), st.integers(0, 50), st.integers(0, 3000)),
+    st.integers(0, 600),
+)
+def test_what_is_open_is_never_more_than_there_is(
+    given_: int | None, of: Load, in_flight: int
+) -> None:
+    room = shared_room(given_, of, 1000, in_flight)
+    assert room.open <= max(0, room.most)
+
+
+def test_an_idle_instance_takes_requests_from_everybody() -> None:
+    for limit in (None, 1, 15, 16):
+        assert shared_room(limit, load(), 1000, 0).open > 0
+
+
+def test_requests_that_are_too_recent_for_the_report_count() -> None:
+    of = load(running=10, demand=500)
+    assert not short_of_slots(of, 17)
+    assert short_of_slots(of, 18)
+    assert not short_of_slots(load(), 100), "of the first ones nothing is known"
+
+
+def test_who_is_held_for_want_of_memory_counts_though_nobody_waits_there() -> None:
+    state = ClusterState(
+        instances=tuple(with_load(s, used=500, demand=900) for s in cluster(2).instances)
+    )
+    assert with_held(state, 100) == state
+    first, second = with_held(state, 100, short={1}).instances
+    assert first == state.instances[0]
+    assert (second.load.waiting, second.load.demand) == (50, 900 + 50 * 900)
+    assert second.load.prompts == 50 * 500, "as long as those that run"
