@@ -9,6 +9,7 @@ from typing import Any
 
 from kunserve_sglang.api.events import Event
 from kunserve_sglang.api.history import History
+from kunserve_sglang.api.tenants import TenantList
 from kunserve_sglang.api.types import (
     DRAIN_TIMEOUT_S,
     AcceptedPlan,
@@ -157,6 +158,23 @@ CALLS = (
         answers={200: Recording},
         body=TraceBody,
         errors=(409, 504),
+    ),
+    Call(
+        name="tenants",
+        method="GET",
+        path="/kunserve/tenants",
+        access=Access.READ,
+        about="Who shares the cluster by `--tenants`: limits, what each has now and has had.",
+        answers={200: TenantList},
+    ),
+    Call(
+        name="reload_tenants",
+        method="POST",
+        path="/kunserve/tenants/reload",
+        access=Access.CHANGE,
+        about="Read the file of `--tenants` again. If it cannot be read, all stays as it is.",
+        answers={200: TenantList},
+        errors=(409,),
     ),
     Call(
         name="openapi",

@@ -109,7 +109,8 @@ class ControlPlane:
     def state(self) -> ClusterState:
         """The cluster for the policies; what the router holds back counts as waiting."""
         plain = sum(i.capacity for i in self.registry.available() if i.plain)
-        return with_held(self.registry.snapshot(), self.front.held(), plain)
+        front = self.front
+        return with_held(self.registry.snapshot(), front.held(), plain, front.short())
 
     def plan(self, request: TransitionRequest) -> Plan:
         """What the request would do now; changes nothing. Raises `NoPlan`."""

@@ -18,6 +18,9 @@ class Front(Protocol):
     def held(self) -> int:
         """Requests held back; they count as demand."""
 
+    def short(self) -> Collection[int]:
+        """Instances from which they are held back for want of memory, though nobody waits there."""
+
     def latency_summary(self) -> LatencySummary:
         """For the cluster's status."""
 
@@ -51,6 +54,9 @@ class NoFront:
 
     def held(self) -> int:
         return 0
+
+    def short(self) -> Collection[int]:
+        return ()
 
     def latency_summary(self) -> LatencySummary:
         nothing = Quantiles(p50=None, p90=None, p99=None)

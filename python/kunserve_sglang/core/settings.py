@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from kunserve_sglang.core.addresses import check_control_address
+from kunserve_sglang.core.certificates import check_certificates
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import Form, about, check_ranges
 from kunserve_sglang.core.service_classes import read_classes
@@ -222,6 +223,10 @@ class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
             form=Form.SECRET,
         ),
     ] = None
+    tenants: Annotated[
+        str | None,
+        about("who [shares](#tenants) the cluster by keys of their own", metavar="FILE"),
+    ] = None
     trusted_hosts: Annotated[
         str,
         about(
@@ -261,12 +266,8 @@ class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
                 "--restore-threshold must be at least 0 and below --drop-threshold, "
                 "or the cluster would drop and restore in turns"
             )
-        if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
-            raise ConfigurationError("--ssl-certfile and --ssl-keyfile: give both")
-        if not self.ssl_certfile and (self.ssl_keyfile_password or self.ssl_ca_certs):
-            raise ConfigurationError(
-                "--ssl-keyfile-password and --ssl-ca-certs need --ssl-certfile and --ssl-keyfile"
-            )
+        tls = (self.ssl_certfile, self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs)
+        check_certificates(*tls)
         if self.control_address is not None:
             check_control_address(self.control_address)
             if self.transport in (Transport.SHM, Transport.CUDA_IPC):

@@ -25,6 +25,7 @@ from kunserve_sglang.core.settings import (
     DispatchPolicy,
 )
 from kunserve_sglang.core.sglang_flags import wanted_device
+from kunserve_sglang.core.tenants import read_tenants
 from kunserve_sglang.launch.ending import GRACE_S
 from kunserve_sglang.launch.life import Life
 from kunserve_sglang.launch.options import LaunchOptions, with_api_key
@@ -57,6 +58,10 @@ class Supervisor(Life):
                 raise ConfigurationError(
                     f"{self._argv[0]}: with --num-instances 0 there is no instance for it"
                 )
+        if self._config.tenants:
+            given = self._config
+            keys = (self._options.api_key, given.admin_api_key, given.read_api_key)
+            read_tenants(Path(self._config.tenants), keys)  # raises what is wrong with it
         listen_at(self._config.host, self._config.port).close()
         wanted = self._config.control_address
         if self._config.state_folder:

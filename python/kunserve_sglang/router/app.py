@@ -23,6 +23,7 @@ from kunserve_sglang.router.http.outbound import InstanceConnections
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher
 from kunserve_sglang.router.proxy.journal import Journals
 from kunserve_sglang.router.proxy.proxy import Proxy
+from kunserve_sglang.router.proxy.tenant_use import TenantsFile
 from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig
 
@@ -84,6 +85,7 @@ def build_app(
     traffic: Traffic,
     session: aiohttp.ClientSession,
     connections: InstanceConnections,
+    tenants: TenantsFile | None = None,
 ) -> RouterApp:
     dispatcher = Dispatcher(control.registry, traffic.prefixes, _prompt_reader(config, traffic))
     policy = POLICIES[config.cluster.dispatch]
@@ -99,9 +101,9 @@ def build_app(
         journals,
         traffic.moves,
     )
-    keys = Keys(config)
+    keys = Keys(config, tenants)
     return RouterApp(
-        keys, proxy, OwnEndpoints(config, keys, control, traffic, session, proxy.stats)
+        keys, proxy, OwnEndpoints(config, keys, control, traffic, session, proxy.stats, tenants)
     )
 
 

@@ -22,6 +22,7 @@ from kunserve_sglang.router.app import build_app
 from kunserve_sglang.router.http.http_server import HttpServer
 from kunserve_sglang.router.http.outbound import InstanceConnections
 from kunserve_sglang.router.http.tls import server_context
+from kunserve_sglang.router.proxy.tenant_use import TenantsFile
 from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig, launcher_socket
 
@@ -47,9 +48,12 @@ def listen(config: RouterConfig) -> socket.socket:
 async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Event) -> None:
     """Run until `stop` is set; answers under way get a short grace, then they are cut.
 
-    Raises `ConfigurationError` if the control address or the certificate cannot be had.
+    Raises `ConfigurationError` if the control address, the certificate or the tenants cannot be
+    had.
     """
     tls = server_context(config.cluster)
+    cluster = config.cluster
+    tenants = TenantsFile(Path(cluster.tenants), config.own_keys) if cluster.tenants else None
     try:
         line = ControlSocket(
             config.control_address, tcp=config.cluster.control_address, keys=config.keys
@@ -58,7 +62,8 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
         where = config.cluster.control_address or config.control_address
         raise ConfigurationError(f"cannot bind {where}: {error}") from error
     control = ControlPlane(config.cluster, line, config.model)
-    traffic = control.front = Traffic(control.registry, config.cluster)
+    known = tenants.tenants if tenants is not None else None
+    traffic = control.front = Traffic(control.registry, config.cluster, known)
     state = StateFile(Path(config.state_file)) if config.state_file else None
     saved = state.read() if state is not None else None
     if saved is not None:
@@ -67,7 +72,7 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
         connections = InstanceConnections()
         control.on_gone = lambda instance: connections.abort(instance.url)
         async with open_session() as session, asyncio.TaskGroup() as tasks:
-            app = build_app(config, control, traffic, session, connections)
+            app = build_app(config, control, traffic, session, connections, tenants)
             http = HttpServer(app)
             watch = HealthWatch(control.registry, session, config.api_key)
             background = [tasks.create_task(control.run()), tasks.create_task(watch.run())]

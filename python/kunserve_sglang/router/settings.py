@@ -66,6 +66,15 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         """What calls that change something need; as in SGLang, the API key if there is no other."""
         return self.cluster.admin_api_key or self.api_key
 
+    @property
+    def own_keys(self) -> tuple[str | None, ...]:
+        """All that open something here, none of which may be a tenant's as well."""
+        cluster = self.cluster
+        return (
+            *(self.api_key, cluster.admin_api_key, cluster.read_api_key),
+            self.instance_admin_key,
+        )
+
     def to_environment(self) -> str:
         return msgspec.json.encode(self).decode()
 

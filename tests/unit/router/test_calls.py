@@ -56,6 +56,8 @@ CASES = {
         body={"seconds": 0.01, "instances": [1]},
         no_conflict="transitions are what one wants to record",
     ),
+    "tenants": Case(no_conflict=ONLY_LOOKS, no_bad_input=TAKES_NOTHING),
+    "reload_tenants": Case(no_conflict="tenants are about requests", no_bad_input=TAKES_NOTHING),
     "openapi": Case(no_conflict=ONLY_LOOKS, no_bad_input=TAKES_NOTHING),
     "workers": Case(no_conflict=ONLY_LOOKS, no_bad_input=TAKES_NOTHING),
     "add_worker": Case(

@@ -101,12 +101,16 @@ def test_every_route_is_described(tmp_path: Path) -> None:
     assert found == {(m, p) for m, p in operations(document()) if p.startswith("/kunserve")}
 
 
-def test_answers_are_as_described(start_router: Start) -> None:
-    router = start_router(2, admin_api_key="admin", read_api_key="read")
+def test_answers_are_as_described(start_router: Start, tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text("[default]\nmax_queued = 9")
+    keys = {"admin_api_key": "admin", "read_api_key": "read"}
+    router = start_router(2, **keys, tenants=str(tenants))
     checker = Checker(router)
     call = checker.call
-    for path in ("status", "policy", "history", "openapi.json"):
+    for path in ("status", "policy", "history", "openapi.json", "tenants"):
         call("GET", f"/kunserve/{path}")
+    call("POST", "/kunserve/tenants/reload")
     call("GET", "/workers")
     call("POST", "/kunserve/plan", {})
     call("PUT", "/kunserve/policy", {"cooldown_s": 0})
@@ -138,11 +142,18 @@ def test_answers_are_as_described(start_router: Start) -> None:
     assert checker.checked == {(c.name, status) for c in CALLS for status in c.answers}
 
 
-def test_errors_are_as_described(start_router: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_as_described(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("kunserve_sglang.router.admin.tracing._ANSWER_TIMEOUT_S", 0.1)
-    router = start_router(1, admin_api_key="admin", read_api_key="read", model=MODEL)
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text("")
+    keys = {"admin_api_key": "admin", "read_api_key": "read"}
+    router = start_router(1, **keys, model=MODEL, tenants=str(tenants))
     checker = Checker(router)
-    expected: set[tuple[str, int]] = set()
+    tenants.write_text("[")
+    assert checker.call("POST", "/kunserve/tenants/reload").status == 409
+    expected = {("reload_tenants", 409)}
     for name in ("plan", "drop", "restore"):
         assert checker.call("POST", f"/kunserve/{name}", {}).status == 409
         expected.add((name, 409))

@@ -14,7 +14,9 @@ from starlette.types import Scope
 from kunserve_sglang.api.calls import Access
 from kunserve_sglang.router.http.answers import Code, error_answer
 from kunserve_sglang.router.http.client_request import ClientRequest
+from kunserve_sglang.router.http.heads import SHOWN_KEY
 from kunserve_sglang.router.http.sites import Sites
+from kunserve_sglang.router.proxy.tenant_use import TenantsFile
 from kunserve_sglang.router.settings import RouterConfig
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -38,15 +40,15 @@ _MISSING: dict[Holder, Code] = {
 class Keys:
     """The keys of a router: who has shown which, and what it opens."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, tenants: TenantsFile | None = None) -> None:
+        """The keys of `tenants` open inference, and nothing else."""
+        self._tenants = tenants
         self._admin = config.admin_key
         self._read = config.cluster.read_api_key
         self._api = config.api_key
         self._sites = Sites(config.cluster.host, config.cluster.trusted)
-        keys = {self._admin, self._read, config.api_key, config.cluster.admin_api_key}
-        keys.add(config.instance_admin_key)
         # The longest first, or the rest of a key that begins with another would stay.
-        self._secrets = sorted((k for k in keys if k), key=len, reverse=True)
+        self._secrets = sorted({k for k in config.own_keys if k}, key=len, reverse=True)
 
     def needed(self, access: Access) -> tuple[Holder, ...]:
         """Whose keys open such calls, the least powerful first; empty if everybody may call."""
@@ -88,6 +90,11 @@ class Keys:
 
     def refuse_inference(self, request: ClientRequest) -> Response | None:
         """The answer to a request that must go to no instance; before any work is done for it."""
+        tenant = self.tenant(request.scope)
+        if tenant is not None:
+            # Instances know no tenants, and plain servers need not know their keys.
+            request.tenant, request.scope[SHOWN_KEY] = tenant, self._api or ""
+            return None
         if not self._api:
             return self._sites.refuse_inference(request)
         if request.scope["method"] == "OPTIONS" or _holds_key(self._api, request.scope):
@@ -98,6 +105,13 @@ class Keys:
             "this call needs the API key: Authorization: Bearer <key>",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+    def tenant(self, scope: Scope) -> str | None:
+        """The name of the tenant whose key came with a request."""
+        if self._tenants is None:
+            return None
+        shown = _shown_key(scope)
+        return None if shown is None else self._tenants.tenants.holder(shown)
 
     def refuse_reading(self, scope: Scope) -> Response | None:
         """The answer to a question that some page has a browser ask, where it needs no key."""
@@ -128,8 +142,13 @@ class Keys:
 
 def _holds_key(key: str, scope: Scope) -> bool:
     """Whether a request has come with this key; takes as long for all wrong ones of a length."""
+    shown = _shown_key(scope)
+    return shown is not None and secrets.compare_digest(shown, key.encode())
+
+
+def _shown_key(scope: Scope) -> bytes | None:
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     if len(given) != 1:
-        return False  # servers differ in which of several they read
+        return None  # servers differ in which of several they read
     scheme, _, shown = given[0].partition(b" ")
-    return scheme.lower() == b"bearer" and secrets.compare_digest(shown, key.encode())
+    return shown if scheme.lower() == b"bearer" else None

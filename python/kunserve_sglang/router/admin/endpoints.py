@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import aiohttp
 from starlette.applications import Starlette
@@ -24,8 +24,10 @@ from kunserve_sglang.router.admin.fanout import Fanout
 from kunserve_sglang.router.admin.members import Members
 from kunserve_sglang.router.admin.metrics import Metrics
 from kunserve_sglang.router.admin.probes import Probes
+from kunserve_sglang.router.admin.tenants import TenantCalls
 from kunserve_sglang.router.admin.tracing import Tracing
 from kunserve_sglang.router.proxy.proxy import ProxyStats
+from kunserve_sglang.router.proxy.tenant_use import TenantsFile
 from kunserve_sglang.router.proxy.traffic import Traffic
 from kunserve_sglang.router.settings import RouterConfig
 
@@ -41,6 +43,7 @@ class OwnEndpoints:
         traffic: Traffic,
         session: aiohttp.ClientSession,
         stats: ProxyStats,
+        tenants: TenantsFile | None = None,
     ) -> None:
         self._background = Background()
         admin = Admin(control, self._background)
@@ -49,6 +52,7 @@ class OwnEndpoints:
         self.routes = [
             *_probe_routes(Probes(control.registry, session)),
             *_admin_routes(admin, members, Tracing(control), docs, keys),
+            *_tenant_routes(TenantCalls(traffic.queue, tenants), keys),
             *_fanout_routes(Fanout(control, traffic.prefixes, session, config, keys), keys),
             Route("/docs", docs.page),
             Route("/metrics", Metrics(control, traffic, session, stats, config.api_key).scrape),
@@ -93,9 +97,19 @@ def _admin_routes(
         "join": members.join,
         "drain": members.drain,
     }
+    return _routes(endpoints, keys)
+
+
+def _tenant_routes(calls: TenantCalls, keys: Keys) -> list[Route]:
+    return _routes({"tenants": calls.tenants, "reload_tenants": calls.reload}, keys)
+
+
+def _routes(endpoints: Mapping[str, Endpoint], keys: Keys) -> list[Route]:
+    """Those of the table for which there are endpoints here."""
     return [
         _guarded(call.path, endpoints[call.name], (call.method,), call.access, keys)
         for call in CALLS
+        if call.name in endpoints
     ]
 
 

@@ -20,6 +20,7 @@ from kunserve_sglang.core.blocks import BLOCK_TOKENS
 from kunserve_sglang.core.messages import Mode, Status, TransitionKind
 from kunserve_sglang.policy.transition_request import Outcome
 from kunserve_sglang.router.admin.exposition import merge_expositions
+from kunserve_sglang.router.admin.tenants import tenant_metrics
 from kunserve_sglang.router.proxy.proxy import ProxyStats
 from kunserve_sglang.router.proxy.traffic import Traffic
 
@@ -189,6 +190,7 @@ class ControlPlaneCollector(Collector):
         for reason, count in queue.shed.items():
             shed.add_metric([reason], count)
         yield shed
+        yield from tenant_metrics(queue)
 
     def _attainment(self) -> Iterator[Metric]:
         total = _counter("slo_requests", "Judged, by whether limits were kept.", "class", "kept")

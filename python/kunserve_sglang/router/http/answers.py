@@ -69,6 +69,8 @@ Code = Literal[
     "read_key_required",
     "router_stopping",
     "stream_lost",
+    "tenant_queue_full",
+    "tenants_unreadable",
     "trace_running",
     "too_many_connections",
     "too_slow",

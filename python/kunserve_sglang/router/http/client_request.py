@@ -10,6 +10,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Scope
 
+from kunserve_sglang.core.tenants import DEFAULT_TENANT
 from kunserve_sglang.router.http.heads import BODILESS, HEAD_END, Headers
 
 _STATUS_LINES = {int(s): b"HTTP/1.1 %d %b" % (s, s.phrase.encode()) for s in http.HTTPStatus}
@@ -39,6 +40,7 @@ class ClientRequest:
     `scope` is that of ASGI; `headers` are those in it by name, of several of one name the last.
     `wants_stream` is what the body says, None if that is no boolean; `streams` says that the answer
     comes in events as they happen. `refusal` is what the last instance without room has said.
+    `tenant` is whose request it is.
     `gone` says that the client has left; `on_gone` is called then, which cancels the task of the
     request unless something else was set, and what is written afterwards goes nowhere.
     """
@@ -61,6 +63,7 @@ class ClientRequest:
         "started",
         "status",
         "streams",
+        "tenant",
         "wants_stream",
     )
 
@@ -84,6 +87,7 @@ class ClientRequest:
         self.gone = False
         self.status = 0
         self.streams = False
+        self.tenant = DEFAULT_TENANT
         self.refusal: Response | None = None
         self.on_gone: Callable[[], object] | None = None
         self._connection = connection

@@ -14,6 +14,10 @@ from kunserve_sglang.core.resumption import JOURNAL_HEADER, RESUME_HEADER
 
 Headers = Sequence[tuple[bytes, bytes]]
 
+SHOWN_KEY = "kunserve.key"
+"""In a scope: what instances are shown in place of the client's key, which they do not know; empty
+for none."""
+
 HEAD_END = b"\r\n"
 """In place of a last line: it ends the line before it, and the empty one after that."""
 
@@ -62,7 +66,8 @@ def request_head(scope: Scope, body: bytes, instance: Instance, further: Headers
     method, where = scope["method"], target(scope["raw_path"], scope["query_string"])
     lines = [b"%b %b HTTP/1.1\r\nhost: %b" % (method.encode(), where, _host(instance.url))]
     left_out = _NOT_FORWARDED
-    if (key := instance.key) is not None:
+    key = scope.get(SHOWN_KEY) if instance.key is None else instance.key
+    if key is not None:
         left_out |= {b"authorization"}
         if key:
             lines.append(b"authorization: Bearer %b" % key.encode())

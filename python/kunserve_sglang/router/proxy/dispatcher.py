@@ -44,8 +44,17 @@ class _Limits(msgspec.Struct):
 _limits_decoder = msgspec.json.Decoder(_Limits)
 
 
-def request_tokens(body: bytes) -> int:
-    """About how much a request adds to the demand of an instance, in token slots."""
+def request_tokens(body: bytes, output: int | None = None) -> int:
+    """About how much a request adds to the demand of an instance, in token slots.
+
+    `output` is what `most_output` says of it.
+    """
+    output = most_output(body) if output is None else output
+    return len(body) // _BYTES_PER_TOKEN + int(_EXPECTED_SHARE * output)
+
+
+def most_output(body: bytes) -> int:
+    """Tokens that a request asks for at most."""
     if not body:
         return 0
     try:
@@ -53,8 +62,7 @@ def request_tokens(body: bytes) -> int:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # No JSON, or none that an instance will accept: it is for the instance to say so.
         output = _DEFAULT_OUTPUT_TOKENS
-    expected = _EXPECTED_SHARE * min(_MAX_OUTPUT_TOKENS, max(0, output))
-    return len(body) // _BYTES_PER_TOKEN + int(expected)
+    return min(_MAX_OUTPUT_TOKENS, max(0, output))
 
 
 def _output_limit(limits: _Limits) -> int:
@@ -71,10 +79,14 @@ def _output_limit(limits: _Limits) -> int:
 
 
 class Weight(msgspec.Struct, frozen=True):
-    """What a request means to an instance: token slots in the end, and a prompt to prefill."""
+    """What a request means to an instance: token slots in the end, and a prompt to prefill.
+
+    Its answer has at most `output` tokens.
+    """
 
     tokens: int
     prompt: Prompt
+    output: int = 0
 
     def prompt_tokens(self, body: bytes) -> int:
         """In its prompt; where that was not read, about."""
@@ -103,7 +115,8 @@ class Dispatcher:
     async def weigh(self, path: str, body: bytes) -> Weight:
         """What a request with this body will ask of an instance, about."""
         prompt = Prompt(0) if self._prompts is None else await self._prompts.read(path, body)
-        return Weight(request_tokens(body), prompt)
+        output = most_output(body)
+        return Weight(request_tokens(body, output), prompt, output)
 
     def pick(
         self, policy: Policy, weight: Weight, fits: Callable[[Instance], bool]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 
 from kunserve_sglang.core.resumption import RESUMABLE_PATHS
 from kunserve_sglang.policy.service_level import ServiceLevel
@@ -44,6 +45,11 @@ class Promise:
         self.prompt = 0
         self.timer: StreamTimer | None = None
         self.whole = b""
+
+    @property
+    def produced(self) -> int | None:
+        """Tokens of all answers that there are so far; None where they do not say how many."""
+        return self.timer.chunks if self.timer is not None else answer_tokens(self.whole, sum)
 
     def first_chunk(self, ttft_s: float, chunk: bytes) -> None:
         """Of an answer that is streamed."""
@@ -110,14 +116,14 @@ class Promise:
         return _within(self._attainment.clock() - request.arrived, allowed)
 
 
-def answer_tokens(body: bytes) -> int | None:
+def answer_tokens(body: bytes, of: Callable[[Iterable[int]], int] = max) -> int | None:
     """How many tokens an answer says that it has; of several answers in one, the longest.
 
     In a text the quotes would be escaped, so this is a field of the answer itself.
     """
     for name, count in _COUNTS.items():
         if name in body and (found := count.findall(body)):
-            return max(map(int, found))
+            return of(map(int, found))
     return None
 
 

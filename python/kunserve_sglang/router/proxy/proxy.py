@@ -30,9 +30,10 @@ from kunserve_sglang.router.proxy.faulty import with_faults
 from kunserve_sglang.router.proxy.journal import Journals
 from kunserve_sglang.router.proxy.latency import Latency
 from kunserve_sglang.router.proxy.moves import Moves
+from kunserve_sglang.router.proxy.priority import TurnedAway
 from kunserve_sglang.router.proxy.promise import Promise
 from kunserve_sglang.router.proxy.relay import Relay
-from kunserve_sglang.router.proxy.request_queue import RequestQueue, TurnedAway
+from kunserve_sglang.router.proxy.request_queue import RequestQueue
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Proxy:
         weight = await self._dispatcher.weigh(request.scope["path"], request.body)
         promise.prompt = weight.prompt_tokens(request.body)
         try:
-            await self._queue.enter(request)
+            await self._queue.enter(request, weight)
         except TurnedAway as refusal:
             request.answer(refusal.answer)
             return
@@ -132,13 +133,13 @@ class Proxy:
         finally:
             if journal is not None:
                 journal.close()
-            self._queue.leave(request)
+            self._queue.leave(request, promise)
 
     async def _try(self, request: ClientRequest, weight: Weight, attempts: Attempts) -> None:
         """One instance after the other, as the policy chooses, until it has its answer."""
         policy = first if request.scope["path"] in _SAME_EVERYWHERE else self._policy
         while (
-            instance := self._next(policy, weight, attempts)
+            instance := self._next(request, policy, weight, attempts)
         ) is not None or await self._may_come(attempts):
             if instance is None:
                 continue
@@ -151,11 +152,14 @@ class Proxy:
         else:
             request.answer(self._nobody(request, attempts))
 
-    def _next(self, policy: Policy, weight: Weight, attempts: Attempts) -> Instance | None:
+    def _next(
+        self, request: ClientRequest, policy: Policy, weight: Weight, attempts: Attempts
+    ) -> Instance | None:
         """One that has room, or else any: what was let in once is not held back again."""
         if attempts.exhausted:
             return None
-        pick, may_try, has_room = self._dispatcher.pick, attempts.may_try, self._queue.has_room
+        pick, may_try = self._dispatcher.pick, attempts.may_try
+        has_room = self._queue.room_for(request)
         roomy = (lambda i: may_try(i) and has_room(i)) if attempts else has_room
         return pick(policy, weight, roomy) or pick(policy, weight, may_try)
 

@@ -5,34 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 
 from prometheus_client import Histogram
-from starlette.responses import Response
 
 from kunserve_sglang.api.types import QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
-from kunserve_sglang.core.errors import KunServeError
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.queueing import (
-    HIGHEST_PRIORITY,
-    LOWEST_PRIORITY,
     EndRate,
     WaitingLine,
     in_flight_limit,
     retry_after_s,
 )
-from kunserve_sglang.router.http.answers import Code, error_answer, retry_later
+from kunserve_sglang.router.http.answers import Code, retry_later
 from kunserve_sglang.router.http.client_request import ClientRequest
+from kunserve_sglang.router.proxy.dispatcher import Weight
+from kunserve_sglang.router.proxy.priority import TurnedAway, read_priority
+from kunserve_sglang.router.proxy.promise import Promise
 
-PRIORITY_HEADER = "X-KunServe-Priority"
-
-_PRIORITY_HEADER = PRIORITY_HEADER.lower().encode()
-_PRIORITIES = {str(p).encode(): p for p in range(LOWEST_PRIORITY, HIGHEST_PRIORITY + 1)}
-_PRIORITIES |= {b"+" + text: p for text, p in _PRIORITIES.items() if p >= 0}
-
-_QUESTIONS = frozenset({"GET", "HEAD", "OPTIONS"})
+QUESTIONS = frozenset({"GET", "HEAD", "OPTIONS"})
 """They take no slots, and those who want to know what a busy cluster does must not wait for it."""
 
 _WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
@@ -45,6 +38,7 @@ class Shed(StrEnum):
     DISPLACED = "displaced"
     TIMEOUT = "timeout"
     STOPPING = "stopping"
+    TENANT = "tenant"
 
 
 _ANSWERS: dict[Shed, tuple[int, Code, str]] = {
@@ -52,23 +46,17 @@ _ANSWERS: dict[Shed, tuple[int, Code, str]] = {
     Shed.DISPLACED: (429, "queue_displaced", "the queue is full, and others have priority"),
     Shed.TIMEOUT: (503, "queue_timeout", "no instance had room for the request in time"),
     Shed.STOPPING: (503, "router_stopping", "the router is stopping"),
+    Shed.TENANT: (429, "tenant_queue_full", "too many requests of this tenant wait"),
 }
 
 
-class TurnedAway(KunServeError):
-    """The request goes to no instance and gets this answer."""
-
-    def __init__(self, answer: Response) -> None:
-        super().__init__(f"turned away with {answer.status_code}")
-        self.answer = answer
-
-
-class _Waiter:
+class Waiter:
     """A request in the queue; its verdict is None once it may go, or why it may not."""
 
-    __slots__ = ("verdict",)
+    __slots__ = ("priority", "verdict")
 
-    def __init__(self) -> None:
+    def __init__(self, priority: int) -> None:
+        self.priority = priority
         self.verdict: asyncio.Future[Shed | None] = asyncio.get_running_loop().create_future()
 
     def decide(self, verdict: Shed | None) -> bool:
@@ -104,10 +92,10 @@ class RequestQueue:
             registry=None,
         )
         self._registry = registry
-        self._given_limit = config.max_in_flight
+        self.given_limit = config.max_in_flight
         self.timeout_s = config.queue_timeout_s
         self._clock = clock
-        self._line: WaitingLine[_Waiter] = WaitingLine(config.max_queued)
+        self._line: WaitingLine[Waiter] = WaitingLine(config.max_queued)
         self._ends = EndRate(clock())
         self._leaving = 0
         self._stopping = False
@@ -115,24 +103,36 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._line)
 
-    async def enter(self, request: ClientRequest) -> None:
+    async def enter(self, request: ClientRequest, weight: Weight) -> None:  # noqa: ARG002
         """Wait for room, unless it only asks something; it has to be sent at once then.
 
         Raises `TurnedAway`, for a priority that is none as well.
         """
         priority = read_priority(request)
-        if request.scope["method"] not in _QUESTIONS and (self._line or not self._has_any()):
-            await self._wait(priority)
+        if request.scope["method"] not in QUESTIONS and (self._line or not self._has_any()):
+            await self._wait(Waiter(priority))
 
-    def leave(self, request: ClientRequest) -> None:
-        """One that had entered has its answer, or has none to expect."""
-        if request.scope["method"] not in _QUESTIONS:
+    def leave(self, request: ClientRequest, promise: Promise) -> None:  # noqa: ARG002
+        """One that had entered has its answer, or has none to expect; `promise` is about that."""
+        if request.scope["method"] not in QUESTIONS:
             self._ends.ended(self._clock())
             self.let_in()
 
     def has_room(self, instance: Instance) -> bool:
         """Whether it should get more requests now."""
         return instance.in_flight < self._limit(instance)
+
+    def room_for(self, request: ClientRequest) -> Callable[[Instance], bool]:  # noqa: ARG002
+        """Whether an instance should get this one, which has entered."""
+        return self.has_room
+
+    def held(self) -> int:
+        """Of those that wait, those that more room would let in."""
+        return len(self)
+
+    def short(self) -> Collection[int]:
+        """Instances that get none of those for want of memory alone."""
+        return ()
 
     def let_in(self) -> None:
         """Wake as many as there is room for. To be called whenever there may be more of it."""
@@ -161,39 +161,54 @@ class RequestQueue:
         while (waiter := self._line.take()) is not None:
             waiter.decide(Shed.STOPPING)
 
-    async def _wait(self, priority: int) -> None:
+    async def _wait(self, waiter: Waiter) -> None:
         if not self._available() and not self._registry.awaited():
             return  # there is nobody to wait for, and the proxy says so
         if self._stopping:
-            raise self._turned_away(Shed.STOPPING)
-        waiter, joined = _Waiter(), self._clock()
-        displaced = self._line.join(waiter, priority, joined)
+            raise self._turned_away(Shed.STOPPING, waiter)
+        joined = self._clock()
+        displaced = self._join(waiter, joined)
         if displaced is not None:
             displaced.decide(Shed.FULL if displaced is waiter else Shed.DISPLACED)
         timer = asyncio.get_running_loop().call_later(self.timeout_s, waiter.decide, Shed.TIMEOUT)
         try:
             verdict = await waiter.verdict
         except asyncio.CancelledError:
-            self._line.leave(waiter)
+            self._drop(waiter)
             if waiter.may_go:
                 # The client left in the very moment: its room is the next one's.
                 self._leaving -= 1
+                self._give_back(waiter)
                 self.let_in()
             raise
         finally:
             timer.cancel()
         if verdict is not None:
-            self._line.leave(waiter)
-            raise self._turned_away(verdict)
+            self._drop(waiter)
+            raise self._turned_away(verdict, waiter)
         self._leaving -= 1
         self.wait_seconds.observe(self._clock() - joined)
 
-    def _turned_away(self, reason: Shed) -> TurnedAway:
+    def _join(self, waiter: Waiter, now: float) -> Waiter | None:
+        """Returns who is turned away for it."""
+        return self._line.join(waiter, waiter.priority, now)
+
+    def _drop(self, waiter: Waiter) -> None:
+        """It waits no more, if it still did."""
+        self._line.leave(waiter)
+
+    def _give_back(self, waiter: Waiter) -> None:
+        """It was let in, and does not come."""
+
+    def _turned_away(self, reason: Shed, waiter: Waiter) -> TurnedAway:  # noqa: ARG002
+        return self._answer(reason, self.retry_after_s())
+
+    def _answer(self, reason: Shed, after_s: int) -> TurnedAway:
         self.shed[reason] += 1
         status, code, message = _ANSWERS[reason]
         if reason is Shed.STOPPING:
             return TurnedAway(retry_later(code, message, status))
-        return TurnedAway(retry_later(code, message, status, self.retry_after_s()))
+        return TurnedAway(retry_later(code, message, status, after_s))
 
     def _free(self) -> float:
         """For how many more requests there is room, besides those that are just leaving."""
@@ -210,22 +225,7 @@ class RequestQueue:
 
     def _limit(self, instance: Instance) -> float:
         load = instance.status.load if instance.status else None
-        return in_flight_limit(self._given_limit, load, instance.capacity)
+        return in_flight_limit(self.given_limit, load, instance.capacity)
 
     def _available(self) -> list[Instance]:
         return self._registry.available()
-
-
-def read_priority(request: ClientRequest) -> int:
-    """From `X-KunServe-Priority`; 0 without it. Raises `TurnedAway` with a 400."""
-    if _PRIORITY_HEADER not in request.headers:
-        return 0
-    given = [value for name, value in request.scope["headers"] if name == _PRIORITY_HEADER]
-    priority = _PRIORITIES.get(given[0].strip()) if len(given) == 1 else None
-    if priority is None:
-        message = (
-            f"{PRIORITY_HEADER}: one whole number from {LOWEST_PRIORITY} to {HIGHEST_PRIORITY} "
-            "is expected"
-        )
-        raise TurnedAway(error_answer(400, "bad_priority", message, field=PRIORITY_HEADER))
-    return priority

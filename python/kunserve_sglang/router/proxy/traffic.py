@@ -10,30 +10,42 @@ from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.core.messages import CacheReport
 from kunserve_sglang.core.service_classes import read_classes
 from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
+from kunserve_sglang.core.tenants import Tenants
 from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes
 from kunserve_sglang.router.proxy.attainment import Attainment
 from kunserve_sglang.router.proxy.latency import Latency
 from kunserve_sglang.router.proxy.moves import Moves
 from kunserve_sglang.router.proxy.prefix_index import PrefixIndex
 from kunserve_sglang.router.proxy.request_queue import RequestQueue
+from kunserve_sglang.router.proxy.tenant_queue import TenantQueue
 
 
 class Traffic:
     """Queue, requests under way, what users get, index of prefixes: the control plane's `Front`.
 
     `prefixes` is there only for a policy that asks for it: instances report their caches then.
+    With `tenants` the queue is fair between them.
     """
 
-    def __init__(self, registry: Registry, config: ClusterConfig) -> None:
+    def __init__(
+        self, registry: Registry, config: ClusterConfig, tenants: Tenants | None = None
+    ) -> None:
         self.latency = Latency()
         self.attainment = Attainment(read_classes(config.slo_class), self.latency.clock)
-        self.queue = RequestQueue(registry, config)
+        self.queue = (
+            RequestQueue(registry, config)
+            if tenants is None
+            else TenantQueue(registry, config, tenants)
+        )
         self.moves = Moves()
         self._registry = registry
         self.prefixes = PrefixIndex() if config.dispatch is DispatchPolicy.LMETRIC else None
 
     def held(self) -> int:
-        return len(self.queue)
+        return self.queue.held()
+
+    def short(self) -> Collection[int]:
+        return self.queue.short()
 
     def latency_summary(self) -> LatencySummary:
         return self.latency.summary()
