@@ -13,6 +13,7 @@ from msgspec import UNSET
 from kunserve_sglang.api.client import Answer
 from kunserve_sglang.api.errors import Refused, Usage
 from kunserve_sglang.api.events import Event
+from kunserve_sglang.api.tenants import TenantList
 from kunserve_sglang.api.types import (
     DRAIN_TIMEOUT_S,
     AcceptedPlan,
@@ -31,6 +32,7 @@ from kunserve_sglang.api.types import (
 from kunserve_sglang.cli import live
 from kunserve_sglang.cli.doctor.options import add_launch_flags
 from kunserve_sglang.cli.session import Session
+from kunserve_sglang.cli.tenants import tenants_view
 from kunserve_sglang.cli.views import (
     cluster_view,
     event_line,
@@ -93,6 +95,11 @@ def plan(session: Session, flags: Flags) -> None:
     kind = TransitionKind.RESTORE if flags.restore else TransitionKind.DROP
     body = PlanBody(kind=kind, instances=flags.instances, tokens=flags.tokens)
     session.show(session.client.call("plan", body), PlanAnswer, plan_view)
+
+
+def tenants(session: Session, flags: Flags) -> None:
+    call = "reload_tenants" if flags.reload else "tenants"
+    session.show(session.client.call(call), TenantList, tenants_view)
 
 
 def trace(session: Session, flags: Flags) -> None:
@@ -261,6 +268,10 @@ def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("values", nargs="*", metavar="NAME=VALUE", help="for example drop=0.9")
 
 
+def _reload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reload", action="store_true", help="read their file again first")
+
+
 def _recording(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=seconds, default=5.0, help="how long to record (5)")
     parser.add_argument("--output", "-o", default="kunserve-trace.json", metavar="FILE")
@@ -275,6 +286,7 @@ COMMANDS = (
     Command("drain", "take an instance out, in good order", drain, (_drained, _wait)),
     Command("policy", "show or set when the cluster acts by itself", policy, (_policy,)),
     Command("events", "list the transitions so far", events, (_log, _repeat)),
+    Command("tenants", "show who shares the cluster", tenants, (_reload,)),
     Command("trace", "record what the instances do", trace, (_recording, _instances)),
     Command("faults", "list the points of KUNSERVE_FAULT", faults, asks=False),
     Command("doctor", "is this host fit to serve?", doctor, (add_launch_flags,), asks=False),
