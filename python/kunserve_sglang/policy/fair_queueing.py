@@ -19,9 +19,6 @@ from typing import Generic, TypeVar
 from kunserve_sglang.core.tenants import Allowance
 from kunserve_sglang.policy.queueing import HIGHEST_PRIORITY, WaitingLine
 
-_LITTLE = 0.5
-"""Of a tenant's share: who has less of it under way gets room that is kept free for such."""
-
 T = TypeVar("T")
 
 
@@ -142,18 +139,19 @@ class FairLine(Generic[T]):
         self._tokens -= tokens
         flow.begins += (took - tokens) / flow.allowance.weight
 
-    def has_little(self, flow: Flow[T]) -> bool:
-        """Whether it has far less under way than its share.
+    def weights(self) -> float:
+        """What shares of all that is under way are of.
 
-        Shares are those of tenants who are there now, and of one more: there could be one at any
-        moment. So whoever is alone has more than that.
+        They are those of tenants who are there now, and of one more: it could come at any moment.
+        So a tenant alone has more than its share, and of two that have all between them neither has
+        less, so that it is their turns that count.
         """
-        if not flow.requests:
-            return True
-        weights = sum(f.allowance.weight for f in self._flows if f.active)
-        idle = max((f.allowance.weight for f in self._flows if not f.active), default=0.0)
-        share = flow.allowance.weight / (weights + idle)
-        return flow.tokens < _LITTLE * share * self._tokens
+        weights = [f.allowance.weight for f in self._flows if f.active]
+        return math.fsum(weights) + max(f.allowance.weight for f in self._flows)
+
+    def has_little(self, flow: Flow[T], weights: float) -> bool:
+        """Whether it has less under way than its share; such tenants get what is kept free."""
+        return not flow.requests or flow.tokens * weights < flow.allowance.weight * self._tokens
 
     def ready(self) -> int:
         """How many wait for room alone, and not for what their own limits allow."""

@@ -7,8 +7,8 @@ not wait behind a burst has to find room that the burst was not given:
   hundreds. With tenants it gets few more than it runs: each report of what has begun to run there
   makes room for as many again, and each that ends for another one. That costs nothing while
   requests follow one another; a burst into an idle cluster takes some reports longer to spread.
-- *In its memory.* An eighth of the token slots is kept free, of which new requests hold more and
-  more until they end. That much less of a burst runs at once.
+- *In its memory.* Slots are kept free for what tenants who have little under way had lately at
+  their peak and have not now, and always for an eighth. That much less of a burst runs at once.
 
 What is kept is for tenants who have little under way (`policy.fair_queueing`), and so nothing is
 lost for good: if only they come, all of it is theirs.
@@ -28,7 +28,9 @@ _READY = 2
 _READY_SHARE = 16
 """Of so many that run one more may wait: it can grow by that much with each report."""
 
-_KEPT_SLOTS = 1 / 8
+_LEAST_KEPT, _MOST_KEPT = 1 / 8, 1 / 2
+_MARGIN = 1 / 16
+"""Shares of the slots. The margin is for what one instance gets more of than others."""
 
 
 class Room(NamedTuple):
@@ -41,10 +43,23 @@ class Room(NamedTuple):
     most: float
 
 
-def shared_room(given: int | None, load: Load | None, full_capacity: int, in_flight: int) -> Room:
-    """Of an instance with so many requests in flight; the other arguments as `in_flight_limit`.
+def kept_share(reserved: float, capacity: int) -> float:
+    """Which share of all slots, `capacity`, is kept free to have `reserved` of them at hand."""
+    share = reserved / capacity if capacity else 0.0
+    return min(_MOST_KEPT, max(_LEAST_KEPT, share + _MARGIN))
 
-    A plain server says nothing of its slots, and without `given` nothing of its queue.
+
+def shared_room(
+    given: int | None,
+    load: Load | None,
+    full_capacity: int,
+    in_flight: int,
+    kept_slots: float = _LEAST_KEPT,
+) -> Room:
+    """Of an instance with so many requests in flight; `kept_slots` is the share that is kept free.
+
+    The first arguments are as `in_flight_limit`'s. A plain server says nothing of its slots, and
+    without `given` nothing of its queue.
     """
     if load is None or given is not None:
         limit = in_flight_limit(given, load, full_capacity)
@@ -53,16 +68,16 @@ def shared_room(given: int | None, load: Load | None, full_capacity: int, in_fli
         kept = max(_READY, load.running // _READY_SHARE)
         limit = load.running + 2 * kept
     room = Room(open=limit - kept - in_flight, most=limit - in_flight)
-    if load is not None and short_of_slots(load, in_flight):
+    if load is not None and short_of_slots(load, in_flight, kept_slots):
         return Room(open=min(0.0, room.open), most=room.most)
     return room
 
 
-def short_of_slots(load: Load, in_flight: int) -> bool:
-    """Whether its slots are in demand but for those that are kept free.
+def short_of_slots(load: Load, in_flight: int, kept_slots: float = _LEAST_KEPT) -> bool:
+    """Whether its slots are in demand but for the share that is kept free.
 
     Requests that are too recent for its report are taken to need what the others do.
     """
     known = load.running + load.waiting
     demand = load.demand * max(1.0, in_flight / known) if known else load.demand
-    return demand > (1 - _KEPT_SLOTS) * load.slots.capacity
+    return demand > (1 - kept_slots) * load.slots.capacity

@@ -166,16 +166,22 @@ def test_what_a_limit_kept_back_is_no_claim_later() -> None:
     assert len([i for i in order if i is not None and i % 2]) in (9, 10, 11)
 
 
-def test_who_is_far_below_his_share_has_little() -> None:
+def test_who_has_less_than_his_share_has_little() -> None:
+    """Shares are of what is under way, as if one more tenant came."""
     line: FairLine[int] = FairLine(100)
-    big, small, idle = (line.add(Allowance(weight=w)) for w in (1, 1, 2))
-    assert line.has_little(idle)
+    big, small, idle = (line.add(Allowance()) for _ in range(3))
+
+    def little(flow: Flow[int]) -> bool:
+        return line.has_little(flow, line.weights())
+
+    assert little(idle)
     line.serve(big, 1000)
-    assert not line.has_little(big), "somebody else could come at any moment"
-    line.serve(small, 100)
-    assert line.has_little(small)
-    line.serve(small, 50)
-    assert not line.has_little(small), "an eighth is half of its quarter"
+    assert not little(big), "somebody else could come at any moment"
+    line.serve(small, 499)
+    assert little(small), "it has less than a third"
+    line.serve(small, 2)
+    assert not little(small)
+    assert not little(big)
 
 
 def test_in_a_full_line_the_one_who_fills_it_is_turned_away() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.queueing import with_held
-from kunserve_sglang.policy.shared_room import Room, shared_room, short_of_slots
+from kunserve_sglang.policy.shared_room import Room, kept_share, shared_room, short_of_slots
 from kunserve_sglang.policy.state import ClusterState
 from tests.support.clusters import cluster, with_load
 
@@ -73,3 +73,16 @@ def test_who_is_held_for_want_of_memory_counts_though_nobody_waits_there() -> No
     assert first == state.instances[0]
     assert (second.load.waiting, second.load.demand) == (50, 900 + 50 * 900)
     assert second.load.prompts == 50 * 500, "as long as those that run"
+
+
+@given(st.floats(0, 1e6), st.integers(0, 10**5))
+def test_what_is_reserved_is_kept_within_bounds(reserved: float, capacity: int) -> None:
+    kept = kept_share(reserved, capacity)
+    assert 1 / 8 <= kept <= 1 / 2
+    assert kept == 1 / 2 or kept * capacity >= min(reserved, capacity / 2)
+
+
+def test_slots_are_kept_for_more_than_the_least() -> None:
+    of = load(running=20, demand=700)
+    assert shared_room(None, of, 1000, 20).open == 2
+    assert shared_room(None, of, 1000, 20, kept_share(300, 1000)) == Room(open=0, most=4)

@@ -13,7 +13,7 @@ from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.tenants import DEFAULT_TENANT, Tenants
 from kunserve_sglang.policy.fair_queueing import FairLine, Flow
-from kunserve_sglang.policy.shared_room import Room, shared_room, short_of_slots
+from kunserve_sglang.policy.shared_room import Room, kept_share, shared_room, short_of_slots
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.proxy.dispatcher import Weight
 from kunserve_sglang.router.proxy.priority import TurnedAway, read_priority
@@ -78,6 +78,7 @@ class TenantQueue(RequestQueue):
         waiter = TenantWaiter(priority, use, prompt, prompt + weight.output)
         if not self._goes_at_once(waiter):
             await self._wait(waiter)
+        use.begun(self._clock())
         self._under_way[request] = waiter
 
     def leave(self, request: ClientRequest, promise: Promise) -> None:
@@ -86,7 +87,7 @@ class TenantQueue(RequestQueue):
             return
         took, use = _took(request, promise, waiter), waiter.use
         self._fair.ended(use.flow, waiter.tokens, took)
-        use.ended(self._clock(), took)
+        use.ended(self._clock(), waiter.tokens, took)
         self._forget(use)
         super().leave(request, promise)
 
@@ -94,10 +95,11 @@ class TenantQueue(RequestQueue):
         waiter = self._under_way.get(request)
         if waiter is None or waiter.little:
             return self.has_room
-        return lambda instance: self._room(instance).open > 0
+        kept = self._kept()
+        return lambda instance: self._room(instance, kept).open > 0
 
     def has_room(self, instance: Instance) -> bool:
-        return self._room(instance).most > 0
+        return self._room(instance, 0.0).most > 0
 
     def held(self) -> int:
         return self._fair.ready()
@@ -105,19 +107,21 @@ class TenantQueue(RequestQueue):
     def short(self) -> Collection[int]:
         if not len(self._fair):
             return ()
+        kept = self._kept()
         return [
             i.number
             for i in self._available()
-            if i.status is not None and short_of_slots(i.status.load, i.in_flight)
+            if i.status is not None and short_of_slots(i.status.load, i.in_flight, kept)
         ]
 
     def let_in(self) -> None:
         if not len(self._fair):
             return
         room, most = self._rooms()
+        weights = self._fair.weights()
 
         def may_go(flow: Flow[TenantWaiter]) -> bool:
-            return room > 0 or self._fair.has_little(flow)
+            return room > 0 or self._fair.has_little(flow, weights)
 
         while most > 0 and (waiter := self._fair.take(may_go)) is not None:
             waiter.little = room <= 0
@@ -144,7 +148,7 @@ class TenantQueue(RequestQueue):
             return False
         room, most = self._rooms()
         waiter.little = room <= 0
-        if most <= 0 or (waiter.little and not self._fair.has_little(flow)):
+        if most <= 0 or (waiter.little and not self._fair.has_little(flow, self._fair.weights())):
             return False
         self._fair.serve(flow, waiter.tokens)
         return True
@@ -183,13 +187,25 @@ class TenantQueue(RequestQueue):
             use.gone = False
             self._fair.remove(use.flow)
 
-    def _room(self, instance: Instance) -> Room:
+    def _kept(self) -> float:
+        """Which share of the slots is kept free for tenants who have little under way."""
+        now, weights = self._clock(), self._fair.weights()
+        reserved = [
+            reserve
+            for use in self._uses.values()
+            if (reserve := use.reserve(now)) and self._fair.has_little(use.flow, weights)
+        ]
+        loads = [i.status.load for i in self._available() if i.status is not None]
+        return kept_share(math.fsum(reserved), sum(load.slots.capacity for load in loads))
+
+    def _room(self, instance: Instance, kept: float) -> Room:
         load = instance.status.load if instance.status else None
-        return shared_room(self.given_limit, load, instance.capacity, instance.in_flight)
+        return shared_room(self.given_limit, load, instance.capacity, instance.in_flight, kept)
 
     def _rooms(self) -> tuple[float, float]:
         """At all instances, for everybody and for who has little, but for who is just leaving."""
-        rooms = [self._room(i) for i in self._available()]
+        kept = self._kept()
+        rooms = [self._room(i, kept) for i in self._available()]
         room = math.fsum(max(0.0, r.open) for r in rooms)
         most = math.fsum(max(0.0, r.most) for r in rooms)
         return room - self._leaving, most - self._leaving

@@ -10,6 +10,7 @@ from kunserve_sglang.api.tenants import TenantStatus
 from kunserve_sglang.core.tenants import Tenants, read_tenants
 from kunserve_sglang.policy.fair_queueing import Flow
 from kunserve_sglang.policy.queueing import EndRate, retry_after_s
+from kunserve_sglang.policy.recent_peak import RecentPeak
 from kunserve_sglang.router.proxy.request_queue import Shed, Waiter
 
 
@@ -27,6 +28,10 @@ class TenantsFile:
         self.tenants: Tenants = read_tenants(self._path, self._taken)
 
 
+_TAKEN_RATE = 0.05
+"""How fast we learn which part of what a tenant asks for it takes."""
+
+
 class TenantUse:
     """One tenant: its part of the queue, and what has become of its requests.
 
@@ -41,11 +46,23 @@ class TenantUse:
         self.tokens = 0
         self.shed: Counter[Shed] = Counter(dict.fromkeys(Shed, 0))
         self._ends = EndRate(began)
+        self._peak = RecentPeak()
+        self._taken = 1.0
 
-    def ended(self, now: float, took: int) -> None:
+    def begun(self, now: float) -> None:
+        """One more is under way."""
+        self._peak.observe(now, self.flow.tokens)
+
+    def ended(self, now: float, asked: int, took: int) -> None:
+        """One for which `asked` tokens were expected took so many."""
         self.requests += 1
         self.tokens += took
         self._ends.ended(now)
+        self._taken += _TAKEN_RATE * (min(1.0, took / max(1, asked)) - self._taken)
+
+    def reserve(self, now: float) -> float:
+        """Tokens that it had under way lately, and has not now; as many as such requests take."""
+        return self._taken * max(0.0, self._peak.value(now) - self.flow.tokens)
 
     def retry_after_s(self, now: float) -> int:
         """When those of it that wait now, or are under way, will probably have been served."""
