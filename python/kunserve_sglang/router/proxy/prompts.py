@@ -1,29 +1,33 @@
 """Requests as tokens, as an instance will see them; only to find out who has their prefix cached.
 
 Neither SGLang nor transformers is needed for that: `tokenizers` reads `tokenizer.json`, and jinja2
-renders the model's chat template. What cannot be read this way (several prompts at once, pictures,
-tools, templates given by name) has no known prefix, and is routed by load.
+renders the model's chat template. What cannot be read this way (several prompts at once, templates
+given by name) has no known prefix, and is routed by load.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from array import array
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import jinja2
-import jinja2.sandbox
 import msgspec
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from kunserve_sglang.core.blocks import block_hashes
 from kunserve_sglang.core.prompt_format import PromptFormat
+from kunserve_sglang.router.proxy.chat_messages import (
+    Message,
+    Tool,
+    ToolChoice,
+    as_asked,
+    tools_for,
+)
+from kunserve_sglang.router.proxy.chat_template import ChatTemplate
 from kunserve_sglang.router.proxy.prefix_index import Prompt
 
 logger = logging.getLogger(__name__)
@@ -43,25 +47,19 @@ class _Unreadable(Exception):
     """The instance may well understand this request; we do not."""
 
 
-class _Message(msgspec.Struct):
-    role: str
-    content: str
-    tool_calls: Any = None
-    tool_call_id: Any = None
-
-
 class _Body(msgspec.Struct):
     """What decides about the prompt, in the APIs of SGLang and OpenAI."""
 
     text: str | None = None
     input_ids: list[int] | None = None
     prompt: str | list[int] | None = None
-    messages: list[_Message] | None = None
+    messages: list[Message] | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    tools: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: str | ToolChoice | None = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
@@ -71,8 +69,8 @@ class _Body(msgspec.Struct):
 
     @property
     def odd(self) -> bool:
-        unread = (self.tools, self.image_data, self.video_data, self.audio_data)
-        return any((*unread, self.suffix, self.lora_path, self.continue_final_message))
+        unread = (self.image_data, self.video_data, self.audio_data, self.suffix, self.lora_path)
+        return any((*unread, self.continue_final_message))
 
     @property
     def namespace(self) -> str | None:
@@ -95,7 +93,7 @@ class PromptReader:
     def __init__(self, form: PromptFormat | None = None) -> None:
         """Without a format, only token ids can be read."""
         self._tokenizer = _load(form, _tokenizer, "prompts")
-        self._template = _load(form, _chat_template, "chats")
+        self._template = _load(form, ChatTemplate, "chats")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._waiting = 0
         self._waiting_bytes = 0
@@ -150,12 +148,11 @@ class PromptReader:
         more = body.chat_template_kwargs or {}
         if body.reasoning_effort is not None:
             more = {"reasoning_effort": body.reasoning_effort, **more}
-        messages = [
-            {k: v for k, v in msgspec.structs.asdict(m).items() if v is not None}
-            for m in body.messages
-        ]
+        template = self._template
+        messages = [m.described(in_parts=template.in_parts) for m in body.messages]
+        tools = tools_for(body.tools, body.tool_choice)
         try:
-            text = self._template(messages, more)
+            text = template.render(as_asked(messages), tools, more)
         except Exception as error:
             raise _Unreadable from error
         return self._encode(text, special_tokens=False)
@@ -176,10 +173,6 @@ class PromptReader:
     }
 
 
-Template = Callable[[list[dict[str, Any]], dict[str, Any]], str]
-"""Renders messages, with further variables of the request."""
-
-
 def _load(form: PromptFormat | None, load: Callable[[PromptFormat], T], what: str) -> T | None:
     """None, with a line in the log, if the model's files cannot be used."""
     if form is None:
@@ -193,45 +186,3 @@ def _load(form: PromptFormat | None, load: Callable[[PromptFormat], T], what: st
 
 def _tokenizer(form: PromptFormat) -> Tokenizer:
     return Tokenizer.from_file(str(Path(form.folder) / "tokenizer.json"))
-
-
-def _chat_template(form: PromptFormat) -> Template:
-    """The template in the environment that transformers gives to it."""
-    folder, given = Path(form.folder), form.chat_template
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    file = Path(given) if given else folder / "chat_template.jinja"
-    if given and file.suffix != ".jinja":
-        raise ValueError(f"{given} is no file of jinja2")
-    source = file.read_text() if given or file.is_file() else config.get("chat_template")
-    if isinstance(source, list):
-        source = next((t["template"] for t in source if t["name"] == "default"), None)
-    if not isinstance(source, str):
-        raise ValueError(f"no chat template in {folder}")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    template = environment.from_string(source)
-    special = {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in config.items()
-        if name.endswith("_token") and isinstance(token, str | dict)
-    }
-
-    def render(messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        return template.render(
-            **{**special, "messages": messages, "add_generation_prompt": True, **more}
-        )
-
-    return render
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Not jinja2's, which escapes HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
