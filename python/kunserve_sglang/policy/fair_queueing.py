@@ -146,8 +146,13 @@ class FairLine(Generic[T]):
         So a tenant alone has more than its share, and of two that have all between them neither has
         less, so that it is their turns that count.
         """
-        weights = [f.allowance.weight for f in self._flows if f.active]
-        return math.fsum(weights) + max(f.allowance.weight for f in self._flows)
+        weights = largest = 0.0
+        for flow in self._flows:
+            weight = flow.allowance.weight
+            largest = max(largest, weight)
+            if flow.requests or len(flow.waiting):
+                weights += weight
+        return weights + largest
 
     def has_little(self, flow: Flow[T], weights: float) -> bool:
         """Whether it has less under way than its share; such tenants get what is kept free."""

@@ -12,6 +12,11 @@ class RecentPeak:
         self._window = 0
         self._now = self._before = 0.0
 
+    @property
+    def over_at(self) -> float:
+        """When it is 0 again, if nothing more is observed."""
+        return (self._window + 2) * _WINDOW_S
+
     def observe(self, now: float, value: float) -> None:
         self._turn(now)
         self._now = max(self._now, value)

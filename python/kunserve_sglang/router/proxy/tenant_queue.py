@@ -95,7 +95,7 @@ class TenantQueue(RequestQueue):
         waiter = self._under_way.get(request)
         if waiter is None or waiter.little:
             return self.has_room
-        kept = self._kept()
+        kept = waiter.kept
         return lambda instance: self._room(instance, kept).open > 0
 
     def has_room(self, instance: Instance) -> bool:
@@ -117,14 +117,15 @@ class TenantQueue(RequestQueue):
     def let_in(self) -> None:
         if not len(self._fair):
             return
-        room, most = self._rooms()
+        kept = self._kept()
+        room, most = self._rooms(kept)
         weights = self._fair.weights()
 
         def may_go(flow: Flow[TenantWaiter]) -> bool:
             return room > 0 or self._fair.has_little(flow, weights)
 
         while most > 0 and (waiter := self._fair.take(may_go)) is not None:
-            waiter.little = room <= 0
+            waiter.little, waiter.kept = room <= 0, kept
             if waiter.decide(None):
                 self._leaving += 1
                 room, most = room - 1, most - 1
@@ -146,10 +147,14 @@ class TenantQueue(RequestQueue):
         flow = waiter.use.flow
         if len(flow.waiting) or not flow.within(waiter.tokens):
             return False
-        room, most = self._rooms()
-        waiter.little = room <= 0
-        if most <= 0 or (waiter.little and not self._fair.has_little(flow, self._fair.weights())):
-            return False
+        waiter.kept = kept = self._kept()
+        if not self._has_open(kept):
+            room, most = self._rooms(kept)
+            waiter.little = room <= 0
+            if waiter.little and (
+                most <= 0 or not self._fair.has_little(flow, self._fair.weights())
+            ):
+                return False
         self._fair.serve(flow, waiter.tokens)
         return True
 
@@ -202,9 +207,14 @@ class TenantQueue(RequestQueue):
         load = instance.status.load if instance.status else None
         return shared_room(self.given_limit, load, instance.capacity, instance.in_flight, kept)
 
-    def _rooms(self) -> tuple[float, float]:
+    def _has_open(self, kept: float) -> bool:
+        """Whether there is room for everybody. Most often the first instance has it."""
+        if self._leaving:
+            return False  # that has to be counted
+        return any(self._room(i, kept).open > 0 for i in self._available())
+
+    def _rooms(self, kept: float) -> tuple[float, float]:
         """At all instances, for everybody and for who has little, but for who is just leaving."""
-        kept = self._kept()
         rooms = [self._room(i, kept) for i in self._available()]
         room = math.fsum(max(0.0, r.open) for r in rooms)
         most = math.fsum(max(0.0, r.most) for r in rooms)

@@ -62,6 +62,8 @@ class TenantUse:
 
     def reserve(self, now: float) -> float:
         """Tokens that it had under way lately, and has not now; as many as such requests take."""
+        if now >= self._peak.over_at:
+            return 0.0
         return self._taken * max(0.0, self._peak.value(now) - self.flow.tokens)
 
     def retry_after_s(self, now: float) -> int:
@@ -89,10 +91,11 @@ class TenantUse:
 class TenantWaiter(Waiter):
     """One request of a tenant, which will take so many `tokens` at most.
 
-    It has `little` if it was let in because its tenant has little under way.
+    It has `little` if it was let in because its tenant has little under way; then it may take of
+    the share of the slots that was `kept` free.
     """
 
-    __slots__ = ("little", "prompt", "tokens", "use")
+    __slots__ = ("kept", "little", "prompt", "tokens", "use")
 
     def __init__(self, priority: int, use: TenantUse, prompt: int, tokens: int) -> None:
         super().__init__(priority)
@@ -100,3 +103,4 @@ class TenantWaiter(Waiter):
         self.prompt = prompt
         self.tokens = tokens
         self.little = False
+        self.kept = 0.0
