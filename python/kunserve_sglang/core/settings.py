@@ -224,8 +224,7 @@ class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
         ),
     ] = None
     tenants: Annotated[
-        str | None,
-        about("who [shares](#tenants) the cluster by keys of their own", metavar="FILE"),
+        str | None, about("who [shares](#tenants) the cluster, by key", metavar="FILE")
     ] = None
     trusted_hosts: Annotated[
         str,

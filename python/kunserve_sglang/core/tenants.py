@@ -50,7 +50,7 @@ class Allowance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_queued: Annotated[int, Meta(ge=0)] | None = None
 
 
-class _Entry(Allowance, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _TenantEntry(Allowance, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
     key: _Key | list[_Key] = msgspec.field(default_factory=list)
     key_sha256: _Digest | list[_Digest] = msgspec.field(default_factory=list)
@@ -62,7 +62,7 @@ class _Entry(Allowance, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default: Allowance = Allowance()
-    tenants: list[_Entry] = []
+    tenants: list[_TenantEntry] = []
 
 
 class Tenants(msgspec.Struct, frozen=True):

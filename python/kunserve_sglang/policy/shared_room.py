@@ -33,7 +33,7 @@ _MARGIN = 1 / 16
 """Shares of the slots. The margin is for what one instance gets more of than others."""
 
 
-class Room(NamedTuple):
+class SharedRoom(NamedTuple):
     """For how many requests more there is room at an instance; it may be less than none.
 
     `most` is for tenants who have little under way, `open` for everybody.
@@ -55,7 +55,7 @@ def shared_room(
     full_capacity: int,
     in_flight: int,
     kept_slots: float = _LEAST_KEPT,
-) -> Room:
+) -> SharedRoom:
     """Of an instance with so many requests in flight; `kept_slots` is the share that is kept free.
 
     The first arguments are as `in_flight_limit`'s. A plain server says nothing of its slots, and
@@ -67,9 +67,9 @@ def shared_room(
     else:
         kept = max(_READY, load.running // _READY_SHARE)
         limit = load.running + 2 * kept
-    room = Room(open=limit - kept - in_flight, most=limit - in_flight)
+    room = SharedRoom(open=limit - kept - in_flight, most=limit - in_flight)
     if load is not None and short_of_slots(load, in_flight, kept_slots):
-        return Room(open=min(0.0, room.open), most=room.most)
+        return SharedRoom(open=min(0.0, room.open), most=room.most)
     return room
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.queueing import with_held
-from kunserve_sglang.policy.shared_room import Room, kept_share, shared_room, short_of_slots
+from kunserve_sglang.policy.shared_room import SharedRoom, kept_share, shared_room, short_of_slots
 from kunserve_sglang.policy.state import ClusterState
 from tests.support.clusters import cluster, with_load
 
@@ -23,20 +23,20 @@ def load(running: int = 0, waiting: int = 0, demand: int = 0, capacity: int = 10
 @pytest.mark.parametrize(
     ("given_", "of", "in_flight", "room"),
     [
-        (None, load(), 0, Room(open=2, most=4)),
-        (None, load(running=20, demand=100), 20, Room(open=2, most=4)),
-        (None, load(running=160, demand=100), 165, Room(open=5, most=15)),
-        (None, load(running=20, demand=900), 20, Room(open=0, most=4)),
-        (None, load(running=20, demand=900), 25, Room(open=-3, most=-1)),
-        (64, load(running=20, demand=100), 20, Room(open=40, most=44)),
-        (64, load(running=20, demand=100, capacity=2000), 20, Room(open=100, most=108)),
-        (64, load(running=20, demand=900), 20, Room(open=0, most=44)),
-        (1, load(), 0, Room(open=1, most=1)),
-        (32, None, 30, Room(open=0, most=2)),
-        (None, None, 500, Room(open=math.inf, most=math.inf)),
+        (None, load(), 0, SharedRoom(open=2, most=4)),
+        (None, load(running=20, demand=100), 20, SharedRoom(open=2, most=4)),
+        (None, load(running=160, demand=100), 165, SharedRoom(open=5, most=15)),
+        (None, load(running=20, demand=900), 20, SharedRoom(open=0, most=4)),
+        (None, load(running=20, demand=900), 25, SharedRoom(open=-3, most=-1)),
+        (64, load(running=20, demand=100), 20, SharedRoom(open=40, most=44)),
+        (64, load(running=20, demand=100, capacity=2000), 20, SharedRoom(open=100, most=108)),
+        (64, load(running=20, demand=900), 20, SharedRoom(open=0, most=44)),
+        (1, load(), 0, SharedRoom(open=1, most=1)),
+        (32, None, 30, SharedRoom(open=0, most=2)),
+        (None, None, 500, SharedRoom(open=math.inf, most=math.inf)),
     ],
 )
-def test_room(given_: int | None, of: Load | None, in_flight: int, room: Room) -> None:
+def test_room(given_: int | None, of: Load | None, in_flight: int, room: SharedRoom) -> None:
     assert shared_room(given_, of, 1000, in_flight) == room
 
 
@@ -85,4 +85,4 @@ def test_what_is_reserved_is_kept_within_bounds(reserved: float, capacity: int) 
 def test_slots_are_kept_for_more_than_the_least() -> None:
     of = load(running=20, demand=700)
     assert shared_room(None, of, 1000, 20).open == 2
-    assert shared_room(None, of, 1000, 20, kept_share(300, 1000)) == Room(open=0, most=4)
+    assert shared_room(None, of, 1000, 20, kept_share(300, 1000)) == SharedRoom(open=0, most=4)

@@ -21,7 +21,7 @@ class _Url(msgspec.Struct):
     url: str
 
 
-class _Part(msgspec.Struct):
+class _ContentPart(msgspec.Struct):
     """A part of a message; a `tool_reference` has a `name`."""
 
     type: str
@@ -73,7 +73,7 @@ class Message(msgspec.Struct):
     """One of a chat, as clients send it; those of users have a role and content, nothing else."""
 
     role: str
-    content: str | list[_Part] | None = None
+    content: str | list[_ContentPart] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None

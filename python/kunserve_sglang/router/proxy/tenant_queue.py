@@ -13,7 +13,7 @@ from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.tenants import DEFAULT_TENANT, Tenants
 from kunserve_sglang.policy.fair_queueing import FairLine, Flow
-from kunserve_sglang.policy.shared_room import Room, kept_share, shared_room, short_of_slots
+from kunserve_sglang.policy.shared_room import SharedRoom, kept_share, shared_room, short_of_slots
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.proxy.dispatcher import Weight
 from kunserve_sglang.router.proxy.priority import TurnedAway, read_priority
@@ -203,7 +203,7 @@ class TenantQueue(RequestQueue):
         loads = [i.status.load for i in self._available() if i.status is not None]
         return kept_share(math.fsum(reserved), sum(load.slots.capacity for load in loads))
 
-    def _room(self, instance: Instance, kept: float) -> Room:
+    def _room(self, instance: Instance, kept: float) -> SharedRoom:
         load = instance.status.load if instance.status else None
         return shared_room(self.given_limit, load, instance.capacity, instance.in_flight, kept)
 
