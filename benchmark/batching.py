@@ -8,46 +8,24 @@ their load as it does of real instances'.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import msgspec
-import zmq
-import zmq.asyncio
-from aiohttp import web
 
 from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.load import Load, Pages, Slots
-from kunserve_sglang.core.messages import (
-    PROTOCOL_VERSION,
-    Hello,
-    Mode,
-    Status,
-    connection_name,
-    encode,
-)
+from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello, Mode, Status
 from kunserve_sglang.simulation.cluster_profile import Profile
 
 _REPORT_S = 0.05
 """As instances do: after a step, and not more often than this."""
 
-_GREET_S = 0.5
-
-
-class _Sampling(msgspec.Struct):
-    max_new_tokens: int
-
-
-class _Asked(msgspec.Struct):
-    input_ids: list[int]
-    sampling_params: _Sampling
-    stream: bool = False
-
 
 @dataclass(eq=False)
-class _Job:
+class BatchJob:
+    """One request: its lengths, and the number of each token as it is made."""
+
     prompt: int
     output: int
     made: int = 0
@@ -64,105 +42,67 @@ class _Job:
 
 
 class BatchingInstance:
-    """One instance, with the costs and the slots of `profile`. `produced` counts all tokens."""
+    """One instance, with the costs and the slots of `profile`; `produced` counts its tokens."""
 
-    def __init__(self, number: int, profile: Profile) -> None:
+    def __init__(self, number: int, profile: Profile, report: Callable[[Status], None]) -> None:
         self.number = number
         self.produced = 0
         self._profile = profile
+        self._tell = report
         self._memory = profile.memory(owners=1)
         layers = LayerRange(0, profile.layers)
         self.capacity = self._memory.capacity(layers, 1)
         member = Member(instance=number, layers=layers, capacity=self.capacity, address="none")
         self._layout = Layout(epoch=0, members=(member,))
-        self._waiting: deque[_Job] = deque()
-        self._running: list[_Job] = []
+        self._waiting: deque[BatchJob] = deque()
+        self._running: list[BatchJob] = []
         self._work = asyncio.Event()
-        self._context = zmq.asyncio.Context()
 
-    async def start(self, control_address: str) -> None:
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_get("/health", self._healthy)
-        app.router.add_post("/generate", self._generate)
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self._url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, connection_name(self.number))
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(control_address)
-        self._tasks = [asyncio.create_task(t) for t in (self._steps(), self._greet())]
+    def hello(self) -> Hello:
+        """What it says of itself first."""
+        return Hello(
+            version=PROTOCOL_VERSION,
+            instance=self.number,
+            url=f"http://127.0.0.1:{self.number + 1}",
+            data_address="none",
+            scheduler="modelled",
+            layer_count=self._profile.layers,
+            memory=self._memory,
+            capacity=self.capacity,
+            costs=self._profile.cost,
+        )
 
-    async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._runner.cleanup()
-        self._socket.close()
-        self._context.term()
-
-    # --- requests -------------------------------------------------------------------------------
-
-    async def _healthy(self, _: web.Request) -> web.Response:
-        return web.Response()
-
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
-        asked = msgspec.json.decode(await request.read(), type=_Asked)
-        job = _Job(len(asked.input_ids), asked.sampling_params.max_new_tokens)
+    def submit(self, prompt: int, output: int) -> BatchJob:
+        job = BatchJob(prompt, output)
         self._waiting.append(job)
         self._work.set()
-        try:
-            if asked.stream:
-                return await self._stream(request, job)
-            while await job.tokens.get() < job.output:
-                pass
-            return web.json_response({"text": "", "meta_info": {"completion_tokens": job.output}})
-        finally:
-            if job in self._waiting:
-                self._waiting.remove(job)
-            if job in self._running:
-                self._running.remove(job)
+        return job
 
-    async def _stream(self, request: web.Request, job: _Job) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        made = 0
-        while made < job.output:
-            made = await job.tokens.get()
-            await response.write(b'data: {"text": " token"}\n\n')
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
-
-    # --- steps ----------------------------------------------------------------------------------
-
-    async def _steps(self) -> None:
+    async def run(self) -> None:
+        """One step after the other, until cancelled."""
+        now = asyncio.get_running_loop().time
         reported = 0.0
-        due = time.perf_counter()
         while True:
             if not self._waiting and not self._running:
                 self._work.clear()
-                await self._report()
+                self._report()
                 await self._work.wait()
             began = self._admit()
-            batch = began or self._running
-            # A step that was late does not make the next one late as well.
-            due = max(due, time.perf_counter() - 0.001) + self._step_s(began)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            for job in list(batch):
+            batch = began or list(self._running)
+            await asyncio.sleep(self._step_s(began))
+            for job in batch:
                 job.made += 1
                 self.produced += 1
                 job.tokens.put_nowait(job.made)
-                if job.made >= job.output and job in self._running:
+                if job.made >= job.output:
                     self._running.remove(job)
-            if time.perf_counter() >= reported + _REPORT_S:
-                reported = time.perf_counter()
-                await self._report()
+            if now() >= reported + _REPORT_S:
+                reported = now()
+                self._report()
 
-    def _admit(self) -> list[_Job]:
+    def _admit(self) -> list[BatchJob]:
         """In order, as many as have slots and go into one batch of prompts."""
-        began: list[_Job] = []
+        began: list[BatchJob] = []
         free = self.capacity - sum(job.slots for job in self._running)
         tokens = self._profile.chunked_prefill_size
         while self._waiting:
@@ -174,7 +114,7 @@ class BatchingInstance:
         self._running += began
         return began
 
-    def _step_s(self, began: list[_Job]) -> float:
+    def _step_s(self, began: list[BatchJob]) -> float:
         profile = self._profile
         if began:
             work = Work(chunks=tuple(Chunk(0, job.prompt) for job in began))
@@ -182,30 +122,10 @@ class BatchingInstance:
         else:
             requests = len(self._running)
             work = Work(decodes=requests, context=sum(job.used for job in self._running))
-        step = profile.step
         ms = profile.layers * profile.cost.predict(work)
-        return (ms + step.fixed_ms + requests * step.request_ms) / 1e3
+        return (ms + profile.step.fixed_ms + requests * profile.step.request_ms) / 1e3
 
-    # --- reports --------------------------------------------------------------------------------
-
-    async def _greet(self) -> None:
-        while True:
-            hello = Hello(
-                version=PROTOCOL_VERSION,
-                instance=self.number,
-                url=self._url,
-                data_address="none",
-                scheduler="mock",
-                layer_count=self._profile.layers,
-                memory=self._memory,
-                capacity=self.capacity,
-                costs=self._profile.cost,
-            )
-            await self._socket.send(encode(hello))
-            await self._report()
-            await asyncio.sleep(_GREET_S)
-
-    async def _report(self) -> None:
+    def _report(self) -> None:
         used = sum(job.used for job in self._running)
         jobs = [*self._running, *self._waiting]
         load = Load(
@@ -216,14 +136,15 @@ class BatchingInstance:
             prompts=sum(job.prompt for job in self._waiting),
             produced=sum(job.made for job in self._running),
         )
-        total = self._memory.pages
-        parameters = sum(self._memory.layer_pages)
-        status = Status(
-            instance=self.number,
-            epoch=0,
-            mode=Mode.INDEPENDENT,
-            layout=self._layout,
-            pages=Pages(parameters=parameters, kv=total - parameters, free=0, total=total),
-            load=load,
+        total, parameters = self._memory.pages, sum(self._memory.layer_pages)
+        pages = Pages(parameters=parameters, kv=total - parameters, free=0, total=total)
+        self._tell(
+            Status(
+                instance=self.number,
+                epoch=0,
+                mode=Mode.INDEPENDENT,
+                layout=self._layout,
+                pages=pages,
+                load=load,
+            )
         )
-        await self._socket.send(encode(status))

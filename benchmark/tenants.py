@@ -1,9 +1,10 @@
 """Two tenants, one of whom floods the cluster: what becomes of the other.
 
-`python -m benchmark.tenants` needs no model. The router is a process of its own with its own queue
-and dispatch; behind it two instances serve as the simulator's profile of a GPU says, in real time.
-`calm` sends few requests, on time however busy the cluster is. `burst` keeps hundreds under way,
-many times what the instances have slots for. It writes `tenants.json` with `rows` and `checks`.
+`python -m benchmark.tenants` needs no model. The router's own queue and dispatch run, before
+instances that serve as a profile of the simulator says, in virtual time: so figures are the same on
+any machine. `calm` sends few requests, on time however busy the cluster is. `burst` keeps hundreds
+under way, many times what the instances have slots for. It writes `tenants.json` with `rows` and
+`checks`.
 """
 
 from __future__ import annotations
@@ -13,38 +14,48 @@ import asyncio
 import json
 import random
 import tempfile
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
-import aiohttp
 import msgspec
 from rich.console import Console
 
 from benchmark.batching import BatchingInstance
 from benchmark.checks import check, conclude
-from benchmark.experiment import RunError
-from benchmark.hostile.router import RouterProcess, runtime_folder
-from benchmark.noise import Noise
 from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine
 from benchmark.router_report import quantile
+from benchmark.virtual_time import VirtualTimeLoop
+from kunserve_sglang.control.registry import Registry
+from kunserve_sglang.core.messages import Status
+from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.tenants import DEFAULT_TENANT, read_tenants
+from kunserve_sglang.policy.dispatch import lmetric
+from kunserve_sglang.router.http.client_request import ClientRequest, Connection
+from kunserve_sglang.router.proxy.attainment import Attainment
+from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight
+from kunserve_sglang.router.proxy.latency import Latency, StreamTimer
+from kunserve_sglang.router.proxy.prefix_index import Prompt
+from kunserve_sglang.router.proxy.promise import Promise
+from kunserve_sglang.router.proxy.request_queue import RequestQueue
+from kunserve_sglang.router.proxy.tenant_queue import TenantQueue
 from kunserve_sglang.simulation.cluster_profile import Profile, load_profile
 
 PROFILE = "qwen2.5-14b-a800"
 MEMORY = "34GiB"
-"""Of an instance: parameters, and some twenty thousand token slots."""
+"""Of an instance: parameters, and some thirty thousand token slots."""
 
 INSTANCES = 2
 CLIENTS = 200
 """Requests that a flood keeps under way."""
 
 PER_SECOND = 3.0
-_WARM_UP_S = 8.0
-_READY_S = 30.0
+_WARM_UP_S = 10.0
+_EXPECTED_SHARE = 0.7
 
 Row = dict[str, Any]
 
@@ -69,40 +80,100 @@ def tenants(**lines: str) -> str:
 EQUAL = tenants(burst="", calm="")
 LIMITED = tenants(burst="max_requests = 40", calm="")
 WEIGHTED = tenants(heavy="weight = 3", light="")
+ALONE_BEFORE, ALONE = "calm alone, nobody told apart", "calm alone, tenants"
+UNTOLD, SHARED = "flood, nobody told apart", "flood, tenants"
+CAPPED, BURST = "flood, tenants, one limited", "burst alone"
+BURST_SHARED, TWO = "burst alone, tenants", "two floods, weights 3 to 1"
 CASES = (
-    Case("calm alone", True, ()),
-    Case("flood, nobody told apart", True, ("burst",)),
-    Case("flood, tenants", True, ("burst",), EQUAL),
-    Case(
-        "flood, tenants, one limited", True, ("burst",), tenants(burst="max_requests = 40", calm="")
-    ),
-    Case("burst alone", False, ("burst",)),
-    Case("burst alone, tenants", False, ("burst",), EQUAL),
-    Case(
-        "two floods, weights 3 to 1",
-        False,
-        ("heavy", "light"),
-        tenants(heavy="weight = 3", light=""),
-    ),
+    Case(ALONE_BEFORE, True, ()),
+    Case(ALONE, True, (), EQUAL),
+    Case(UNTOLD, True, ("burst",)),
+    Case(SHARED, True, ("burst",), EQUAL),
+    Case(CAPPED, True, ("burst",), LIMITED),
+    Case(BURST, False, ("burst",)),
+    Case(BURST_SHARED, False, ("burst",), EQUAL),
+    Case(TWO, False, ("heavy", "light"), WEIGHTED),
 )
 
 
-@dataclass
-class Seen:
-    """What clients saw since the measurement began."""
+class Cluster:
+    """The router's queue and dispatch, before modelled instances."""
 
-    ttft_s: list[float] = field(default_factory=list)
-    tokens: dict[str, int] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
+    def __init__(self, profile: Profile, tenants_text: str | None) -> None:
+        clock = asyncio.get_running_loop().time
+        config = ClusterConfig(num_instances=INSTANCES)
+        self.clock = clock
+        self._registry = Registry(INSTANCES, now=clock)
+        self._queue = _queue(self._registry, config, tenants_text, clock)
+        self._told_apart = tenants_text is not None
+        self._dispatcher = Dispatcher(self._registry, ahead=self._told_apart)
+        self._latency = Latency(clock)
+        self._attainment = Attainment({}, clock)
+        self.instances = [BatchingInstance(n, profile, self._report) for n in range(INSTANCES)]
+        for instance in self.instances:
+            self._registry.hello(instance.hello())
+            self._registry.instances[instance.number].liveness.serves()
+
+    async def ask(self, tenant: str, prompt: int, output: int) -> float:
+        """One request to the end of its answer; returns the seconds to its first token.
+
+        What happens to it is what `router.proxy.proxy` does with one that meets no trouble.
+        """
+        request = _request(tenant if self._told_apart else DEFAULT_TENANT)
+        promise = Promise(self._attainment, request)
+        expected = prompt + int(_EXPECTED_SHARE * output)
+        weight = Weight(expected, Prompt(prompt), output)
+        began = self.clock()
+        await self._queue.enter(request, weight)
+        try:
+            has_room = self._queue.room_for(request)
+            pick = self._dispatcher.pick
+            instance = pick(lmetric, weight, has_room) or pick(lmetric, weight, lambda _: True)
+            assert instance is not None, "no instance leaves"
+            with self._dispatcher.under_way(instance, weight):
+                job = self.instances[instance.number].submit(prompt, output)
+                promise.timer = StreamTimer(self._latency, began, promise.first_chunk)
+                first = 0.0
+                while job.made < output or not job.tokens.empty():
+                    await job.tokens.get()
+                    promise.timer.chunk(b"data: x\n\n")
+                    first = first or self.clock()
+        finally:
+            self._queue.leave(request, promise)
+        return first - began
+
+    def produced(self) -> int:
+        return sum(instance.produced for instance in self.instances)
+
+    def _report(self, status: Status) -> None:
+        self._registry.status(status)
+        self._queue.let_in()
+
+
+def _queue(registry: Registry, config: ClusterConfig, text: str | None, clock: Any) -> RequestQueue:
+    if text is None:
+        return RequestQueue(registry, config, clock)
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(text)
+        file.flush()
+        return TenantQueue(registry, config, read_tenants(Path(file.name)), clock)
+
+
+def _request(tenant: str) -> ClientRequest:
+    scope = {"method": "POST", "path": "/generate", "headers": [], "http_version": "1.1"}
+    nobody = cast(Connection, SimpleNamespace(transport=None, congested=False))
+    request = ClientRequest(nobody, scope, {}, b"", keep_alive=True)
+    request.tenant = tenant
+    return request
 
 
 class Load:
-    """The clients of one case."""
+    """The clients of one case, and what they saw."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, seed: int) -> None:
-        self.seen = Seen()
-        self._url = f"{url}/generate"
-        self._session = session
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self.ttft_s: list[float] = []
+        self.tokens: Counter[str] = Counter()
+        self._cluster = cluster
         self._seed = seed
 
     async def flood(self, name: str) -> None:
@@ -111,46 +182,22 @@ class Load:
         await asyncio.gather(*(self._client(name, chance) for chance in chances))
 
     async def calm(self, seconds: float) -> None:
-        """Requests whose times were drawn beforehand; returns when all have their answers."""
+        """Requests whose times do not depend on answers; returns when all have theirs."""
         chance = random.Random(f"{self._seed} calm")
-        began, at = time.perf_counter(), 0.0
+        end = self._cluster.clock() + seconds
         async with asyncio.TaskGroup() as tasks:
-            while (at := at + chance.expovariate(PER_SECOND)) < seconds:
-                body = _body(chance, chance.randint(500, 1500), 50, stream=True)
-                await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-                tasks.create_task(self._timed(body))
+            while self._cluster.clock() < end:
+                await asyncio.sleep(chance.expovariate(PER_SECOND))
+                tasks.create_task(self._timed(chance.randint(500, 1500)))
 
     async def _client(self, name: str, chance: random.Random) -> None:
         while True:
             prompt, output = chance.randint(100, 400), chance.randint(100, 400)
-            async with self._ask(name, _body(chance, prompt, output, stream=False)) as answer:
-                await answer.read()
-            if answer.status != 200:
-                self.seen.errors.append(f"{name}: {answer.status}")
-                await asyncio.sleep(1)
-            self.seen.tokens[name] = self.seen.tokens.get(name, 0) + prompt + output
+            await self._cluster.ask(name, prompt, output)
+            self.tokens[name] += prompt + output
 
-    async def _timed(self, body: bytes) -> None:
-        sent = time.perf_counter()
-        async with self._ask("calm", body) as answer:
-            async for _ in answer.content.iter_any():
-                self.seen.ttft_s.append(time.perf_counter() - sent)
-                break
-            rest = await answer.read()
-        if answer.status != 200 or not rest.endswith(b"[DONE]\n\n"):
-            self.seen.errors.append(f"calm: {answer.status}")
-
-    @asynccontextmanager
-    async def _ask(self, name: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers = {"Authorization": f"Bearer key-of-{name}", "Content-Type": "application/json"}
-        async with self._session.post(self._url, data=body, headers=headers) as answer:
-            yield answer
-
-
-def _body(chance: random.Random, prompt: int, output: int, *, stream: bool) -> bytes:
-    ids = [chance.randrange(50_000) for _ in range(prompt)]
-    fields = {"input_ids": ids, "sampling_params": {"max_new_tokens": output}, "stream": stream}
-    return msgspec.json.encode(fields)
+    async def _timed(self, prompt: int) -> None:
+        self.ttft_s.append(await self._cluster.ask("calm", prompt, 50))
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -159,8 +206,8 @@ def _body(chance: random.Random, prompt: int, output: int, *, stream: bool) -> b
 def parser() -> argparse.ArgumentParser:
     flags = flags_of("tenants", "Whether one tenant's burst is everybody's.")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
-    flags.add_argument("--seconds", type=float, default=90.0, help="of each case")
-    flags.add_argument("--seed", type=int, default=1, help="of times and lengths")
+    flags.add_argument("--seconds", type=float, default=300.0, help="of each case, virtual")
+    flags.add_argument("--seeds", type=int, default=3, help="of times and lengths; all count")
     return flags
 
 
@@ -171,11 +218,9 @@ def main() -> NoReturn:
 
 
 def run(flags: argparse.Namespace, console: Console) -> int:
-    profile = msgspec.structs.replace(load_profile(Path(PROFILE)), memory_budget=MEMORY)
-    noise = Noise()
     rows: list[Row] = []
     for case in CASES:
-        rows.append(asyncio.run(measure(case, profile, flags.seconds, flags.seed)))
+        rows.append(measure(case, flags.seconds, range(1, flags.seeds + 1)))
         line = "  ".join(f"{key} {value}" for key, value in rows[-1].items())
         console.print(line, markup=False, soft_wrap=True)
     checks = all_checks({row["case"]: row for row in rows})
@@ -184,7 +229,7 @@ def run(flags: argparse.Namespace, console: Console) -> int:
         "machine": describe_machine(),
         "profile": PROFILE,
         "seconds": flags.seconds,
-        "noise": round(noise.share(), 3),
+        "seeds": flags.seeds,
         "rows": rows,
         "checks": checks,
     }
@@ -193,67 +238,48 @@ def run(flags: argparse.Namespace, console: Console) -> int:
     return conclude(checks, console)
 
 
-async def measure(case: Case, profile: Profile, seconds: float, seed: int) -> Row:
-    """One case from beginning to end. Raises `RunError` if a request fails."""
-    instances = [BatchingInstance(number, profile) for number in range(INSTANCES)]
-    with runtime_folder() as name, tempfile.TemporaryDirectory() as files:
-        settings = {}
-        if case.tenants is not None:
-            path = Path(files) / "tenants.toml"
-            path.write_text(case.tenants)
-            settings["tenants"] = str(path)
-        router = RouterProcess(Path(name), INSTANCES, **settings)
-        await asyncio.to_thread(router.__enter__)
-        try:
-            for instance in instances:
-                await instance.start(router.control_address)
-            async with asyncio.timeout(_READY_S):
-                while not await asyncio.to_thread(router.healthy, INSTANCES):  # noqa: ASYNC110
-                    await asyncio.sleep(0.1)
-            return await _loaded(case, router.url, instances, seconds, seed)
-        finally:
-            for instance in instances:
-                await instance.stop()
-            await asyncio.to_thread(router.__exit__)
+def measure(case: Case, seconds: float, seeds: Sequence[int]) -> Row:
+    """One case with each seed; what was seen in all of them."""
+    profile = msgspec.structs.replace(load_profile(Path(PROFILE)), memory_budget=MEMORY)
+    ttft_s: list[float] = []
+    tokens: Counter[str] = Counter()
+    rates = []
+    for seed in seeds:
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            load, rate = runner.run(_loaded(case, profile, seconds, seed))
+        ttft_s += load.ttft_s
+        tokens += load.tokens
+        rates.append(rate)
+    return _row(case, ttft_s, tokens, sum(rates) / len(rates))
 
 
-async def _loaded(
-    case: Case, url: str, instances: list[BatchingInstance], seconds: float, seed: int
-) -> Row:
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        load = Load(url, session, seed)
-        floods = [asyncio.create_task(load.flood(name)) for name in case.floods]
-        await asyncio.sleep(_WARM_UP_S)
-        load.seen = Seen()
-        began, before = time.perf_counter(), _produced(instances)
-        await asyncio.sleep(0) if case.calm else await asyncio.sleep(seconds)
-        if case.calm:
-            await load.calm(seconds)
-        took = time.perf_counter() - began
-        row = _row(case, load.seen, (_produced(instances) - before) / took)
-        for flood in floods:
-            flood.cancel()
-        ended = await asyncio.gather(*floods, return_exceptions=True)
-    failed = [e for e in ended if not isinstance(e, asyncio.CancelledError)]
-    if failed or load.seen.errors:
-        raise RunError(f"{case.name}: {(failed + load.seen.errors)[0]}")
-    return row
+async def _loaded(case: Case, profile: Profile, seconds: float, seed: int) -> tuple[Load, float]:
+    """Also returns the tokens a second that the cluster made meanwhile."""
+    cluster = Cluster(profile, case.tenants)
+    load = Load(cluster, seed)
+    tasks = [asyncio.create_task(instance.run()) for instance in cluster.instances]
+    tasks += [asyncio.create_task(load.flood(name)) for name in case.floods]
+    await asyncio.sleep(_WARM_UP_S)
+    load.tokens.clear()
+    began, before = cluster.clock(), cluster.produced()
+    await (load.calm(seconds) if case.calm else asyncio.sleep(seconds))
+    rate = (cluster.produced() - before) / (cluster.clock() - began)
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if not isinstance(ended, asyncio.CancelledError):
+            raise cast(BaseException, ended)
+    return load, rate
 
 
-def _produced(instances: list[BatchingInstance]) -> int:
-    return sum(instance.produced for instance in instances)
-
-
-def _row(case: Case, seen: Seen, per_s: float) -> Row:
+def _row(case: Case, ttft_s: list[float], tokens: Counter[str], per_s: float) -> Row:
     row: Row = {"case": case.name, "tokens_per_s": round(per_s)}
-    if seen.ttft_s:
-        row["requests"] = len(seen.ttft_s)
+    if ttft_s:
+        row["requests"] = len(ttft_s)
         for share in (0.5, 0.9, 0.99):
-            row[f"ttft_p{share * 100:g}_ms"] = round(1e3 * quantile(seen.ttft_s, share))
+            row[f"ttft_p{share * 100:g}_ms"] = round(1e3 * quantile(ttft_s, share), 1)
     if len(case.floods) > 1:
-        first, second = (seen.tokens[name] for name in case.floods)
+        first, second = (tokens[name] for name in case.floods)
         row["ratio"] = round(first / second, 3)
     return row
 
@@ -266,17 +292,18 @@ def all_checks(rows: dict[str, Row]) -> list[dict[str, Any]]:
         return found
 
     def p99(of: str) -> float:
-        return ratio("ttft_p99_ms", of, "calm alone")
+        """Over that alone, in whichever way it is the shorter."""
+        return max(ratio("ttft_p99_ms", of, alone) for alone in (ALONE, ALONE_BEFORE))
 
-    throughput = ratio("tokens_per_s", "burst alone, tenants", "burst alone")
-    weights = rows["two floods, weights 3 to 1"]["ratio"]
+    throughput = ratio("tokens_per_s", BURST_SHARED, BURST)
+    weights = rows[TWO]["ratio"]
     return [
-        check("P99 TTFT beside a flood, of that alone", p99("flood, tenants"), most=1.3),
-        check("and where the flood is limited", p99("flood, tenants, one limited"), most=1.3),
-        check("without tenants it is far worse", p99("flood, nobody told apart"), least=2.0),
+        check("P99 TTFT beside a flood, of that alone", p99(SHARED), most=1.3),
+        check("and where the flood is limited", p99(CAPPED), most=1.3),
+        check("without tenants, to show that there is a flood", p99(UNTOLD), least=2.0),
         check("throughput of the flood alone, with tenants to without", throughput, least=0.9),
-        check("tokens of two floods, weights 3 to 1: at least", weights, least=2.7),
-        check("and at most", weights, most=3.3),
+        check("tokens of two floods, weights 3 to 1", weights, least=2.7),
+        check("and not more", weights, most=3.3),
     ]
 
 

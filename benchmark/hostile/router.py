@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
@@ -28,8 +28,7 @@ _ANSWER_TIMEOUT_S = 10.0
 class RouterProcess:
     """Context manager: the product's router, with a key for its admin API and an open front."""
 
-    def __init__(self, folder: Path, instances: int, **settings: Any) -> None:
-        """`settings` are further ones of the cluster."""
+    def __init__(self, folder: Path, instances: int) -> None:
         self._folder = folder
         self.log = folder / "router.log"
         self.port = free_port()
@@ -40,7 +39,6 @@ class RouterProcess:
                 port=self.port,
                 overload_policy=OverloadPolicy.NONE,
                 admin_api_key=ADMIN_KEY,
-                **settings,
             ),
             control_address=self.control_address,
         )

@@ -1,23 +1,47 @@
-"""The benchmark of tenants: instances that batch, and a case from beginning to end."""
+"""The benchmark of tenants: virtual time, and each case in short."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
-import msgspec
+import pytest
 
-from benchmark.tenants import CASES, MEMORY, PROFILE, all_checks, measure
-from kunserve_sglang.simulation.cluster_profile import load_profile
+from benchmark.tenants import CASES, Case, all_checks, measure
+from benchmark.virtual_time import VirtualTimeLoop
 
 
-def test_a_flood_and_what_the_other_gets_beside_it() -> None:
-    profile = msgspec.structs.replace(load_profile(Path(PROFILE)), memory_budget=MEMORY)
-    case = next(c for c in CASES if c.name == "flood, tenants")
-    row = asyncio.run(measure(case, profile, seconds=2.0, seed=1))
-    assert row["requests"] > 0
+def test_time_passes_at_once_and_in_order() -> None:
+    seen: list[tuple[str, float]] = []
+
+    async def sleeper(name: str, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        seen.append((name, asyncio.get_running_loop().time()))
+
+    async def both() -> None:
+        await asyncio.gather(sleeper("late", 5000.0), sleeper("early", 0.5))
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(both())
+    assert [name for name, _ in seen] == ["early", "late"]
+    assert [at for _, at in seen] == pytest.approx([0.5, 5000.0])
+
+
+def test_who_waits_for_nothing_is_told() -> None:
+    loop = VirtualTimeLoop()
+    waiting = loop.create_task(asyncio.Event().wait())
+    with pytest.raises(RuntimeError, match="nobody will ever wake up"):
+        loop.run_until_complete(waiting)
+    waiting.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_case_is_the_same_each_time(case: Case) -> None:
+    row = measure(case, 5.0, [1])
     assert row["tokens_per_s"] > 0
-    assert row["ttft_p50_ms"] <= row["ttft_p99_ms"]
+    assert ("requests" in row) == case.calm
+    assert measure(case, 5.0, [1]) == row
 
 
 def test_checks_say_what_has_to_hold() -> None:

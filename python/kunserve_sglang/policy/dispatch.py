@@ -28,7 +28,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One instance as a policy sees it; `demand` and `capacity` are token slots.
 
     `batch` counts the requests that it runs or is about to run, `new_tokens` the tokens of the
-    request in question that it would have to prefill. Candidates of one `group` cooperate; without
+    request in question that it would have to prefill, and `ahead` those that it prefills before
+    these, where that is asked for. Candidates of one `group` cooperate; without
     a number it stands alone.
     """
 
@@ -37,6 +38,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int
     batch: int = 0
     new_tokens: int = 0
+    ahead: int = 0
     group: int | None = None
 
     @property
@@ -97,14 +99,15 @@ def lmetric(candidates: Sequence[Candidate], turn: int) -> int:
     """The smallest product of new prefill tokens and batch size (Zhang et al. 2026, "LMetric").
 
     One factor asks for the longest prefix, the other for the shortest queue, and a product needs no
-    weights between them. The batch includes the request, or any idle instance would do; equal
-    scores go where less is to be computed, then to the least load.
+    weights between them. Prompts that are ahead count as its own, since it waits for them. The
+    batch includes the request, or any idle instance would do; equal scores go where less is to be
+    computed, then to the least load.
     """
     count = len(candidates)
     costs = [
         (
-            candidate.new_tokens * (pool.mean_batch + 1),
-            candidate.new_tokens,
+            (candidate.new_tokens + candidate.ahead) * (pool.mean_batch + 1),
+            candidate.new_tokens + candidate.ahead,
             pool.load,
             candidate.load,
             candidate.in_flight,

@@ -68,16 +68,32 @@ def shared_room(
         kept = max(_READY, load.running // _READY_SHARE)
         limit = load.running + 2 * kept
     room = SharedRoom(open=limit - kept - in_flight, most=limit - in_flight)
-    if load is not None and short_of_slots(load, in_flight, kept_slots):
-        return SharedRoom(open=min(0.0, room.open), most=room.most)
-    return room
+    if load is None:
+        return room
+    return SharedRoom(open=min(room.open, _further(load, in_flight, kept_slots)), most=room.most)
 
 
 def short_of_slots(load: Load, in_flight: int, kept_slots: float = _LEAST_KEPT) -> bool:
-    """Whether its slots are in demand but for the share that is kept free.
+    """Whether its slots are in demand but for the share that is kept free, and less than one mean
+    request needs."""
+    return _further(load, in_flight, kept_slots) < 1
 
-    Requests that are too recent for its report are taken to need what the others do.
-    """
+
+def fits(load: Load, in_flight: int, tokens: int) -> bool:
+    """Whether it has slots for a request of so many tokens now, as far as it says."""
+    return _demand(load, in_flight) + tokens <= load.slots.capacity
+
+
+def _further(load: Load, in_flight: int, kept_slots: float) -> float:
+    """How many requests more the slots are enough for, if they need what the others do."""
+    demand, known = _demand(load, in_flight), max(in_flight, load.running + load.waiting)
+    if not demand or not known:
+        return math.inf  # of the first ones nothing is known
+    free = (1 - kept_slots) * load.slots.capacity - demand
+    return max(0, math.floor(free * known / demand))
+
+
+def _demand(load: Load, in_flight: int) -> float:
+    """Requests that are too recent for its report are taken to need what the others do."""
     known = load.running + load.waiting
-    demand = load.demand * max(1.0, in_flight / known) if known else load.demand
-    return demand > (1 - kept_slots) * load.slots.capacity
+    return load.demand * max(1.0, in_flight / known) if known else load.demand

@@ -87,7 +87,10 @@ def build_app(
     connections: InstanceConnections,
     tenants: TenantsFile | None = None,
 ) -> RouterApp:
-    dispatcher = Dispatcher(control.registry, traffic.prefixes, _prompt_reader(config, traffic))
+    # Where nobody should wait behind another's burst, it matters which prompts are ahead.
+    reader = _prompt_reader(config, traffic)
+    ahead = tenants is not None
+    dispatcher = Dispatcher(control.registry, traffic.prefixes, reader, ahead=ahead)
     policy = POLICIES[config.cluster.dispatch]
     journals = Journals(config.cluster.resume_memory, config.instance_admin_key)
     proxy = Proxy(

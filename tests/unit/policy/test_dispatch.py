@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kunserve_sglang.control.registry import Registry
+from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.policy.dispatch import POLICIES, Candidate, least_load, lmetric, round_robin
-from kunserve_sglang.router.proxy.dispatcher import Weight, request_tokens
+from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight, request_tokens
 from kunserve_sglang.router.proxy.prefix_index import Prompt
+from kunserve_sglang.testing.mock_member import NO_LOAD, hello, status, whole
 
 candidates = st.lists(
     st.builds(
@@ -98,6 +102,38 @@ def test_lmetric_weighs_a_prefix_against_a_batch() -> None:
     assert lmetric([score(50, 1), score(100, 0)], 0) == 0, "equal, and less to compute"
     assert lmetric([score(100, 5, 7), score(100, 2), score(100, 1, 7)], 0) == 1, "mean batch 3"
     assert lmetric([score(100, 5, 7), score(100, 4), score(90, 1, 7)], 0) == 2, "own prefix"
+
+
+def test_lmetric_counts_prompts_that_are_ahead() -> None:
+    busy = candidate(0, new_tokens=100, batch=3, ahead=300)
+    assert lmetric([busy, candidate(0, new_tokens=399, batch=3)], 0) == 1
+    assert lmetric([busy, candidate(0, new_tokens=401, batch=3)], 0) == 0
+
+
+def test_prompts_ahead_are_those_reported_and_those_on_their_way() -> None:
+    registry = Registry(2)
+    for number in range(2):
+        registry.hello(hello(number, f"http://127.0.0.1:{number + 1}"))
+        registry.instances[number].liveness.serves()
+    seen: list[list[int]] = []
+
+    def look(candidates: Sequence[Candidate], turn: int) -> int:  # noqa: ARG001
+        seen.append([c.ahead for c in candidates])
+        return 0
+
+    for dispatcher in (Dispatcher(registry), Dispatcher(registry, ahead=True)):
+        weight = Weight(9, Prompt(7))
+        chosen = dispatcher.pick(look, weight, lambda _: True)
+        assert chosen is registry.instances[0]
+        with dispatcher.under_way(chosen, weight), dispatcher.under_way(chosen, weight):
+            dispatcher.pick(look, weight, lambda _: True)
+            waiting = msgspec.structs.replace(NO_LOAD, waiting=1, prompts=50)
+            layout = Layout(epoch=0, members=(whole(0),))
+            chosen.status = status(0, layout, waiting, {})
+            dispatcher.pick(look, weight, lambda _: True)
+            chosen.status = None
+        dispatcher.pick(look, weight, lambda _: True)
+    assert seen == [[0, 0]] * 5 + [[14, 0], [57, 0], [0, 0]]
 
 
 def test_round_robin_takes_turns() -> None:

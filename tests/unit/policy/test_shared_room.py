@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.queueing import with_held
-from kunserve_sglang.policy.shared_room import SharedRoom, kept_share, shared_room, short_of_slots
+from kunserve_sglang.policy.shared_room import (
+    SharedRoom,
+    fits,
+    kept_share,
+    shared_room,
+    short_of_slots,
+)
 from kunserve_sglang.policy.state import ClusterState
 from tests.support.clusters import cluster, with_load
 
@@ -59,9 +65,24 @@ def test_an_idle_instance_takes_requests_from_everybody() -> None:
 
 def test_requests_that_are_too_recent_for_the_report_count() -> None:
     of = load(running=10, demand=500)
-    assert not short_of_slots(of, 17)
-    assert short_of_slots(of, 18)
+    assert not short_of_slots(of, 16)
+    assert short_of_slots(of, 17)
     assert not short_of_slots(load(), 100), "of the first ones nothing is known"
+
+
+def test_there_is_no_more_open_than_slots_for_it() -> None:
+    """Requests need 50 each, and 875 may be in demand."""
+    for running, room in ((14, 2), (15, 2), (16, 1), (17, 0), (18, 0)):
+        of = load(running=running, demand=50 * running)
+        assert shared_room(None, of, 1000, running).open == room
+        assert short_of_slots(of, running) == (room == 0)
+
+
+def test_what_fits_is_said_of_all_slots() -> None:
+    of = load(running=10, demand=900)
+    assert fits(of, 10, 100)
+    assert not fits(of, 10, 101)
+    assert not fits(of, 11, 50), "one more is on its way"
 
 
 def test_who_is_held_for_want_of_memory_counts_though_nobody_waits_there() -> None:

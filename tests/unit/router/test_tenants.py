@@ -236,6 +236,29 @@ def test_an_eighth_of_the_slots_is_kept_free(start: Start) -> None:
         until(lambda: queued(router) == 0)
 
 
+def test_an_instance_that_has_not_reported_gets_few_as_well(start: Start) -> None:
+    router = start(0, expect=1)
+    router.instances.append(router.add(0, reporting=False))
+    until(lambda: [d["serving"] for d in router.status()["instances"]] == [True])
+    with streams(router) as these:
+        these.run(A, "a")
+        these.run(A, "a")
+        these.wait(A, "a")
+
+
+def test_a_request_goes_where_its_tokens_have_room(start: Start) -> None:
+    router = start(2)
+    slots = router.described(0)["slots"]["capacity"]
+    full, other = router.instances
+    full.set_load(demand=slots - 20, used=slots - 20, running=1)
+    other.set_load(demand=slots // 2, used=slots // 2, running=9)
+    until(lambda: [d.get("running") for d in router.status()["instances"]] == [1, 9])
+    with streams(router) as these:
+        these.run(B, "b", sampling_params={"max_new_tokens": 50})
+        assert (full.worker.streams, other.worker.streams) == (0, 1)
+        these.run(B, "b", sampling_params={"max_new_tokens": 10**6})
+
+
 # --- limits -------------------------------------------------------------------------------------
 
 

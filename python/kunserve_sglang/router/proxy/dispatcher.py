@@ -96,7 +96,8 @@ class Weight(msgspec.Struct, frozen=True):
 class Dispatcher:
     """Chooses instances, and remembers what is under way to each of them.
 
-    With an index of prefixes, `prompts` reads requests to look them up there.
+    With an index of prefixes, `prompts` reads requests to look them up there. With `ahead` it
+    reckons with prompts that wait at an instance already.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class Dispatcher:
         registry: Registry,
         prefixes: PrefixIndex | None = None,
         prompts: PromptReader | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
         self._registry = registry
         self._prefixes = prefixes
@@ -111,6 +114,7 @@ class Dispatcher:
         self._turn = 0
         self._tickets = itertools.count()
         self._sent: defaultdict[int, SentTokens] = defaultdict(SentTokens)
+        self._ahead = defaultdict[int, SentTokens](SentTokens) if ahead else None
 
     async def weigh(self, path: str, body: bytes) -> Weight:
         """What a request with this body will ask of an instance, about."""
@@ -131,7 +135,8 @@ class Dispatcher:
     def under_way(self, instance: Instance, weight: Weight) -> UnderWay:
         """Counts a request as sent to `instance` inside the block."""
         sent = self._sent[instance.number]
-        return UnderWay(instance, weight, sent, next(self._tickets), self._prefixes)
+        ahead = None if self._ahead is None else self._ahead[instance.number]
+        return UnderWay(instance, weight, sent, next(self._tickets), self._prefixes, ahead)
 
     def _candidate(self, instance: Instance, prompt: Prompt) -> Candidate:
         """Of a plain server we know what we have sent there ourselves, and nothing else."""
@@ -151,8 +156,18 @@ class Dispatcher:
             capacity=capacity,
             batch=known + number,
             new_tokens=prompt.tokens - cached,
+            ahead=self._prompts_ahead(instance),
             group=group,
         )
+
+    def _prompts_ahead(self, instance: Instance) -> int:
+        """Tokens of prompts that it has not begun with, as far as it says and we know."""
+        if self._ahead is None:
+            return 0
+        load = instance.status.load if instance.status else None
+        known = load.running + load.waiting if load else 0
+        _, tokens = self._ahead[instance.number].after(known)
+        return tokens + (load.prompts if load else 0)
 
 
 class SentTokens:
@@ -187,7 +202,7 @@ class SentTokens:
 class UnderWay:
     """One request at one instance; `sent` is all that is there."""
 
-    __slots__ = ("_instance", "_prefix", "_sent", "_ticket", "_tokens")
+    __slots__ = ("_ahead", "_instance", "_prefix", "_prompt", "_sent", "_ticket", "_tokens")
 
     def __init__(
         self,
@@ -196,8 +211,11 @@ class UnderWay:
         sent: SentTokens,
         ticket: int,
         prefixes: PrefixIndex | None,
+        ahead: SentTokens | None = None,
     ) -> None:
+        self._ahead = ahead
         self._instance = instance
+        self._prompt = weight.prompt.tokens
         self._tokens = weight.tokens
         self._sent = sent
         self._ticket = ticket
@@ -205,6 +223,8 @@ class UnderWay:
 
     def __enter__(self) -> None:
         self._sent.add(self._ticket, self._tokens)
+        if self._ahead is not None:
+            self._ahead.add(self._ticket, self._prompt)
         self._instance.in_flight += 1
         if self._prefix is not None:
             self._prefix.__enter__()
@@ -212,5 +232,7 @@ class UnderWay:
     def __exit__(self, *error: Any) -> None:
         self._instance.in_flight -= 1
         self._sent.remove(self._ticket)
+        if self._ahead is not None:
+            self._ahead.remove(self._ticket)
         if self._prefix is not None:
             self._prefix.__exit__(*error)

@@ -10,10 +10,17 @@ from typing import cast
 from kunserve_sglang.api.tenants import TenantStatus
 from kunserve_sglang.api.types import QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
+from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.tenants import DEFAULT_TENANT, Tenants
 from kunserve_sglang.policy.fair_queueing import FairLine, Flow
-from kunserve_sglang.policy.shared_room import SharedRoom, kept_share, shared_room, short_of_slots
+from kunserve_sglang.policy.shared_room import (
+    SharedRoom,
+    fits,
+    kept_share,
+    shared_room,
+    short_of_slots,
+)
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.proxy.dispatcher import Weight
 from kunserve_sglang.router.proxy.priority import TurnedAway, read_priority
@@ -22,6 +29,8 @@ from kunserve_sglang.router.proxy.request_queue import QUESTIONS, RequestQueue, 
 from kunserve_sglang.router.proxy.tenant_use import TenantUse, TenantWaiter
 
 _REFUSED = 400
+
+_NOTHING = Load(slots=Slots(used=0, cached=0, capacity=0), running=0, waiting=0, demand=0)
 
 
 class TenantQueue(RequestQueue):
@@ -93,10 +102,12 @@ class TenantQueue(RequestQueue):
 
     def room_for(self, request: ClientRequest) -> Callable[[Instance], bool]:
         waiter = self._under_way.get(request)
-        if waiter is None or waiter.little:
+        if waiter is None:
             return self.has_room
-        kept = waiter.kept
-        return lambda instance: self._room(instance, kept).open > 0
+        kept, tokens = waiter.kept, waiter.tokens
+        if waiter.little:
+            return lambda instance: self.has_room(instance) and _fits(instance, tokens)
+        return lambda instance: self._room(instance, kept).open > 0 and _fits(instance, tokens)
 
     def has_room(self, instance: Instance) -> bool:
         return self._room(instance, 0.0).most > 0
@@ -204,7 +215,7 @@ class TenantQueue(RequestQueue):
         return kept_share(math.fsum(reserved), sum(load.slots.capacity for load in loads))
 
     def _room(self, instance: Instance, kept: float) -> SharedRoom:
-        load = instance.status.load if instance.status else None
+        load = _load(instance)
         return shared_room(self.given_limit, load, instance.capacity, instance.in_flight, kept)
 
     def _has_open(self, kept: float) -> bool:
@@ -219,6 +230,19 @@ class TenantQueue(RequestQueue):
         room = math.fsum(max(0.0, r.open) for r in rooms)
         most = math.fsum(max(0.0, r.most) for r in rooms)
         return room - self._leaving, most - self._leaving
+
+
+def _load(instance: Instance) -> Load | None:
+    """None of a plain server; one of ours that has not reported yet has nothing to do."""
+    if instance.status is not None:
+        return instance.status.load
+    return None if instance.plain else _NOTHING
+
+
+def _fits(instance: Instance, tokens: int) -> bool:
+    """Whether it has slots for so many tokens now, as far as it says."""
+    status = instance.status
+    return status is None or fits(status.load, instance.in_flight, tokens)
 
 
 def _took(request: ClientRequest, promise: Promise, waiter: TenantWaiter) -> int:
