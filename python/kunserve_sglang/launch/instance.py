@@ -18,6 +18,7 @@ from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.processes import (
     divide_cpus,
     free_port,
+    granted_cpus,
     this_host,
     within_reach,
 )
@@ -59,7 +60,7 @@ class Joiner(Life):
         body = JoinBody(model=identity_of(server_args))
         count, budget = self._options.num_instances, self._options.memory_budget
         gpus = server.gpus_for(server_args, count, budget)
-        for cpus, gpu in zip(divide_cpus(count), gpus, strict=True):
+        for cpus, gpu in zip(divide_cpus(count, granted_cpus()), gpus, strict=True):
             membership = self._router.call("join", body).read(Membership)
             check_transport(membership.transport, server_args.device)
             instance = self._instance(membership, cpus, gpu)

@@ -11,6 +11,7 @@ import psutil
 import setproctitle
 from msgspec import Meta
 
+from kunserve_sglang.core.control_groups import memory_left
 from kunserve_sglang.core.flags import Form, about, check_ranges
 from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.sglang_flags import wanted_device
@@ -95,7 +96,8 @@ def with_budget(options: Options, instances: int, sglang_argv: Sequence[str]) ->
     """
     if options.memory_budget or instances < 1 or wanted_device(sglang_argv) != "cpu":
         return options
-    budget = default_budget(psutil.virtual_memory().available, instances)
+    free = min(psutil.virtual_memory().available, *memory_left())
+    budget = default_budget(free, instances)
     Console().note(f"--memory-budget not given, using {format_size(budget)} an instance")
     return msgspec.structs.replace(options, memory_budget=budget)
 
