@@ -14,16 +14,14 @@ from kunserve_sglang.api.client import RouterClient
 from kunserve_sglang.api.service import ServiceStatus
 from kunserve_sglang.api.types import InstanceStatus
 from kunserve_sglang.core.addresses import http_url, listen_at
+from kunserve_sglang.core.choices import DispatchPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.keys import ClusterKeys
 from kunserve_sglang.core.processes import divide_cpus, free_port, granted_cpus
 from kunserve_sglang.core.prompt_format import PromptFormat
-from kunserve_sglang.core.settings import (
-    ClusterConfig,
-    DispatchPolicy,
-)
 from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.launch.ending import GRACE_S
 from kunserve_sglang.launch.life import Life
@@ -58,13 +56,13 @@ class Supervisor(Life):
                     f"{self._argv[0]}: with --num-instances 0 there is no instance for it"
                 )
         listen_at(self._config.host, self._config.port).close()
-        wanted = self._config.control_address
+        wanted = self._config.control_listen
         if self._config.state_folder:
             self._standing = standing_in(Path(self._config.state_folder), wanted)
         else:
             self._standing = with_control_port(self._standing, wanted)
-        if wanted is not None:
-            found = self._standing.control_address(wanted)
+        if (named := self._config.control_address) is not None:
+            found = self._standing.control_address(named)
             self._config = msgspec.structs.replace(self._config, control_address=found)
 
     @property

@@ -52,10 +52,13 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
     tls = server_context(config.cluster)
     try:
         line = ControlSocket(
-            config.control_address, tcp=config.cluster.control_address, keys=config.keys
+            config.control_address,
+            tcp=config.cluster.control_listen,
+            known_as=config.cluster.control_address,
+            keys=config.keys,
         )
     except zmq.ZMQError as error:
-        where = config.cluster.control_address or config.control_address
+        where = config.cluster.control_listen or config.control_address
         raise ConfigurationError(f"cannot bind {where}: {error}") from error
     control = ControlPlane(config.cluster, line, config.model)
     traffic = control.front = Traffic(control.registry, config.cluster)

@@ -18,7 +18,7 @@ from kunserve_sglang.api.calls import CALLS
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.control_socket import ControlSocket
 from kunserve_sglang.control.upstream import open_session
-from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.router.admin.access import Keys
 from kunserve_sglang.router.admin.openapi import build_document
 from kunserve_sglang.router.app import build_app

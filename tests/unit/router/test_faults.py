@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from kunserve_sglang.core import faults
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.fault_points import POINTS
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, Faults, ProcessEffects, faults_in
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 from tests.support.background import Background
 from tests.support.mock_instance import MockInstance

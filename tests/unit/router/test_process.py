@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 from tests.support.background import Background
 from tests.support.mock_instance import MockInstance

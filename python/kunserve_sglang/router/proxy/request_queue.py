@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from kunserve_sglang.api.types import QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import KunServeError
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.queueing import (
     HIGHEST_PRIORITY,
     LOWEST_PRIORITY,
