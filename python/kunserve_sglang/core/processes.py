@@ -107,8 +107,13 @@ def granted_cpus() -> list[int]:
 
 
 def this_host() -> str:
-    """The same for all processes of one running kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """The same for all processes of one running kernel that see the same files.
+
+    Containers of one host do not: a socket of another one cannot be found.
+    """
+    kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    files = Path("/proc/self/ns/mnt").stat().st_ino
+    return f"{kernel}-{files}"
 
 
 def within_reach(host: str, here: str, path: str) -> bool:
