@@ -126,6 +126,12 @@ def error_answer(
     return json_answer(ErrorAnswer(error=detail), status, headers)
 
 
+def error_event(status: int, code: Code, message: str) -> bytes:
+    """The last event of a stream that does not come to its end, wherever it stands."""
+    detail = ErrorDetail(message=message, type=ERROR_TYPES[status], code=code)
+    return b"\n\ndata: %b\n\n" % msgspec.json.encode(ErrorAnswer(error=detail))
+
+
 def retry_later(
     code: Code, message: str, status: int = 503, after_s: int = _RETRY_AFTER_S
 ) -> Response:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
-
-from kunserve_sglang.api.types import ErrorAnswer, ErrorDetail
 from kunserve_sglang.control.registry import Instance
-from kunserve_sglang.router.http.answers import ERROR_TYPES
+from kunserve_sglang.router.http.answers import error_event
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.proxy.journal import Journal
 from kunserve_sglang.router.proxy.promise import Promise
@@ -103,9 +100,8 @@ class Attempts:
         return f"{why}, and no other can take the request"
 
     def last_event(self) -> bytes:
-        """For a stream that ends before its end, wherever it stands."""
-        detail = ErrorDetail(message=self.why_lost(), type=ERROR_TYPES[502], code="stream_lost")
-        return b"\n\ndata: %b\n\n" % msgspec.json.encode(ErrorAnswer(error=detail))
+        """For a stream that cannot go on."""
+        return error_event(502, "stream_lost", self.why_lost())
 
 
 def _among(instances: list[Instance], instance: Instance) -> bool:

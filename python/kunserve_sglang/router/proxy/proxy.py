@@ -13,7 +13,12 @@ from starlette.responses import Response
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.upstream import is_refusal
 from kunserve_sglang.policy.dispatch import Policy, first
-from kunserve_sglang.router.http.answers import RequestError, error_answer, retry_later
+from kunserve_sglang.router.http.answers import (
+    RequestError,
+    error_answer,
+    error_event,
+    retry_later,
+)
 from kunserve_sglang.router.http.body_check import check_body
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.http.heads import request_head
@@ -103,9 +108,8 @@ class Proxy:
         except asyncio.CancelledError:
             if request.gone:
                 self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
-            elif not request.started:
-                # Only the end of the router cancels us otherwise, and only after a grace.
-                request.answer(retry_later("router_stopping", "the router is stopping"))
+            else:
+                self._stopped(request)
         else:
             self.stats.answers[request.status] += 1
         finally:
@@ -214,6 +218,15 @@ class Proxy:
             return False
         self._cut_off(request, attempts)
         return True
+
+    def _stopped(self, request: ClientRequest) -> None:
+        """Only the end of the router cancels a request whose client waits, and after a grace."""
+        if not request.started:
+            request.answer(retry_later("router_stopping", "the router is stopping"))
+            return
+        self.stats.cut += 1
+        if request.streams:
+            request.write(error_event(503, "router_stopping", "the router is stopping"))
 
     def _cut_off(self, request: ClientRequest, attempts: Attempts) -> None:
         """Too late for another answer: a stream says so, and the connection is closed."""
