@@ -21,6 +21,9 @@ COMMENT = b":kunserve "
 NOT_RESUMABLE = b"-"
 """In place of a record: this stream cannot be resumed, and no record of it is of use."""
 
+ERROR_EVENT = b'data: {"error"'
+"""So events begin with which SGLang ends a stream that has failed, behind a 200."""
+
 RESUMABLE_PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 
 
