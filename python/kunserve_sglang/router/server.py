@@ -70,7 +70,8 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
         connections = InstanceConnections()
         control.on_gone = lambda instance: connections.abort(instance.url)
         async with open_session() as session, asyncio.TaskGroup() as tasks:
-            app = build_app(config, control, traffic, session, connections)
+            follows = saved is not None
+            app = build_app(config, control, traffic, session, connections, follows=follows)
             http = HttpServer(app)
             watch = HealthWatch(control.registry, session, config.api_key)
             background = [tasks.create_task(control.run()), tasks.create_task(watch.run())]

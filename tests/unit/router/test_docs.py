@@ -85,7 +85,9 @@ def test_every_route_is_described(tmp_path: Path) -> None:
         traffic = Traffic(control.registry, config.cluster)
         try:
             async with open_session() as session:
-                app = build_app(config, control, traffic, session, InstanceConnections())
+                app = build_app(
+                    config, control, traffic, session, InstanceConnections(), follows=False
+                )
         finally:
             control.close()
         return {

@@ -38,6 +38,7 @@ _RETRY_AFTER_S = 1
 Code = Literal[
     "admin_key_required",
     "api_key_required",
+    "bad_idempotency_key",
     "bad_json",
     "bad_limit",
     "bad_path",
@@ -49,6 +50,7 @@ Code = Literal[
     "drain_timeout",
     "foreign_site",
     "headers_too_large",
+    "idempotency_key_reused",
     "instance_failed",
     "internal_error",
     "invalid_field",
@@ -67,6 +69,7 @@ Code = Literal[
     "queue_full",
     "queue_timeout",
     "read_key_required",
+    "request_under_way",
     "router_stopping",
     "stream_lost",
     "trace_running",
