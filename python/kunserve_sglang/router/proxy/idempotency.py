@@ -113,8 +113,8 @@ class IdempotencyKeys:
         if keyed is None:
             return
         del self._under_way[keyed.name]
-        self._made_by.pop(keyed.name, None)
         if keyed.at is not None and request.ended and request.status == 200:
+            self._made_by.pop(keyed.name, None)  # the latest is the last
             self._made_by[keyed.name] = keyed.at.number
             if len(self._made_by) > _KNOWN:
                 del self._made_by[next(iter(self._made_by))]
