@@ -23,14 +23,9 @@ from kunserve_sglang.core.kept_answers import (
     AnswerName,
     KeptAnswer,
 )
-from kunserve_sglang.core.resumption import ERROR_EVENT
-from kunserve_sglang.sglang_seam.listening import Listener
+from kunserve_sglang.sglang_seam.shared_answer import SharedAnswer
 
 logger = logging.getLogger(__name__)
-
-_BYTES_PER_PIECE = 64
-_BYTES_PER_ANSWER = 4096
-"""What an answer and each of its pieces take in memory besides their bytes."""
 
 
 class KeptAnswers:
@@ -47,7 +42,7 @@ class KeptAnswers:
         self._key = key.encode()
         self._limit = limit
         self._kept_s = kept_s
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, SharedAnswer] = {}
         self._making: set[asyncio.Task[None]] = set()
         self.used = 0
 
@@ -87,18 +82,16 @@ class KeptAnswers:
 
     # --- making one ---
 
-    def _begin(self, wanted: AnswerName, scope: Scope, body: bytes) -> _Answer:
+    def _begin(self, wanted: AnswerName, scope: Scope, body: bytes) -> SharedAnswer:
         if (other := self._answers.get(wanted.name)) is not None:
             self._forget(other)
-        answer = self._answers[wanted.name] = _Answer(wanted, body)
-        self.used += answer.size
-        self._make_room(answer)
+        answer = self._answers[wanted.name] = SharedAnswer(wanted, body)
         task = asyncio.create_task(self._make(answer, scope))
         self._making.add(task)
         task.add_done_callback(self._making.discard)
         return answer
 
-    async def _make(self, answer: _Answer, scope: Scope) -> None:
+    async def _make(self, answer: SharedAnswer, scope: Scope) -> None:
         async def send(message: Message) -> None:
             await self._made(answer, message)
 
@@ -112,22 +105,22 @@ class KeptAnswers:
             self._forget(answer)
             answer.end()
 
-    async def _made(self, answer: _Answer, message: Message) -> None:
+    async def _made(self, answer: SharedAnswer, message: Message) -> None:
         """A further piece of an answer."""
-        size = answer.add(message)
-        if answer.kept:
-            answer.size += size
-            self.used += size
-            if answer.unfit:
-                self._forget(answer)
-            else:
-                self._make_room(answer)
+        answer.add(message)
+        if answer.unfit:
+            self._forget(answer)
+        elif answer.kept:
+            self._make_room(answer)
         if answer.whole and answer.kept and not answer.listeners:
             self._expire(answer)  # from now on, however long it has taken
         if not answer.kept:
             await answer.taken()
 
-    def _make_room(self, answer: _Answer) -> None:
+    def _make_room(self, answer: SharedAnswer) -> None:
+        """For one that has grown."""
+        self.used += answer.size - answer.counted
+        answer.counted = answer.size
         if self.used <= self._limit:
             return
         for other in [a for a in self._answers.values() if a.whole and a is not answer]:
@@ -138,11 +131,13 @@ class KeptAnswers:
 
     # --- keeping it ---
 
-    async def _listen(self, answer: _Answer, receive: Receive, send: Send) -> None:
+    async def _listen(self, answer: SharedAnswer, receive: Receive, send: Send) -> None:
         """Send all of it, unless who waits for it is gone."""
         if answer.timer is not None:
             answer.timer.cancel()
         listener = answer.listener()
+        if answer.kept:
+            self._make_room(answer)
         watching = asyncio.create_task(_until_left(receive))
         watching.add_done_callback(lambda _: listener.leave())
         try:
@@ -155,99 +150,30 @@ class KeptAnswers:
             if not answer.listeners:
                 self._nobody_listens(answer)
 
-    def _nobody_listens(self, answer: _Answer) -> None:
+    def _nobody_listens(self, answer: SharedAnswer) -> None:
         if answer.kept:
             self._expire(answer)
-        elif not answer.whole:
+        else:
             answer.give_up()
 
-    def _expire(self, answer: _Answer) -> None:
+    def _expire(self, answer: SharedAnswer) -> None:
         """If nobody asks for it until then."""
         if answer.timer is not None:
             answer.timer.cancel()
-        answer.timer = asyncio.get_running_loop().call_later(self._kept_s, self._over, answer)
+        answer.timer = asyncio.get_running_loop().call_later(self._kept_s, self._forget, answer)
 
-    def _over(self, answer: _Answer) -> None:
-        self._forget(answer)
-        if not answer.whole:
-            answer.give_up()
-
-    def _forget(self, answer: _Answer) -> None:
-        """Who listens already gets the rest all the same."""
+    def _forget(self, answer: SharedAnswer) -> None:
+        """Who listens already gets the rest all the same; if nobody does, there need be none."""
         if not answer.kept:
             return
         answer.kept = False
-        answer.pieces.clear()
-        self.used -= answer.size
+        answer.recording.clear()
+        self.used -= answer.counted
         del self._answers[answer.name]
         if answer.timer is not None:
             answer.timer.cancel()
-
-
-class _Answer:
-    """One answer: as far as it has been made, and who waits for it.
-
-    `kept` as long as others can have it from its beginning. `unfit` says that it should not be.
-    """
-
-    def __init__(self, wanted: AnswerName, body: bytes) -> None:
-        self.name, self.request = wanted.name, wanted.request
-        self.listeners: set[Listener] = set()
-        self.pieces: list[Message] = []
-        self.size = _BYTES_PER_ANSWER
-        self.kept = True
-        self.whole = self.unfit = False
-        self.failure: Exception | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self._body: bytes | None = body
-        self._given_up = asyncio.Event()
-
-    async def receive(self) -> Message:
-        """What its maker gets to know of a client: the request, and that it is given up."""
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._given_up.wait()
-        return {"type": "http.disconnect"}
-
-    def add(self, message: Message) -> int:
-        """Returns the bytes of memory that it takes."""
-        size = _BYTES_PER_PIECE
-        if message["type"] == "http.response.start":
-            self.unfit = message["status"] != 200
-            size += sum(len(name) + len(value) for name, value in message["headers"])
-        else:
-            body = message.get("body", b"")
-            size += len(body)
-            self.unfit = self.unfit or ERROR_EVENT in bytes(body)
-            self.whole = not message.get("more_body", False)
-        if self.kept:
-            self.pieces.append(message)
-        for listener in self.listeners:
-            listener.tell(message)
-        if self.whole:
-            self.end()
-        return size
-
-    def listener(self) -> Listener:
-        """A further one, who gets all of it."""
-        listener = Listener(self.pieces, ended=self.whole)
-        self.listeners.add(listener)
-        return listener
-
-    def end(self) -> None:
-        """There is nothing to come."""
-        for listener in self.listeners:
-            listener.end()
-
-    def give_up(self) -> None:
-        """As if its client had left."""
-        self._given_up.set()
-
-    async def taken(self) -> None:
-        """Until all who listen have it: nobody could have it later."""
-        for listener in list(self.listeners):
-            await listener.taken()
+        if not answer.listeners:
+            answer.give_up()
 
 
 async def _whole_body(receive: Receive) -> bytes | None:

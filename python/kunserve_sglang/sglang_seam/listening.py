@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from starlette.types import Message, Send
 
 
 class Listener:
-    """Sends what it is told, in order; it may be told faster than it sends."""
+    """Sends what was before and then what it is told, in order; it may be told faster than that."""
 
-    def __init__(self, told: Iterable[Message], *, ended: bool) -> None:
+    def __init__(self, before: Iterator[Message], *, ended: bool) -> None:
         self.left = False
-        self._told = list(told)
+        self._before = before
+        self._told: list[Message] = []
         self._ended = ended
         self._changed = asyncio.Event()
         self._changed.set()
@@ -40,13 +41,13 @@ class Listener:
     async def listen(self, send: Send) -> None:
         """Until the end of it, or until its client has left."""
         try:
+            await self._pass_on(self._before, send)
             while not self.left:
                 await self._changed.wait()
                 self._changed.clear()
                 while self._told and not self.left:
                     told, self._told = self._told, []
-                    for message in told:
-                        await send(message)
+                    await self._pass_on(told, send)
                 if self._ended:
                     return
                 self._idle.set()
@@ -56,3 +57,9 @@ class Listener:
     async def taken(self) -> None:
         """Until it has sent what it was told, or its client has left."""
         await self._idle.wait()
+
+    async def _pass_on(self, messages: Iterable[Message], send: Send) -> None:
+        for message in messages:
+            if self.left:
+                return
+            await send(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -12,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from kunserve_sglang.core.kept_answers import ANSWER_HEADER, ANSWERS_PATH, AnswerName, KeptAnswer
+from kunserve_sglang.sglang_seam import recording
 from kunserve_sglang.sglang_seam.kept_answers import KeptAnswers
 
 KEY = "the admin key"
@@ -173,6 +175,58 @@ def test_an_answer_is_made_once_and_given_to_who_comes_later() -> None:
     play(scene())
 
 
+def test_who_comes_in_the_middle_of_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it in order, however much is sent meanwhile."""
+    monkeypatch.setattr(recording, "_PIECE", 100)
+
+    async def scene() -> None:
+        it = Scene()
+        first, whole = it.ask(), b""
+        rng = random.Random(1)
+        comers = []
+        for _ in range(200):
+            chunk = rng.choice((b"z" * 500, rng.randbytes(50), whole[-300:])) or b"a"
+            whole += chunk
+            it.endpoint.give(chunk)
+            if rng.random() < 0.1:
+                comers.append(it.ask())
+                comers[-1].reads.clear()
+            for comer in comers:
+                if rng.random() < 0.1:
+                    comer.reads.set()
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+        it.endpoint.give(b"")
+        for comer in comers:
+            comer.reads.set()
+        comers.append(it.ask())
+        await asyncio.gather(first.task, *(comer.task for comer in comers))
+        assert len(comers) > 10
+        assert {comer.got for comer in (first, *comers)} == {whole}
+        assert await it.knows()
+
+    play(scene())
+
+
+def test_what_repeats_itself_takes_little() -> None:
+    """As streams of `/generate`, whose events have all of the text so far."""
+
+    async def scene() -> None:
+        it = Scene()
+        rng = random.Random(2)
+        text = b"".join(b"%x " % rng.randrange(1 << 20) for _ in range(1000))
+        events = [b"data: %b\n\n" % text[: n * 6] for n in range(1000)]
+        connection = it.ask()
+        it.endpoint.give(*events, b"")
+        await connection.task
+        assert len(connection.got) > 20 * it.app.used
+        late = it.ask()
+        await late.task
+        assert late.got == b"".join(events)
+
+    play(scene())
+
+
 def test_a_client_that_has_left_is_waited_for_by_nobody() -> None:
     async def scene() -> None:
         it = Scene()
@@ -244,11 +298,12 @@ def test_one_that_somebody_waits_for_is_not_given_up() -> None:
 
 def test_the_oldest_whole_answers_make_room() -> None:
     async def scene() -> None:
-        it = Scene(limit=3 * 5000)
+        it = Scene(limit=30_000)
+        it.endpoint.answer = lambda: Response(random.randbytes(5000))
         names = [msgspec.structs.replace(NAME, name=str(n)) for n in range(4)]
         for name in names:
-            await it.whole(name)
-            assert it.app.used <= 3 * 5000
+            await it.ask(name).task
+            assert it.app.used <= 30_000
         kept = [(await it.about("GET", name))[0] for name in names]
         assert kept == [404, 200, 200, 200]
 
@@ -257,10 +312,10 @@ def test_the_oldest_whole_answers_make_room() -> None:
 
 def test_what_does_not_fit_goes_through_at_the_pace_of_its_client() -> None:
     async def scene() -> None:
-        it = Scene(limit=6000)
+        it = Scene(limit=200_000)  # most of it is for packing them
         connection = it.ask()
         connection.reads.clear()
-        large = [b"%d" % n * 1000 for n in range(9)]
+        large = [random.randbytes(10_000) for _ in range(9)]
         it.endpoint.give(*large, b"")
         await eventually(lambda: _false(it.knows()))
         await soon(lambda: it.endpoint.chunks.qsize() < 9)
@@ -287,6 +342,22 @@ def test_what_does_not_fit_ends_with_its_connection() -> None:
         await connection.gets(WHOLE[0])
         await connection.lose()
         await soon(lambda: it.endpoint.left == 1)
+
+    play(scene())
+
+
+def test_what_does_not_fit_any_more_is_made_for_nobody() -> None:
+    async def scene() -> None:
+        it = Scene(limit=200_000)
+        connection = it.ask()
+        it.endpoint.give(WHOLE[0])
+        await connection.gets(WHOLE[0])
+        await connection.lose()
+        assert await it.knows()
+        it.endpoint.give(*(random.randbytes(10_000) for _ in range(9)))
+        await soon(lambda: it.endpoint.left == 1)
+        assert not await it.knows()
+        assert it.app.used == 0
 
     play(scene())
 
