@@ -101,6 +101,31 @@ def test_whatever_it_asks_for(talking_pair: ScriptedCluster, seed: int) -> None:
             assert alike(wanted, had), f"{_told(script, rid, count)}\n{wanted}\n{had}"
 
 
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda s: f"seed-{s}")
+def test_whoever_asks_for_it_again(talking_pair: ScriptedCluster, seed: int) -> None:
+    """The router ends anywhere in a stream, and the next one gets all of that stream."""
+    rng = random.Random(seed)
+    scripts = [_streams(script) for script in calling_scripts(seed)]
+    played = [_events(output) for output in talking_pair.play(scripts)]
+    lost = [{rid: rng.randrange(1, len(e) + 1) for rid, e in p.items() if e} for p in played]
+    again = talking_pair.play([_lost(s, c) for s, c in zip(scripts, lost, strict=True)])
+    for script, whole, counts, output in zip(scripts, played, lost, again, strict=True):
+        got = _events(output)
+        for rid, count in counts.items():
+            wanted, had = _by_choice(whole[rid]), _by_choice(got[rid])
+            assert alike(wanted, had), f"{_told(script, rid, count)}\n{wanted}\n{had}"
+            assert [len(r) for r, _ in got[rid]] == [len(r) for r, _ in whole[rid]]
+
+
+def _lost(script: Script, counts: dict[str, int]) -> Script:
+    """Each call, of a router that ends after so many of its events."""
+    return [
+        (step, Call(call.rid, call.endpoint, call.body, Journaled(lost_after=counts[call.rid])))
+        for step, call in script
+        if isinstance(call, Call) and call.rid in counts
+    ]
+
+
 def _streams(script: Script) -> Script:
     """Its calls, all as streams with journals."""
     calls = [(step, action) for step, action in script if isinstance(action, Call)]
