@@ -167,7 +167,7 @@ class KeptAnswers:
         if not answer.kept:
             return
         answer.kept = False
-        answer.recording.clear()
+        answer.transcript.clear()
         self.used -= answer.counted
         del self._answers[answer.name]
         if answer.timer is not None:

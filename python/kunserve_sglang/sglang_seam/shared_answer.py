@@ -11,7 +11,7 @@ from starlette.types import Message
 from kunserve_sglang.core.kept_answers import AnswerName
 from kunserve_sglang.core.resumption import ERROR_EVENT
 from kunserve_sglang.sglang_seam.listening import Listener
-from kunserve_sglang.sglang_seam.recording import Recording
+from kunserve_sglang.sglang_seam.transcript import Transcript
 
 _BYTES_PER_ANSWER = 4096
 """What an answer takes in memory besides what was sent of it."""
@@ -27,7 +27,7 @@ class SharedAnswer:
     def __init__(self, wanted: AnswerName, body: bytes) -> None:
         self.name, self.request = wanted.name, wanted.request
         self.listeners: set[Listener] = set()
-        self.recording = Recording()
+        self.transcript = Transcript()
         self.counted = 0
         self.kept = True
         self.whole = self.unfit = False
@@ -47,7 +47,7 @@ class SharedAnswer:
 
     @property
     def size(self) -> int:
-        return _BYTES_PER_ANSWER + self.recording.size
+        return _BYTES_PER_ANSWER + self.transcript.size
 
     def add(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -58,11 +58,11 @@ class SharedAnswer:
             self.unfit = self.unfit or ERROR_EVENT in body
             self.whole = not message.get("more_body", False)
             if self.kept and body:
-                self.recording.add(body)
+                self.transcript.add(body)
         for listener in self.listeners:
             listener.tell(message)
         if self.whole:
-            self.recording.end()
+            self.transcript.end()
             self.end()
 
     def listener(self) -> Listener:
@@ -74,7 +74,7 @@ class SharedAnswer:
     def _so_far(self) -> Iterator[Message]:
         """What has been sent until now, whatever comes meanwhile."""
         start = [] if self._start is None else [self._start]
-        pieces = (_body(piece, more=True) for piece in self.recording.so_far())
+        pieces = (_body(piece, more=True) for piece in self.transcript.so_far())
         return chain(start, pieces, [_body(b"", more=False)] if self.whole else [])
 
     def end(self) -> None:

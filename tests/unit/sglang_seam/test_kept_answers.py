@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from kunserve_sglang.core.kept_answers import ANSWER_HEADER, ANSWERS_PATH, AnswerName, KeptAnswer
-from kunserve_sglang.sglang_seam import recording
+from kunserve_sglang.sglang_seam import transcript
 from kunserve_sglang.sglang_seam.kept_answers import KeptAnswers
 
 KEY = "the admin key"
@@ -177,7 +177,7 @@ def test_an_answer_is_made_once_and_given_to_who_comes_later() -> None:
 
 def test_who_comes_in_the_middle_of_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it in order, however much is sent meanwhile."""
-    monkeypatch.setattr(recording, "_PIECE", 100)
+    monkeypatch.setattr(transcript, "_PIECE", 100)
 
     async def scene() -> None:
         it = Scene()

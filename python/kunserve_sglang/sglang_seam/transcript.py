@@ -12,12 +12,12 @@ _WINDOW_BITS = 15
 
 _BYTES_PER_PART = 64
 _BYTES_AT_WORK = 160 << 10
-"""What a recording takes that is not at its end, by the formula of zlib's manual."""
+"""What a transcript takes that is not at its end, by the formula of zlib's manual."""
 
 _PIECE = 64 << 10
 
 
-class Recording:
+class Transcript:
     """Bytes as they come. `size` is what it takes in memory."""
 
     def __init__(self) -> None:
