@@ -114,8 +114,7 @@ class KeptAnswers:
             self._make_room(answer)
         if answer.whole and answer.kept and not answer.listeners:
             self._expire(answer)  # from now on, however long it has taken
-        if not answer.kept:
-            await answer.taken()
+        await answer.taken()
 
     def _make_room(self, answer: SharedAnswer) -> None:
         """For one that has grown."""

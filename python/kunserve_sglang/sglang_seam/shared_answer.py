@@ -87,7 +87,7 @@ class SharedAnswer:
         self._given_up.set()
 
     async def taken(self) -> None:
-        """Until all who listen have it: nobody could have it later."""
+        """Until all who listen have it: whoever reads slowly must not make it pile up here."""
         for listener in list(self.listeners):
             await listener.taken()
 
