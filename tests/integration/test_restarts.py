@@ -95,6 +95,7 @@ def test_a_router_that_is_killed_comes_back_to_the_cluster_as_it_was(
     idle = computed(client)
     undisturbed = {name: ask(client) for name, ask in asks.items()}
     by_themselves = computed(client) - idle
+    assert by_themselves["generation_tokens"] >= TOKENS * len(asks)
     wait_for(lambda: client.modes() == {"cooperative"}, about=client.status)
     before = {i["id"]: (i["epoch"], i["group"], i["layers"]) for i in client.status()["instances"]}
     (router,) = (
