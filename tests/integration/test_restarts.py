@@ -138,7 +138,7 @@ def computed(client: Client) -> Counter[str]:
     """What instances have done for requests until now."""
     counted: Counter[str] = Counter()
     for line in client.call("GET", "/metrics")[1].splitlines():
-        for name in ("num_requests", "num_aborted_requests", "generation_tokens"):
+        for name in ("num_requests", "generation_tokens"):
             if line.startswith(f"sglang:{name}_total{{"):
                 counted[name] += int(float(line.rsplit(" ", 1)[1]))
     return counted
