@@ -18,6 +18,8 @@ from types import MappingProxyType
 from typing import Any
 
 from fastapi import HTTPException
+from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
@@ -263,6 +265,9 @@ class Frontend:
             yield answer.model_dump()
 
     async def _handled(self, endpoint: str, body: dict[str, Any]) -> Any:
+        if endpoint == "messages":
+            asked = AnthropicMessagesRequest(**body)
+            return await AnthropicServing(self._chat).handle_messages(asked, _Connection())
         if endpoint == "chat":
             request = ChatCompletionRequest(**body)
             return await self._chat.handle_request(request, _Connection())

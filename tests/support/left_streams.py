@@ -49,18 +49,20 @@ def events_of(output: dict[str, Output]) -> dict[str, list[Event]]:
 
 
 def _event(block: bytes) -> Event:
-    *comments, data = block.split(b"\n")
-    assert all(comment.startswith(COMMENT) for comment in comments), block
-    records = [comment.removeprefix(COMMENT) for comment in comments]
+    records = []
+    while block.startswith(COMMENT):
+        record, _, block = block.partition(b"\n")
+        records.append(record.removeprefix(COMMENT))
     assert NOT_RESUMABLE not in records
-    return records, data
+    assert COMMENT not in block
+    return records, block
 
 
 def events_by_choice(events: list[Event]) -> dict[int, list[Any]]:
     """Choices of one answer come in an order of their own in each run."""
     found: dict[int, list[Any]] = {}
     for _, data in events:
-        text = data.removeprefix(b"data: ")
+        text = data.rpartition(b"data: ")[2]  # some have names as well
         event = text if text == b"[DONE]" else json.loads(text)
         choices = event.get("choices") if isinstance(event, dict) else None
         where = event.get("index", -1) if isinstance(event, dict) else -1

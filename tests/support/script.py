@@ -37,9 +37,10 @@ class Journaled:
 
 @dataclass(frozen=True)
 class Call:
-    """A client calls an endpoint: `generate`, `chat` or `completions`. Needs a tokenizer.
+    """A client calls an endpoint: `generate`, `chat`, `completions` or `messages`.
 
-    A `journaled` one is a stream, and answered with the events as they go to a router.
+    Needs a tokenizer. A `journaled` one is a stream, and answered with the events as they go to a
+    router.
     """
 
     rid: str

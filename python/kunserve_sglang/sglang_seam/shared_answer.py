@@ -9,7 +9,7 @@ from itertools import chain
 from starlette.types import Message
 
 from kunserve_sglang.core.kept_answers import AnswerName
-from kunserve_sglang.core.resumption import ERROR_EVENT
+from kunserve_sglang.core.resumption import reports_error
 from kunserve_sglang.sglang_seam.listening import Listener
 from kunserve_sglang.sglang_seam.transcript import Transcript
 
@@ -55,7 +55,7 @@ class SharedAnswer:
             self.unfit = message["status"] != 200
         else:
             body = bytes(message.get("body", b""))
-            self.unfit = self.unfit or ERROR_EVENT in body
+            self.unfit = self.unfit or reports_error(body)
             self.whole = not message.get("more_body", False)
             if self.kept and body:
                 self.transcript.add(body)

@@ -19,7 +19,14 @@ from tests.support import tiny_model
 from tests.support.calls import calling_scripts
 from tests.support.cluster import ScriptedCluster
 from tests.support.identity import alike, small_cluster
-from tests.support.left_streams import all_streams, events_by_choice, events_of, left_after, told
+from tests.support.left_streams import (
+    Event,
+    all_streams,
+    events_by_choice,
+    events_of,
+    left_after,
+    told,
+)
 from tests.support.schedules import Script
 from tests.support.script import Call, Journaled
 
@@ -46,9 +53,37 @@ def test_calls_of_tools(parsing: ScriptedCluster) -> None:
     (whole,) = (events_of(output) for output in parsing.play([script]))
     kinds = {rid: {n for _, d in e for n in _delta(d)} for rid, e in whole.items()}
     assert kinds == {"called": {"role", "tool_calls"}, "said": {"role", "content"}}
-    for part in range(1, 8):
-        counts = {rid: len(events) * part // 8 for rid, events in whole.items()}
-        (output,) = parsing.play([left_after(script, whole, counts)])
+    _goes_on(parsing, script, whole)
+
+
+def test_messages(parsing: ScriptedCluster) -> None:
+    """Of Anthropic's API: several events belong to one record, and some records to none."""
+    script: Script = [(0, _message(limit)) for limit in (1, 12, 30)]
+    (whole,) = (events_of(output) for output in parsing.play([script]))
+    for events in whole.values():
+        names = [data.partition(b"\n")[0].removeprefix(b"event: ") for _, data in events]
+        assert names[:2] == [b"message_start", b"content_block_start"]
+        assert names[-3:] == [b"content_block_stop", b"message_delta", b"message_stop"]
+    _goes_on(parsing, script, whole)
+
+
+def _message(tokens: int) -> Call:
+    body = {
+        "messages": [{"role": "user", "content": "say something"}],
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "stream": True,
+    }
+    return Call(f"{tokens} tokens", "messages", body, Journaled())
+
+
+def _goes_on(
+    cluster: ScriptedCluster, script: Script, whole: dict[str, list[Event]], parts: int = 8
+) -> None:
+    """Wherever they are left, the streams of its only member go on as they did by themselves."""
+    for part in range(1, parts):
+        counts = {rid: len(events) * part // parts for rid, events in whole.items()}
+        (output,) = cluster.play([left_after(script, whole, counts)])
         for rid, events in events_of(output).items():
             got = [*whole[rid][: counts[rid]], *events]
             assert alike(events_by_choice(whole[rid]), events_by_choice(got)), (rid, counts[rid])
@@ -87,12 +122,7 @@ def test_what_was_thought(thinking: ScriptedCluster) -> None:
         "at once": both,
         "without": said,
     }
-    for part in range(1, 8):
-        counts = {rid: len(events) * part // 8 for rid, events in whole.items()}
-        (output,) = thinking.play([left_after(script, whole, counts)])
-        for rid, events in events_of(output).items():
-            got = [*whole[rid][: counts[rid]], *events]
-            assert alike(events_by_choice(whole[rid]), events_by_choice(got)), (rid, counts[rid])
+    _goes_on(thinking, script, whole)
 
 
 def _thought(rid: str, budget: int, **asks: Any) -> Call:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kunserve_sglang.core.resumption import ERROR_EVENT
+from kunserve_sglang.core.resumption import reports_error
 from kunserve_sglang.policy.transition_request import Outcome
 from tests.support.calls import calling_scripts
 from tests.support.cluster import ScriptedCluster
@@ -84,7 +84,7 @@ def test_a_stream_that_another_goes_on_with(drawing: ScriptedCluster, seed: int)
     played = [events_of(output) for output in drawing.play(scripts)]
     left = [{rid: rng.randrange(1, len(e)) for rid, e in p.items() if e} for p in played]
     assert sum(map(len, left)) > 5
-    assert not [data for p in played for e in p.values() for _, data in e if ERROR_EVENT in data]
+    assert not [data for p in played for e in p.values() for _, data in e if reports_error(data)]
     again = drawing.play(
         [left_after(s, p, c) for s, p, c in zip(scripts, played, left, strict=True)]
     )

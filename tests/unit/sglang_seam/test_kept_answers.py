@@ -375,13 +375,14 @@ def test_what_was_refused_may_be_tried_again(status: int) -> None:
     play(scene())
 
 
-def test_a_stream_that_has_failed_may_be_tried_again() -> None:
+@pytest.mark.parametrize("error", [b'data: {"error": {}}\n\n', b"event: error\ndata: {}\n\n"])
+def test_a_stream_that_has_failed_may_be_tried_again(error: bytes) -> None:
     async def scene() -> None:
         it = Scene()
         first = it.ask()
-        it.endpoint.give(WHOLE[0], b'data: {"error": {"message": "no"}}\n\n', b"")
+        it.endpoint.give(WHOLE[0], error, b"")
         await first.task
-        assert first.got.endswith(b'"no"}}\n\n')
+        assert first.got == WHOLE[0] + error
         assert first.whole
         assert not await it.knows()
         assert (await it.whole()).got == b"".join(WHOLE)

@@ -129,9 +129,15 @@ def error_answer(
     return json_answer(ErrorAnswer(error=detail), status, headers)
 
 
-def error_event(status: int, code: Code, message: str) -> bytes:
-    """The last event of a stream that does not come to its end, wherever it stands."""
+def error_event(path: str, status: int, code: Code, message: str) -> bytes:
+    """The last event of a stream that does not come to its end, wherever it stands.
+
+    As the API of this path has it: clients of Anthropic's go by the names of events.
+    """
     detail = ErrorDetail(message=message, type=ERROR_TYPES[status], code=code)
+    if path == "/v1/messages":
+        named = msgspec.json.encode({"type": "error", "error": detail})
+        return b"\n\nevent: error\ndata: %b\n\n" % named
     return b"\n\ndata: %b\n\n" % msgspec.json.encode(ErrorAnswer(error=detail))
 
 

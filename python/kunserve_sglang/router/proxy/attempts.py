@@ -117,9 +117,9 @@ class Attempts:
         why = self.lost[-1] if self.lost else "its instance leaves"
         return f"{why}, and no other can take the request"
 
-    def last_event(self) -> bytes:
+    def last_event(self, request: ClientRequest) -> bytes:
         """For a stream that cannot go on."""
-        return error_event(502, "stream_lost", self.why_lost())
+        return error_event(request.scope["path"], 502, "stream_lost", self.why_lost())
 
 
 def _among(instances: list[Instance], instance: Instance) -> bool:

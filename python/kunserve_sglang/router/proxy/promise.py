@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kunserve_sglang.core.resumption import ERROR_EVENT, RESUMABLE_PATHS
+from kunserve_sglang.core.resumption import RESUMABLE_PATHS, reports_error
 from kunserve_sglang.policy.service_level import ServiceLevel
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.proxy.attainment import Attainment
@@ -12,7 +12,7 @@ from kunserve_sglang.router.proxy.busy import QUEUE_FULL
 from kunserve_sglang.router.proxy.latency import StreamTimer
 from kunserve_sglang.router.proxy.slo_headers import read_slo
 
-_JUDGED = RESUMABLE_PATHS | {"/v1/messages", "/v1/responses", "/invocations"}
+_JUDGED = RESUMABLE_PATHS | {"/v1/responses", "/invocations"}
 """Calls whose answers are made of tokens, and tell: they come as events, or with their number."""
 
 _COUNTS = {
@@ -45,7 +45,7 @@ class Promise:
 
     def first_chunk(self, ttft_s: float, chunk: bytes) -> None:
         """Of an answer that is streamed."""
-        if ERROR_EVENT in chunk:
+        if reports_error(chunk):
             self._refused(chunk)
             return
         limit = self._attainment.limits(self._level, self.prompt).ttft_ms if self._open else None

@@ -229,13 +229,14 @@ class Proxy:
             return
         self.stats.cut += 1
         if request.streams:
-            request.write(error_event(503, "router_stopping", "the router is stopping"))
+            path, why = request.scope["path"], "the router is stopping"
+            request.write(error_event(path, 503, "router_stopping", why))
 
     def _cut_off(self, request: ClientRequest, attempts: Attempts) -> None:
         """Too late for another answer: a stream says so, and the connection is closed."""
         self.stats.cut += 1
         if request.streams:
-            request.write(attempts.last_event())
+            request.write(attempts.last_event(request))
 
     def _settled(
         self, relay: Relay, instance: Instance, request: ClientRequest, attempts: Attempts
