@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from kunserve_sglang.core.fault_points import POINTS
 from tests.support.background import Background
 from tests.support.keeping_server import (
     DONE,
@@ -112,6 +114,24 @@ def test_what_was_under_way_is_there_for_who_asks_again(scene: Scene) -> None:
     assert scene.runs == dict.fromkeys(texts, 1)
     assert scene.steps == dict.fromkeys(texts, 3)
     assert scene.left == []
+
+
+@pytest.mark.parametrize("kind", ["crash", "hang"])
+@pytest.mark.parametrize("point", sorted(name for name in POINTS if name.startswith("proxy.")))
+def test_wherever_it_ends_or_stands_still(scene: Scene, point: str, kind: str) -> None:
+    scene.router.end()
+    process = scene.router.start(f"{point}:{kind}:1")
+    connection = scene.ask(STREAMS[0])
+    scene.go(STREAMS[0])
+    wanted = psutil.STATUS_STOPPED if kind == "hang" else psutil.STATUS_ZOMBIE
+    until(lambda: process.status() == wanted)
+    scene.router.end()
+    breaks_off(connection)
+    scene.router.start()
+    again = scene.ask(STREAMS[0])
+    scene.go(STREAMS[0], steps=3)
+    assert answer(again) == whole_stream(STREAMS[0])
+    assert scene.runs == {STREAMS[0]: 1}
 
 
 def test_the_router_after_the_next_one_knows_them_too(scene: Scene) -> None:
