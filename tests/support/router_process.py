@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 from tests.support.background import Background
 from tests.support.mock_instance import MockInstance

@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from kunserve_sglang.core import faults
-from kunserve_sglang.core.choices import OverloadPolicy
 from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.fault_points import POINTS
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, Faults, ProcessEffects, faults_in
