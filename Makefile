@@ -6,16 +6,19 @@ RUN := .venv/bin/python
 TYPED := python/kunserve_sglang scripts $(if $(wildcard benchmark/*.py),benchmark)
 
 .DEFAULT_GOAL := help
-.PHONY: help env wheels demo test browser lint types format freeze clean
+.PHONY: help env wheels manifests demo test browser lint types format freeze clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## create or update .venv (DEVICE=cuda: for GPUs)
 	@$(PYTHON) scripts/setup_env.py $(if $(DEVICE),--device $(DEVICE))
 
 wheels: env ## build into dist/ what installs without a checkout
 	@$(RUN) scripts/build_wheels.py
+
+manifests: env ## write deploy/kubernetes anew from the Helm chart
+	@$(RUN) scripts/render_manifests.py
 
 demo: env ## a burst on two instances, with and without KunServe
 	@$(RUN) -m benchmark.demo $(ARGS)

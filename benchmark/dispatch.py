@@ -31,7 +31,7 @@ from benchmark.noise import Noise
 from benchmark.program import ROOT, SGLANG_FLAGS, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import describe_machine, dumps
-from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.core.choices import DispatchPolicy
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 
 _COUNTERS = ("kunserve:prompt_tokens_total", "kunserve:predicted_hit_tokens_total")

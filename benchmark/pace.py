@@ -14,8 +14,9 @@ from benchmark.prompts import PromptSource
 from benchmark.rounds import median, requests, send
 from benchmark.workload import Request, Shape
 from kunserve_sglang import simulation
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.cost_model import CostModel
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.simulation import Profile
 from kunserve_sglang.simulation.cluster_profile import HostCost, StepCost
 from kunserve_sglang.simulation.traces import TraceRow

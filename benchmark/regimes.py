@@ -22,8 +22,9 @@ from rich.console import Console
 
 from benchmark.checks import check, conclude
 from benchmark.program import ROOT, flags_of, run_program
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.policy.service_level import ServiceLevel, times_of
 from kunserve_sglang.simulation import Profile, SimulatedCluster, load_profile
 from kunserve_sglang.simulation.job import Job

@@ -32,8 +32,9 @@ from benchmark.simulator_picture import draw
 from benchmark.traces import to_requests
 from benchmark.workload import Request, Workload
 from kunserve_sglang import simulation
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.simulation import Profile, SimulationResult, load_profile
 from kunserve_sglang.simulation.traces import TraceRow, load_trace, multiply, scale, window
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions

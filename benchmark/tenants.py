@@ -31,8 +31,8 @@ from benchmark.report import describe_machine
 from benchmark.router_report import quantile
 from benchmark.virtual_time import VirtualTimeLoop
 from kunserve_sglang.control.registry import Registry
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import Status
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.tenants import DEFAULT_TENANT, read_tenants
 from kunserve_sglang.policy.dispatch import lmetric
 from kunserve_sglang.router.http.client_request import ClientRequest, Connection

@@ -15,8 +15,9 @@ import psutil
 from kunserve_sglang.api.client import RouterClient
 from kunserve_sglang.api.errors import CallError
 from kunserve_sglang.api.types import ClusterStatus, WorkerBody
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 from kunserve_sglang.testing.cluster import ClusterError, log_tail
 

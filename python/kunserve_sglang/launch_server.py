@@ -11,8 +11,8 @@ import sys
 from typing import NoReturn
 
 from kunserve_sglang.api.errors import CallError
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.flags import add_flags, read_flags, secret_values
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.launch.ending import end_with
 from kunserve_sglang.launch.options import (
     SERVER_FLAGS,

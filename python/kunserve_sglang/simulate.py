@@ -17,9 +17,10 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import add_flags, read_flags
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 
 try:
     from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult, load_profile

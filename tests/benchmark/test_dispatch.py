@@ -17,7 +17,7 @@ from benchmark.checks import Check
 from benchmark.conversations import Conversation, Mix, Turn, conversations, hold
 from benchmark.dispatch import checks, row, summarise
 from benchmark.prompts import PromptSource
-from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.core.choices import DispatchPolicy
 from tests.support.serving import serving
 
 MIX = Mix(

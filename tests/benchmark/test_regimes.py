@@ -9,7 +9,7 @@ import pytest
 from benchmark import regimes
 from benchmark.program import ROOT
 from benchmark.regimes import POLICIES, REGIMES, Regime, Row
-from kunserve_sglang.core.settings import OverloadPolicy
+from kunserve_sglang.core.choices import OverloadPolicy
 
 WRITTEN = ROOT / "benchmark" / "results" / "regimes.json"
 

@@ -58,10 +58,11 @@ def model() -> Path:
 
 @dataclass
 class Client:
-    """Plain HTTP calls to a router."""
+    """Plain HTTP calls to a router; `named` is the `Idempotency-Key` of all of them."""
 
     url: str
     key: str = ""
+    named: str = ""
     seen: dict[str, Any] = field(default_factory=dict)
 
     def call(
@@ -75,11 +76,14 @@ class Client:
             return error.code, _decode(error.read())
 
     def stream(self, path: str, body: dict[str, Any], timeout: float = 120) -> Iterator[Any]:
-        """The decoded events of one answer, as they come."""
+        """The decoded events of one answer, as they come. Raises if it breaks off."""
         with self._open("POST", path, {**body, "stream": True}, timeout) as answer:
             for line in answer:
-                if line.startswith(b"data: ") and line != b"data: [DONE]\n":
+                if line == b"data: [DONE]\n":
+                    return
+                if line.startswith(b"data: "):
                     yield json.loads(line.removeprefix(b"data: "))
+        raise ConnectionError("the stream has no end")
 
     def generate(self, prompt: str, new_tokens: int, **sampling: Any) -> dict[str, Any]:
         """One greedy completion through `/generate`."""
@@ -125,6 +129,8 @@ class Client:
         )
         if self.key:
             request.add_header("Authorization", f"Bearer {self.key}")
+        if self.named:
+            request.add_header("Idempotency-Key", self.named)
         answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
         return answer
 

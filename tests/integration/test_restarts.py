@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions, log_tail
 from tests.integration.conftest import BUDGET, FLAGS, Client
-from tests.integration.test_losses import STREAMS, family_of, plain
+from tests.integration.test_losses import STREAMS, TOKENS, family_of, plain
 from tests.support.waiting import until
 
 PROMPTS = ("The capital of France is", "Once upon a time,")
@@ -35,7 +38,7 @@ def launched(model: Path, log: Path) -> Iterator[Cluster]:
         memory_budget=BUDGET,
         overload_policy="none",
         kunserve_flags=("--dispatch", "round_robin", "--checksums"),
-        sglang_flags=FLAGS,
+        sglang_flags=(*FLAGS, "--enable-metrics"),
     )
     with Cluster(options.command, log, ready_timeout_s=400.0) as cluster:
         yield cluster
@@ -84,10 +87,15 @@ def test_one_that_is_killed_comes_back(launched: Cluster, log: Path) -> None:
 def test_a_router_that_is_killed_comes_back_to_the_cluster_as_it_was(
     launched: Cluster, log: Path
 ) -> None:
-    """Its clients lose what was under way, and nobody who comes later is turned away."""
+    """Whoever asks again gets the answer, which is computed once; and nobody is turned away."""
     client = Client(launched.url)
     expected = texts(client)
     client.drop()
+    asks = {f"{ask.__name__} {n}": partial(ask, prompt=prompt) for n, ask, prompt in ASKED}
+    idle = computed(client)
+    undisturbed = {name: ask(client) for name, ask in asks.items()}
+    by_themselves = computed(client) - idle
+    assert by_themselves["generation_tokens"] >= TOKENS * len(asks)
     wait_for(lambda: client.modes() == {"cooperative"}, about=client.status)
     before = {i["id"]: (i["epoch"], i["group"], i["layers"]) for i in client.status()["instances"]}
     (router,) = (
@@ -95,8 +103,20 @@ def test_a_router_that_is_killed_comes_back_to_the_cluster_as_it_was(
         for p in psutil.Process(launched.pid).children()
         if any("kunserve::router" in word for word in p.cmdline())
     )
-    router.kill()
-    router.wait(60)
+    idle = computed(client)
+    with ThreadPoolExecutor(len(asks) + 1) as pool:
+        named = {name: Client(launched.url, named=name.replace(" ", "-")) for name in asks}
+        lost = [pool.submit(ask, named[name]) for name, ask in asks.items()]
+        by_library = pool.submit(chat, launched.url)
+        wait_for(lambda: running(client) >= len(asks), about=client.status)
+        router.kill()
+        router.wait(60)
+        for answer in lost:
+            assert isinstance(answer.exception(60), (OSError, HTTPException)), answer
+        again = {name: pool.submit(ask, named[name]) for name, ask in asks.items()}
+        assert {name: answer.result(120) for name, answer in again.items()} == undisturbed
+        assert by_library.result(120)
+    assert computed(client) - idle == by_themselves + Counter(CHAT)
     assert texts(client) == expected
     assert both_serve(client)
     wait_for(lambda: client.modes() == {"cooperative"}, about=client.status)
@@ -105,6 +125,39 @@ def test_a_router_that_is_killed_comes_back_to_the_cluster_as_it_was(
     assert "starting the router again (1 of 5)" in log.read_text()
     client.restore()
     assert texts(client) == expected
+
+
+ASKED = [(n, ask, p) for n, p in enumerate(PROMPTS) for ask in (plain, *STREAMS)]
+
+
+def running(client: Client) -> int:
+    return sum(i["running"] for i in client.status()["instances"])
+
+
+def computed(client: Client) -> Counter[str]:
+    """What instances have done for requests until now."""
+    counted: Counter[str] = Counter()
+    for line in client.call("GET", "/metrics")[1].splitlines():
+        for name in ("num_requests", "generation_tokens"):
+            if line.startswith(f"sglang:{name}_total{{"):
+                counted[name] += int(float(line.rsplit(" ", 1)[1]))
+    return counted
+
+
+CHAT = {"num_requests": 1, "generation_tokens": TOKENS}
+
+
+def chat(url: str) -> str:
+    """By a library that asks again by itself when its connection breaks."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8) as api:
+        answer = api.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": PROMPTS[0]}],
+            max_completion_tokens=TOKENS,
+            extra_body={"ignore_eos": True},
+            extra_headers={"Idempotency-Key": "by-library"},
+        )
+    return str(answer.choices[0].message.content)
 
 
 def test_requests_outlive_the_only_instance(model: Path, tmp_path: Path) -> None:

@@ -45,8 +45,12 @@ def test_answers_are_the_same_through_two_cycles(independent: Client) -> None:
 
 
 def test_a_client_that_leaves_frees_its_slots(cluster: Client) -> None:
-    """In cooperative mode too: the stream is cut, the request aborted on its owner."""
-    for change in (cluster.drop, cluster.restore):
+    """In cooperative mode too: the stream is cut, the request aborted on its owner.
+
+    With a key, it would go on if its router had ended.
+    """
+    keyed = {"Idempotency-Key": "one-that-leaves"}
+    for change, headers in ((cluster.drop, keyed), (cluster.restore, keyed), (cluster.drop, {})):
         change()
         cluster.wait_until_idle()
         address = urlsplit(cluster.url)
@@ -57,7 +61,10 @@ def test_a_client_that_leaves_frees_its_slots(cluster: Client) -> None:
             "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
         }
         connection.request(
-            "POST", "/generate", json.dumps(body), {"Content-Type": "application/json"}
+            "POST",
+            "/generate",
+            json.dumps(body),
+            {"Content-Type": "application/json", **headers},
         )
         answer = connection.getresponse()
         assert answer.readline().startswith(b"data:")
@@ -65,6 +72,7 @@ def test_a_client_that_leaves_frees_its_slots(cluster: Client) -> None:
         answer.close()
         connection.close()
         cluster.wait_until_idle()
+    cluster.restore()
 
 
 def test_more_than_one_pool_holds_fits_after_a_drop(cluster: Client) -> None:

@@ -1,6 +1,7 @@
 """All that a client may ask for, drawn at random; a field of SGLang's that is in no list fails.
 
-Greedy answers only: others differ from run to run by themselves.
+Greedy answers only: others differ from run to run by themselves, but for those with seeds, which
+have tests of their own.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ SAMPLING_NOT_DRAWN = {
     "top_p": "greedy",
     "top_k": "greedy",
     "min_p": "greedy",
-    "sampling_seed": "greedy",
+    "sampling_seed": "greedy; a test of its own",
     "structural_tag": "as json_schema, with tags of a chat template around it",
     "stop_strs": "made of `stop`",
     "stop_regex_strs": "made of `stop_regex`",
@@ -158,7 +159,7 @@ REQUEST_NOT_DRAWN = {
     "return_sampling_mask": "says which tokens could have been drawn; greedy",
     "return_entropy": "only the frontend of SGLang's own scoring asks for it",
     "return_bytes": "read behind the scheduler",
-    "require_reasoning": "needs a parser for reasoning, which a model has",
+    "require_reasoning": "needs a parser for reasoning, which a model has; a test of its own",
     "priority": "has to be allowed by a flag, and changes who is first",
 }
 

@@ -12,9 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from kunserve_sglang.core.choices import DispatchPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
 from kunserve_sglang.core.transports import ExchangeMode, Transport
 from tests.support.controlled import READY_S, Controlled, ControlThread
 from tests.support.member_process import serve

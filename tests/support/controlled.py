@@ -15,8 +15,8 @@ from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.control_socket import ControlSocket
 from kunserve_sglang.control.coordinator import TransitionRunning
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import Attainable, TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.staging import staged
 from kunserve_sglang.policy.transition_request import REQUEST_TYPES, Outcome, RestoreRequest

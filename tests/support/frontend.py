@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
 from fastapi import HTTPException
+from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
@@ -35,20 +36,17 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.parser.template_manager import TemplateManager
 from sglang.srt.server_args import ServerArgs
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from kunserve_sglang.core.resumption import JOURNAL_HEADER, RESUME_HEADER, Resumption
-from kunserve_sglang.sglang_seam.journaled_streams import JournaledStreams
 from kunserve_sglang.sglang_seam.resuming import JournaledGeneration
 from tests.support.any_run import by_choice, of_any_run
+from tests.support.asking_router import ask_as_router
 from tests.support.script import Journaled
 
 Chunks = dict[int, list[Any]]
 """What a client has received, by the number of the choice; -1 is what belongs to none."""
 
 _CALL: ContextVar[str] = ContextVar("call")
-
-_KEY = b"the router's key"
 
 
 class _Tokenizer(TokenizerManager):  # type: ignore[misc]
@@ -227,23 +225,6 @@ class Frontend:
         self, endpoint: str, body: dict[str, Any], journaled: Journaled, sent: list[Any]
     ) -> None:
         """A stream over HTTP; `sent` gets its status, and then its body as it goes out."""
-        whole = json.dumps(body, default=list).encode()
-        headers = [(JOURNAL_HEADER, _KEY)]
-        if journaled.records:
-            resumption = Resumption(len(whole), journaled.delivered)
-            headers.append((RESUME_HEADER, msgspec.json.encode(resumption)))
-        scope = {
-            "type": "http",
-            "asgi": {"spec_version": "2.4"},
-            "path": "/generate" if endpoint == "generate" else f"/v1/{endpoint}",
-            "headers": headers,
-        }
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": whole + journaled.records}
-
-        async def send(message: Message) -> None:
-            sent.append(message.get("status") or bytes(message["body"]))
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             given = json.loads((await receive())["body"])
@@ -255,7 +236,8 @@ class Frontend:
                 answer = await self._handled(endpoint, {"model": "tiny", **given})
             await answer(scope, receive, send)
 
-        await JournaledStreams(serve, _KEY.decode())(scope, receive, send)
+        path = "/generate" if endpoint == "generate" else f"/v1/{endpoint}"
+        await ask_as_router(serve, path, body, journaled, sent)
 
     async def _generated_events(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         """As SGLang's web server sends them."""
@@ -283,6 +265,9 @@ class Frontend:
             yield answer.model_dump()
 
     async def _handled(self, endpoint: str, body: dict[str, Any]) -> Any:
+        if endpoint == "messages":
+            asked = AnthropicMessagesRequest(**body)
+            return await AnthropicServing(self._chat).handle_messages(asked, _Connection())
         if endpoint == "chat":
             request = ChatCompletionRequest(**body)
             return await self._chat.handle_request(request, _Connection())

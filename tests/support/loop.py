@@ -8,23 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.layers import sampler
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.runtime_context import get_server_args
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.instance_config import INSTANCE_ENVIRONMENT, InstanceConfig
 from kunserve_sglang.sglang_seam import plugin
 from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
+from tests.support.reference_murmur import murmur_hash32
 
 
 def made_scheduler(config: InstanceConfig, server: dict[str, Any], rank: int) -> KunServeScheduler:
-    """With the flags of a test in `server`; the process is an instance's from now on."""
+    """With the flags of a test in `server`; the process is an instance's from now on.
+
+    With `heeds_seeds` it draws tokens by the seeds of requests.
+    """
+    server = dict(server)
     os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
     # Measurements of this model are of no use to anybody else.
     os.environ["XDG_CACHE_HOME"] = str(Path(server["model_path"]).parent)
     plugin.register()
     HookRegistry.apply_hooks()
     torch.set_num_threads(1)
+    seeds = server.pop("heeds_seeds", False)
     arguments = ServerArgs(
         sampling_backend="pytorch",
         log_level="error",
@@ -38,6 +46,11 @@ def made_scheduler(config: InstanceConfig, server: dict[str, Any], rank: int) ->
     )
     ports = PortArgs.init_new(arguments)
     scheduler = KunServeScheduler(arguments, ports, 0, rank, 0, 0, 0, 0, None)
+    if seeds:
+        # SGLang's flag for this wants a GPU and replaces its kernels; a seed means the same here.
+        sampler.murmur_hash32 = murmur_hash32
+        object.__setattr__(get_server_args(), "enable_deterministic_inference", True)
+        scheduler.tp_worker.model_runner.sampler.enable_deterministic = True
     scheduler.schedule_stream = scheduler.device_module.Stream()
     scheduler._war_barrier_enabled = False
     scheduler.result_queue = deque()

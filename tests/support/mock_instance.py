@@ -85,8 +85,11 @@ class MockInstance:
         *,
         reporting: bool = True,
         keys: MemberKeys | None = None,
+        url: str = "",
     ) -> None:
+        """With a `url`, another server takes the place of the worker's."""
         self.number = number
+        self._url = url
         self.worker = MockWorker(background)
         self.on_prepare: Callable[[Prepare], Vote | None] = vote_yes
         self.load = NO_LOAD
@@ -152,7 +155,7 @@ class MockInstance:
         return self.layout.member(self.number).capacity
 
     def _hello(self) -> Hello:
-        return hello(self.number, self.worker.url)
+        return hello(self.number, self._url or self.worker.url)
 
     def _status(self) -> Status:
         return status(self.number, self.layout, self.load, {"micro_batches_own": 3})

@@ -15,9 +15,10 @@ from typing import Any
 
 import msgspec
 
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys, new_keys
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.server import listen, serve
 from kunserve_sglang.router.settings import RouterConfig
 from tests.support.background import Background

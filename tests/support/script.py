@@ -26,18 +26,21 @@ class Journaled:
     """A stream for a router: from its beginning, or where another instance has left it.
 
     `records` are those of that instance, a line each, and `delivered` the events that the client
-    has.
+    has. `lost_after` so many events the router ends, and what counts is what the next one gets,
+    which asks for the same.
     """
 
     records: bytes = b""
     delivered: int = 0
+    lost_after: int = 0
 
 
 @dataclass(frozen=True)
 class Call:
-    """A client calls an endpoint: `generate`, `chat` or `completions`. Needs a tokenizer.
+    """A client calls an endpoint: `generate`, `chat`, `completions` or `messages`.
 
-    A `journaled` one is a stream, and answered with the events as they go to a router.
+    Needs a tokenizer. A `journaled` one is a stream, and answered with the events as they go to a
+    router.
     """
 
     rid: str

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import msgspec
 from hypothesis import strategies as st
 
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.cost_model import CostModel
-from kunserve_sglang.core.settings import (
-    ClusterConfig,
-    OverloadPolicy,
-)
 from kunserve_sglang.simulation import Profile, SimulatedCluster, SimulationResult
 from kunserve_sglang.simulation.cluster_profile import Links
 from kunserve_sglang.simulation.traces import TraceRow

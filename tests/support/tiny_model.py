@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ LAYERS = 8
 VOCABULARY = 512
 
 
-def build(folder: Path, *, hidden: int = 64, intermediate: int = 128) -> Path:
-    """Write the model to `folder` and return it. Same weights every time."""
+def build(
+    folder: Path, *, hidden: int = 64, intermediate: int = 128, words: Sequence[str] = ()
+) -> Path:
+    """Write the model to `folder` and return it. Same weights every time.
+
+    `words` are tokens of their own, in place of its last ones.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(20260101)
@@ -33,23 +39,25 @@ def build(folder: Path, *, hidden: int = 64, intermediate: int = 128) -> Path:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    _tokenizer(words).save_pretrained(folder)
     return folder
 
 
-def _tokenizer() -> Any:
+def _tokenizer(whole: Sequence[str]) -> Any:
     """Single characters, single bytes of others, then pairs of small letters.
 
     These are what random answers are made of: a character may be cut by a step.
     """
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     pairs = map("".join, itertools.product(string.ascii_lowercase, repeat=2))
     pieces = [f"<0x{byte:02X}>" for byte in "é€🙃".encode()]
     words = ["<unk>", "<s>", "</s>", *filter(str.isprintable, string.printable), *pieces, *pairs]
-    known = {word: number for number, word in enumerate(words[:VOCABULARY])}
+    words = [*words[: VOCABULARY - len(whole)], *whole]
+    known = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab=known, merges=[], unk_token="<unk>"))
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in whole])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     turns = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }} {% endfor %}"

@@ -24,6 +24,7 @@ from kunserve_sglang.control.plausible import check_hello, check_status
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.room import Room
 from kunserve_sglang.control.saved_state import SavedState, state_to_save, take_over
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.messages import (
@@ -35,7 +36,6 @@ from kunserve_sglang.core.messages import (
     Status,
     Welcome,
 )
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.controller import TELL_INTERVAL_S, WATCH_INTERVAL_S, Controller
 from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan

@@ -9,7 +9,7 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from kunserve_sglang.core.addresses import is_ipv6
+from kunserve_sglang.core.addresses import is_ipv6, with_port
 from kunserve_sglang.core.heartbeats import watch_other_end
 from kunserve_sglang.core.keys import Admission, ClusterKeys
 
@@ -39,9 +39,17 @@ class ControlSocket:
     """A ROUTER socket, on this host and, for members with keys, on others."""
 
     def __init__(
-        self, address: str, *, tcp: str | None = None, keys: ClusterKeys | None = None
+        self,
+        address: str,
+        *,
+        tcp: str | None = None,
+        known_as: str | None = None,
+        keys: ClusterKeys | None = None,
     ) -> None:
-        """`address` is for this host, `tcp` for others as well: members only, by `keys`."""
+        """`address` is for this host, `tcp` for others as well: members only, by `keys`.
+
+        They know the latter as `known_as`, if that is another address for the same port.
+        """
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -63,7 +71,8 @@ class ControlSocket:
             keys.secure(self._socket)
             self._socket.ipv6 = is_ipv6(tcp)
             self._socket.bind(tcp)
-            self.tcp = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            self.tcp = with_port(known_as or bound, int(bound.rpartition(":")[2]))
         self._monitor: zmq.asyncio.Socket | None = None
 
     async def receive(self) -> tuple[bytes, bytes]:

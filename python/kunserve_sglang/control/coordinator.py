@@ -12,9 +12,9 @@ from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.events import EventLog
 from kunserve_sglang.control.hub import ControlHub, NoAnswer
 from kunserve_sglang.core import faults
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Abort, Commit, Done, Prepare, Transition, Vote
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.search import slots
 from kunserve_sglang.policy.staging import STEPS

@@ -10,10 +10,13 @@ import random
 import shutil
 import signal
 import socket
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
+
+from kunserve_sglang.core.control_groups import cpu_shares
 
 STACKS_SIGNAL = signal.SIGUSR2
 """Lets a process of an instance write the stacks of its threads to the log, even if it hangs."""
@@ -79,21 +82,38 @@ def kill_descendants(pid: int | None = None) -> None:
             continue
 
 
-def divide_cpus(parts: int) -> list[tuple[int, ...]]:
-    """The cores of this process in `parts` disjoint sets, as even as possible.
+def divide_cpus(parts: int, cpus: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    """`cpus`, or the cores of this process, in `parts` disjoint sets, as even as possible.
 
     Parts share cores when there are more of them than cores.
     """
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus = cpus or sorted(os.sched_getaffinity(0))
     if len(cpus) < parts:
         return [(cpus[i % len(cpus)],) for i in range(parts)]
     edges = [round(i * len(cpus) / parts) for i in range(parts + 1)]
     return [tuple(cpus[lo:hi]) for lo, hi in pairwise(edges)]
 
 
+def granted_cpus() -> list[int]:
+    """Cores of this process, as many as its control groups give it time for.
+
+    A thread on each of more cores than that would be stopped again and again, and all wait for the
+    last one. Which ones it is chance: other containers of the host choose from the same.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    granted = max(1, int(min(cpu_shares(), default=len(cpus))))
+    begin = random.randrange(max(0, len(cpus) - granted) + 1)
+    return cpus[begin : begin + granted]
+
+
 def this_host() -> str:
-    """The same for all processes of one running kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """The same for all processes of one running kernel that see the same files.
+
+    Containers of one host do not: a socket of another one cannot be found.
+    """
+    kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    files = Path("/proc/self/ns/mnt").stat().st_ino
+    return f"{kernel}-{files}"
 
 
 def within_reach(host: str, here: str, path: str) -> bool:

@@ -21,7 +21,17 @@ COMMENT = b":kunserve "
 NOT_RESUMABLE = b"-"
 """In place of a record: this stream cannot be resumed, and no record of it is of use."""
 
-RESUMABLE_PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+RESUMABLE_PATHS = frozenset(
+    {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages"}
+)
+
+
+def reports_error(part: bytes) -> bool:
+    """Whether there is an event in this part of a stream by which SGLang says that it has failed.
+
+    It does so behind a 200; in a text the quotes and the end of the line would be escaped.
+    """
+    return b'data: {"error"' in part or b"event: error\n" in part
 
 
 class Resumption(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kunserve_sglang.api.client import RouterClient
-from kunserve_sglang.api.errors import CallError, Refused
+from kunserve_sglang.api.errors import CallError, Refused, Unreachable
 from kunserve_sglang.api.service import ServiceStatus
 from kunserve_sglang.api.types import InstanceStatus, JoinBody, Membership, Workers
 from kunserve_sglang.core.addresses import address_towards, bracketed, http_url
@@ -18,6 +18,7 @@ from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.processes import (
     divide_cpus,
     free_port,
+    granted_cpus,
     this_host,
     within_reach,
 )
@@ -44,9 +45,12 @@ class Joiner(Life):
         self._host_id = options.host_id or this_host()
 
     def _check(self) -> None:
-        self._router.call("status")  # nobody there? Better known before the imports.
+        if not self._options.router_wait_s:
+            self._router.call("status")  # nobody there? Better known before the imports.
 
     def _start(self) -> None:
+        if self._options.router_wait_s and not self._wait_for_router():
+            return
         with self._console.step("importing SGLang"):
             from kunserve_sglang.sglang_seam import server
             from kunserve_sglang.sglang_seam.compatibility import check_transport
@@ -59,7 +63,7 @@ class Joiner(Life):
         body = JoinBody(model=identity_of(server_args))
         count, budget = self._options.num_instances, self._options.memory_budget
         gpus = server.gpus_for(server_args, count, budget)
-        for cpus, gpu in zip(divide_cpus(count), gpus, strict=True):
+        for cpus, gpu in zip(divide_cpus(count, granted_cpus()), gpus, strict=True):
             membership = self._router.call("join", body).read(Membership)
             check_transport(membership.transport, server_args.device)
             instance = self._instance(membership, cpus, gpu)
@@ -69,6 +73,20 @@ class Joiner(Life):
                     "groups have room for one instance only, so no drop can help; launch the "
                     "cluster with --join-room"
                 )
+
+    def _wait_for_router(self) -> bool:
+        """False after a signal. Raises `Unreachable` if nobody has answered in time."""
+        deadline = time.monotonic() + self._options.router_wait_s
+        with self._console.step(f"waiting for {self._router.url}"):
+            while not self._signals.stop:
+                try:
+                    self._router.call("status")
+                    return True
+                except Unreachable:
+                    if time.monotonic() > deadline:
+                        raise
+                time.sleep(_POLL_INTERVAL_S)
+        return False
 
     def _instance(self, membership: Membership, cpus: tuple[int, ...], gpu: int) -> InstanceConfig:
         """Raises `ConfigurationError` if there is no way from here to the rest of the cluster."""
@@ -128,6 +146,7 @@ class Joiner(Life):
                 try:
                     for number in self._not_yet_leaving():
                         query = {"wait": "false", "timeout_s": f"{left:.1f}"}
+                        query |= {"migrate": "true"} if self._options.migrate else {}
                         self._router.call("drain", path={"id": str(number)}, query=query)
                 except Refused as error:
                     step.update(str(error))  # a transition, perhaps: it will be over one day

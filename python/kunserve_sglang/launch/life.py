@@ -20,6 +20,7 @@ from kunserve_sglang.launch.ending import GRACE_S, StopSignals
 from kunserve_sglang.launch.fleet import Fleet
 from kunserve_sglang.launch.keeper import Keeper
 from kunserve_sglang.launch.options import LaunchOptions
+from kunserve_sglang.launch.ready_file import ReadyFile
 
 _POLL_S = 0.1
 _STATUS_INTERVAL_S = 2.0
@@ -40,6 +41,7 @@ class Life(ABC):
         self._restart_limit = options.restart_limit
         self._signals = StopSignals()
         self._console = Console()
+        self._ready_file = options.ready_file
         self._folder = ""
         self._fleet = Fleet("", self._console)
 
@@ -50,6 +52,7 @@ class Life(ABC):
         """
         faults_in(os.environ)
         self._check()
+        self._ready = ReadyFile(self._ready_file)
         self._folder = tempfile.mkdtemp(prefix="kunserve-")
         clean_up_after(self._folder)
         self._fleet = Fleet(self._folder, self._console)
@@ -61,11 +64,13 @@ class Life(ABC):
             if not self._wait_until_ready(keeper):
                 return 0 if self._signals.stop else 1
             status = self._watch(keeper)
+            self._ready.show(False)
             if self._signals.stop and not self._signals.at_once:
                 self._leave()
             return status
         finally:
             with self._console.step("stopping"):
+                self._ready.show(False)
                 self._stop()
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -134,6 +139,7 @@ class Life(ABC):
         if status is None or serving < len(numbers):
             return False
         self._announce(ours, status.service)
+        self._ready.show(True)
         return True
 
     def _watch(self, keeper: Keeper) -> int:
@@ -146,10 +152,11 @@ class Life(ABC):
                 self._console.error(why)
                 return 1
             self._fleet.report()
-            if self._restart_limit and time.monotonic() >= next_status:
+            if (self._restart_limit or self._ready.wanted) and time.monotonic() >= next_status:
                 status = self._status()
                 answered = status is not None
                 next_status = time.monotonic() + _STATUS_INTERVAL_S
+                self._ready.follow(status, self._fleet.numbers - self._fleet.left)
             self._look_at_router(answered=answered)
             keeper.look(status)
             if keeper.done and self._fleet.left < self._fleet.numbers:

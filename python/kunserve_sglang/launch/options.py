@@ -11,8 +11,9 @@ import psutil
 import setproctitle
 from msgspec import Meta
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
+from kunserve_sglang.core.control_groups import memory_left
 from kunserve_sglang.core.flags import Form, about, check_ranges
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.core.sizes import format_size
 from kunserve_sglang.launch.console import Console
@@ -47,6 +48,15 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
             "again, without five minutes of service between; 0: never"
         ),
     ] = 5
+    ready_file: Annotated[
+        str,
+        about(
+            "a file that is there as long as all instances of this launcher take requests, for "
+            "[probes](deployment.md)",
+            default="none",
+            metavar="PATH",
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -63,6 +73,18 @@ class JoinOptions(LaunchOptions, frozen=True, kw_only=True):
     drain_timeout_s: Annotated[
         float, Meta(ge=0), about("how long requests under way may take at Ctrl-C")
     ] = 300.0
+    migrate: Annotated[
+        bool,
+        about(
+            "at Ctrl-C let other instances go on with requests under way, as far as these [can be "
+            "resumed](#when-an-instance-dies), instead of ending them here"
+        ),
+    ] = False
+    router_wait_s: Annotated[
+        float,
+        Meta(ge=0),
+        about("how long to wait at the start for a router that does not answer yet"),
+    ] = 0.0
     host: Annotated[
         str,
         about(
@@ -74,7 +96,7 @@ class JoinOptions(LaunchOptions, frozen=True, kw_only=True):
         str,
         about(
             "what stands for this host; instances share memory only where it is the same",
-            default="the kernel's boot id",
+            default="the kernel's boot id and the mount namespace",
         ),
     ] = ""
 
@@ -95,7 +117,8 @@ def with_budget(options: Options, instances: int, sglang_argv: Sequence[str]) ->
     """
     if options.memory_budget or instances < 1 or wanted_device(sglang_argv) != "cpu":
         return options
-    budget = default_budget(psutil.virtual_memory().available, instances)
+    free = min([psutil.virtual_memory().available, *memory_left()])
+    budget = default_budget(free, instances)
     Console().note(f"--memory-budget not given, using {format_size(budget)} an instance")
     return msgspec.structs.replace(options, memory_budget=budget)
 

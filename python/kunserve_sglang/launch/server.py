@@ -14,16 +14,14 @@ from kunserve_sglang.api.client import RouterClient
 from kunserve_sglang.api.service import ServiceStatus
 from kunserve_sglang.api.types import InstanceStatus
 from kunserve_sglang.core.addresses import http_url, listen_at
+from kunserve_sglang.core.choices import DispatchPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.keys import ClusterKeys
-from kunserve_sglang.core.processes import divide_cpus, free_port
+from kunserve_sglang.core.processes import divide_cpus, free_port, granted_cpus
 from kunserve_sglang.core.prompt_format import PromptFormat
-from kunserve_sglang.core.settings import (
-    ClusterConfig,
-    DispatchPolicy,
-)
 from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.core.tenants import read_tenants
 from kunserve_sglang.launch.ending import GRACE_S
@@ -63,13 +61,13 @@ class Supervisor(Life):
             keys = (self._options.api_key, given.admin_api_key, given.read_api_key)
             read_tenants(Path(self._config.tenants), keys)  # raises what is wrong with it
         listen_at(self._config.host, self._config.port).close()
-        wanted = self._config.control_address
+        wanted = self._config.control_listen
         if self._config.state_folder:
             self._standing = standing_in(Path(self._config.state_folder), wanted)
         else:
             self._standing = with_control_port(self._standing, wanted)
-        if wanted is not None:
-            found = self._standing.control_address(wanted)
+        if (named := self._config.control_address) is not None:
+            found = self._standing.control_address(named)
             self._config = msgspec.structs.replace(self._config, control_address=found)
 
     @property
@@ -109,7 +107,7 @@ class Supervisor(Life):
             prompts = server.prompt_format(server_args)
         identity = identity_of(server_args)
         self._start_router(self._router_config(server_args.api_key, prompts, identity))
-        cpus = divide_cpus(self._config.num_instances)
+        cpus = divide_cpus(self._config.num_instances, granted_cpus())
         for number in range(self._config.num_instances):
             self._fleet.start(server_args, self._instance(number, cpus[number], gpus[number]))
 

@@ -6,10 +6,11 @@ It looks at snapshots and asks for one transition at a time. Whoever it serves p
 
 from __future__ import annotations
 
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import KunServeError
 from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.messages import Attainable, TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.core.transports import ExchangeMode
 from kunserve_sglang.policy.arrivals import Arrivals
 from kunserve_sglang.policy.attainable import attainable

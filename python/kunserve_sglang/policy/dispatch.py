@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.core.choices import DispatchPolicy
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):

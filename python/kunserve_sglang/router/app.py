@@ -21,6 +21,8 @@ from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.http.door import Door
 from kunserve_sglang.router.http.outbound import InstanceConnections
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher
+from kunserve_sglang.router.proxy.exchange import Exchanges
+from kunserve_sglang.router.proxy.idempotency import IdempotencyKeys
 from kunserve_sglang.router.proxy.journal import Journals
 from kunserve_sglang.router.proxy.proxy import Proxy
 from kunserve_sglang.router.proxy.tenant_use import TenantsFile
@@ -36,13 +38,16 @@ if TYPE_CHECKING:
 class RouterApp:
     """Our own calls go to Starlette; those for an instance take the shortest way there."""
 
-    def __init__(self, keys: Keys, proxy: Proxy, own: OwnEndpoints) -> None:
+    def __init__(
+        self, keys: Keys, proxy: Proxy, own: OwnEndpoints, idempotency: IdempotencyKeys
+    ) -> None:
         self.routes = own.routes
         endpoints = [(route.path, route.methods or ()) for route in own.routes]
         self._door = Door(endpoints, os.environ)
         self._keys = keys
         self._proxy = proxy
         self._own = own
+        self._idempotency = idempotency
 
     async def __call__(self, request: ClientRequest) -> None:
         try:
@@ -76,6 +81,7 @@ class RouterApp:
 
     async def close(self) -> None:
         """To be called when no request is under way any more."""
+        await self._idempotency.close()
         await self._own.close()
 
 
@@ -86,28 +92,34 @@ def build_app(
     session: aiohttp.ClientSession,
     connections: InstanceConnections,
     tenants: TenantsFile | None = None,
+    *,
+    follows: bool,
 ) -> RouterApp:
+    """`follows` says that there was a router before."""
     # Where nobody should wait behind another's burst, it matters which prompts are ahead.
     reader = _prompt_reader(config, traffic)
     ahead = tenants is not None
     dispatcher = Dispatcher(control.registry, traffic.prefixes, reader, ahead=ahead)
     policy = POLICIES[config.cluster.dispatch]
     journals = Journals(config.cluster.resume_memory, config.instance_admin_key)
+    idempotency = IdempotencyKeys(
+        control.registry, session, config.instance_admin_key, follows=follows
+    )
+    exchanges = Exchanges(connections, traffic.latency, journals, traffic.moves, idempotency)
     proxy = Proxy(
         control.registry,
-        connections,
         policy,
         traffic.latency,
         traffic.attainment,
         traffic.queue,
         dispatcher,
         journals,
-        traffic.moves,
+        exchanges,
+        idempotency,
     )
     keys = Keys(config, tenants)
-    return RouterApp(
-        keys, proxy, OwnEndpoints(config, keys, control, traffic, session, proxy.stats, tenants)
-    )
+    own = OwnEndpoints(config, keys, control, traffic, session, proxy.stats, tenants)
+    return RouterApp(keys, proxy, own, idempotency)
 
 
 def _prompt_reader(config: RouterConfig, traffic: Traffic) -> PromptReader | None:

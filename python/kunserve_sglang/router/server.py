@@ -56,10 +56,13 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
     tenants = TenantsFile(Path(cluster.tenants), config.own_keys) if cluster.tenants else None
     try:
         line = ControlSocket(
-            config.control_address, tcp=config.cluster.control_address, keys=config.keys
+            config.control_address,
+            tcp=config.cluster.control_listen,
+            known_as=config.cluster.control_address,
+            keys=config.keys,
         )
     except zmq.ZMQError as error:
-        where = config.cluster.control_address or config.control_address
+        where = config.cluster.control_listen or config.control_address
         raise ConfigurationError(f"cannot bind {where}: {error}") from error
     control = ControlPlane(config.cluster, line, config.model)
     known = tenants.tenants if tenants is not None else None
@@ -72,7 +75,10 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
         connections = InstanceConnections()
         control.on_gone = lambda instance: connections.abort(instance.url)
         async with open_session() as session, asyncio.TaskGroup() as tasks:
-            app = build_app(config, control, traffic, session, connections, tenants)
+            follows = saved is not None
+            app = build_app(
+                config, control, traffic, session, connections, tenants, follows=follows
+            )
             http = HttpServer(app)
             watch = HealthWatch(control.registry, session, config.api_key)
             background = [tasks.create_task(control.run()), tasks.create_task(watch.run())]

@@ -6,12 +6,12 @@ import os
 
 import msgspec
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.hosts import is_local
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import ClusterKeys, new_admin_key
 from kunserve_sglang.core.prompt_format import PromptFormat
-from kunserve_sglang.core.settings import ClusterConfig
 
 CLUSTER_ENVIRONMENT = "KUNSERVE_CLUSTER"
 """Environment variable that carries `RouterConfig` to the router process."""

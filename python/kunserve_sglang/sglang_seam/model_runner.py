@@ -15,10 +15,10 @@ from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch.distributed import ReduceOp
 
+from kunserve_sglang.core.choices import OverloadPolicy
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.settings import OverloadPolicy
 from kunserve_sglang.instance.store.budget import Memory, adopt_model, memory_budget
 from kunserve_sglang.sglang_seam.kv_pool import ElasticConfigurator
 from kunserve_sglang.sglang_seam.model import decoder_layers

@@ -6,9 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.load import Load
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.controller import WATCH_INTERVAL_S
 from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.control_loop import ControlLoop

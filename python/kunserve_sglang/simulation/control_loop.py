@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.load import Load
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.controller import TELL_INTERVAL_S, Controller
 from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan

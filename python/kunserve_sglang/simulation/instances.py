@@ -6,10 +6,11 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from kunserve_sglang.core.choices import MicroBatches
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.load import Load
-from kunserve_sglang.core.settings import ClusterConfig, MicroBatches
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.costs import Costs

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.core.choices import DispatchPolicy
 from kunserve_sglang.policy.dispatch import POLICIES, Candidate, Pool
 
 _FEW = 32

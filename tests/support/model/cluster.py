@@ -14,7 +14,7 @@ from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.coordinator import TransitionRunning
 from kunserve_sglang.control.draining import Draining, NotDrained
 from kunserve_sglang.control.saved_state import SavedState
-from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.policy.decision import NoPlan
 from kunserve_sglang.policy.transition_request import (
     DropRequest,

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.control_socket import ControlSocket
+from kunserve_sglang.core.choices import DispatchPolicy, OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import Transition, TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy, OverloadPolicy
 from kunserve_sglang.core.transports import ExchangeMode
 from kunserve_sglang.policy.controller import Controller
 from kunserve_sglang.policy.decision import Decision

@@ -10,6 +10,7 @@ import msgspec
 from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.coordinator import Coordinator
 from kunserve_sglang.control.events import EventLog
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.messages import (
     Abort,
@@ -20,7 +21,6 @@ from kunserve_sglang.core.messages import (
     TransitionKind,
     Vote,
 )
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.policy.decision import Decision
 from kunserve_sglang.policy.planner import Plan, plan_drop
 from kunserve_sglang.policy.transition_request import Outcome

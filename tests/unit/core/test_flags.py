@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from msgspec import Meta
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import (
     Flag,
@@ -24,7 +25,6 @@ from kunserve_sglang.core.flags import (
     read_flags,
     secret_values,
 )
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.launch.options import INSTANCE_FLAGS, SERVER_FLAGS, LaunchOptions
 from kunserve_sglang.launch_instance import parser as instance_parser
 from kunserve_sglang.launch_server import kunserve_parser

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from kunserve_sglang.core.processes import compile_nothing
+from kunserve_sglang.core.processes import compile_nothing, this_host
+from tests.support.network import can_make_networks
 
 
 def test_nothing_is_compiled_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +20,14 @@ def test_nothing_is_compiled_unless_the_user_wants_it(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
     compile_nothing()
     assert os.environ["TORCHDYNAMO_DISABLE"] == "0"
+
+
+@pytest.mark.skipif(not can_make_networks(), reason="needs to make namespaces, as root")
+def test_who_sees_other_files_is_on_another_host() -> None:
+    code = "from kunserve_sglang.core.processes import this_host; print(this_host())"
+    same = [sys.executable, "-c", code]
+    apart = ["unshare", "--mount", *same]
+    found = [subprocess.check_output(c, text=True, timeout=60).strip() for c in (same, apart)]
+    assert found[0] == this_host()
+    assert found[1] != this_host()
+    assert found[1].startswith(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

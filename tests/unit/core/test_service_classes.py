@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.service_classes import (
     MOST_CLASSES,
@@ -11,7 +12,6 @@ from kunserve_sglang.core.service_classes import (
     read_classes,
     read_limit,
 )
-from kunserve_sglang.core.settings import ClusterConfig
 
 
 def test_classes_have_names_and_limits() -> None:

@@ -6,13 +6,10 @@ import msgspec
 import pytest
 
 from kunserve_sglang.api.types import Membership
+from kunserve_sglang.core.choices import MicroBatches, OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.instance_config import InstanceConfig
-from kunserve_sglang.core.settings import (
-    ClusterConfig,
-    MicroBatches,
-    OverloadPolicy,
-    SharedSettings,
-)
+from kunserve_sglang.core.settings import SharedSettings
 from kunserve_sglang.core.transports import Transport
 
 _UNUSUAL = SharedSettings(

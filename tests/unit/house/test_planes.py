@@ -28,7 +28,7 @@ _RUN_CONTROL_PLANE = """
 import asyncio
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.control_socket import ControlSocket
-from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.cluster_config import ClusterConfig
 
 async def main():
     control = ControlPlane(ClusterConfig(num_instances=0), ControlSocket("ipc://ADDRESS"))

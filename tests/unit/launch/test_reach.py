@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 from kunserve_sglang.core.addresses import http_url
+from kunserve_sglang.core.cluster_config import ClusterConfig
+from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.processes import die_with_parent, free_port
 from tests.support.refusing import refusal
 from tests.support.waiting import until
@@ -25,6 +27,8 @@ from tests.support.waiting import until
 KEYS = ("s3cret-admin", "s3cret-read", "s3cret-api")
 EMPTY = ("kunserve_sglang.launch_server", "--num-instances", "0")
 """A launcher without instances."""
+
+JOINING = "kunserve_sglang.launch_instance"
 
 
 @contextmanager
@@ -115,7 +119,49 @@ def test_a_fault_that_cannot_happen_is_refused_in_one_line() -> None:
         (("--host", "::"), "--host :: is open to others"),
         (("--host", "::1", "--port", "1", "--tp-size", "2"), "--tp-size: with --num-instances 0"),
         (("--read-api-key", "k"), "--read-api-key needs --admin-api-key"),
+        (("--control-bind", "0.0.0.0"), "--control-bind needs --control-address"),
+        (("--control-address", "tcp://h:5", "--control-bind", "h"), "--control-bind h: not an"),
+        (("--ready-file", "/nowhere/ready"), "--ready-file /nowhere/ready: No such file"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(flags: tuple[str, ...], words: str) -> None:
     assert words in refusal(*EMPTY, *flags)
+
+
+def test_instances_of_this_host_cannot_stand_behind_a_name() -> None:
+    with pytest.raises(ConfigurationError, match="--control-bind needs"):
+        ClusterConfig(control_address="tcp://h:5", control_bind="0.0.0.0", num_instances=1)
+
+
+def test_who_waits_for_a_router_can_be_told_to_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    flags = ("--router", http_url("127.0.0.1", free_port()), "--model-path", "none")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", JOINING, *flags, "--router-wait-s", "60"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=partial(die_with_parent, signal.SIGKILL),
+        )
+    try:
+        until(lambda: signal.SIGTERM in caught_by(process.pid), 30)
+        assert process.poll() is None, log.read_text()
+    finally:
+        process.terminate()
+    assert process.wait(30) == 0, log.read_text()
+
+
+def test_who_waits_for_a_router_gives_up() -> None:
+    url = http_url("127.0.0.1", free_port())
+    flags = ("--router", url, "--model-path", "none", "--router-wait-s", "0.1")
+    command = [sys.executable, "-m", JOINING, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"cannot reach {url}" in done.stderr.splitlines()[-1]
+
+
+def caught_by(pid: int) -> set[int]:
+    """The signals that a process has handlers for."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return {number for number in range(1, 65) if caught >> (number - 1) & 1}

@@ -16,8 +16,8 @@ import msgspec
 import psutil
 import pytest
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.launch import router_process as module
 from kunserve_sglang.launch.console import Console
 from kunserve_sglang.launch.router_process import RouterProcess

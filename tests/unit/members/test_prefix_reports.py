@@ -9,8 +9,8 @@ import pytest
 
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.core.blocks import BLOCK_TOKENS
+from kunserve_sglang.core.choices import DispatchPolicy
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import DispatchPolicy
 from kunserve_sglang.router.proxy.prefix_index import PrefixIndex, Prompt
 from tests.support.cluster import ScriptedCluster
 from tests.support.identity import small_cluster

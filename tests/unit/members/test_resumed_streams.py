@@ -15,18 +15,22 @@ from typing import Any
 
 import pytest
 
-from kunserve_sglang.core.resumption import COMMENT, NOT_RESUMABLE
-from tests.support.any_run import of_any_run
+from tests.support import tiny_model
 from tests.support.calls import calling_scripts
 from tests.support.cluster import ScriptedCluster
 from tests.support.identity import alike, small_cluster
+from tests.support.left_streams import (
+    Event,
+    all_streams,
+    events_by_choice,
+    events_of,
+    left_after,
+    told,
+)
 from tests.support.schedules import Script
-from tests.support.script import Call, Journaled, Output
+from tests.support.script import Call, Journaled
 
 SEEDS = range(int(os.environ.get("KUNSERVE_RESUMED", "2")))
-
-Event = tuple[list[bytes], bytes]
-"""The records before an event, and the event."""
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +50,94 @@ def parsing(
 
 def test_calls_of_tools(parsing: ScriptedCluster) -> None:
     script: Script = [(0, _chat_with_tools("called", _TOOL)), (0, _chat_with_tools("said", _TEXT))]
-    (whole,) = (_events(output) for output in parsing.play([script]))
+    (whole,) = (events_of(output) for output in parsing.play([script]))
     kinds = {rid: {n for _, d in e for n in _delta(d)} for rid, e in whole.items()}
     assert kinds == {"called": {"role", "tool_calls"}, "said": {"role", "content"}}
-    for part in range(1, 8):
-        counts = {rid: len(events) * part // 8 for rid, events in whole.items()}
-        (output,) = parsing.play([_left(script, whole, counts)])
-        for rid, events in _events(output).items():
+    _goes_on(parsing, script, whole)
+
+
+def test_messages(parsing: ScriptedCluster) -> None:
+    """Of Anthropic's API: several events belong to one record, and some records to none."""
+    script: Script = [(0, _message(limit)) for limit in (1, 12, 30)]
+    (whole,) = (events_of(output) for output in parsing.play([script]))
+    for events in whole.values():
+        names = [data.partition(b"\n")[0].removeprefix(b"event: ") for _, data in events]
+        assert names[:2] == [b"message_start", b"content_block_start"]
+        assert names[-3:] == [b"content_block_stop", b"message_delta", b"message_stop"]
+    _goes_on(parsing, script, whole)
+
+
+def _message(tokens: int) -> Call:
+    body = {
+        "messages": [{"role": "user", "content": "say something"}],
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "stream": True,
+    }
+    return Call(f"{tokens} tokens", "messages", body, Journaled())
+
+
+def _goes_on(
+    cluster: ScriptedCluster, script: Script, whole: dict[str, list[Event]], parts: int = 8
+) -> None:
+    """Wherever they are left, the streams of its only member go on as they did by themselves."""
+    for part in range(1, parts):
+        counts = {rid: len(events) * part // parts for rid, events in whole.items()}
+        (output,) = cluster.play([left_after(script, whole, counts)])
+        for rid, events in events_of(output).items():
             got = [*whole[rid][: counts[rid]], *events]
-            assert alike(_by_choice(whole[rid]), _by_choice(got)), (rid, counts[rid])
+            assert alike(events_by_choice(whole[rid]), events_by_choice(got)), (rid, counts[rid])
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedCluster]:
+    """A member that thinks before it speaks, no longer than it is allowed to."""
+    words = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>", "<|endoftext|>")
+    model = tiny_model.build(tmp_path_factory.mktemp("thinker"), words=words)
+    with small_cluster(
+        tmp_path_factory.mktemp("thinking"),
+        1,
+        model,
+        skip_tokenizer_init=False,
+        reasoning_parser="qwen3",
+        enable_strict_thinking=True,
+    ) as cluster:
+        yield cluster
+
+
+def test_what_was_thought(thinking: ScriptedCluster) -> None:
+    """It stays apart from what is said, and is counted; a grammar is for what is said alone."""
+    script: Script = [
+        (0, _thought("apart", 6)),
+        (0, _thought("together", 6, separate_reasoning=False)),
+        (0, _thought("at once", 6, stream_reasoning=False)),
+        (0, _thought("without", 6, chat_template_kwargs={"enable_thinking": False})),
+    ]
+    (whole,) = (events_of(output) for output in thinking.play([script]))
+    kinds = {rid: {n for _, d in e for n in _delta(d)} for rid, e in whole.items()}
+    both, said = {"role", "reasoning_content", "content"}, {"role", "content"}
+    assert kinds == {
+        "apart": both,
+        "together": said,
+        "at once": both,
+        "without": said,
+    }
+    _goes_on(thinking, script, whole)
+
+
+def _thought(rid: str, budget: int, **asks: Any) -> Call:
+    body = {
+        "messages": [{"role": "user", "content": "say something"}],
+        "temperature": 0.0,
+        "max_completion_tokens": 40,
+        "ignore_eos": True,
+        "custom_params": {"thinking_budget": budget},
+        "regex": "[a-z]{12}",
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **asks,
+    }
+    return Call(rid, "chat", body, Journaled())
 
 
 _TOOL = r'\{"name":"f","parameters":\{"a":"[a-z]{6}"\}\}'
@@ -86,75 +169,41 @@ def _delta(data: bytes) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda s: f"seed-{s}")
 def test_whatever_it_asks_for(talking_pair: ScriptedCluster, seed: int) -> None:
     rng = random.Random(seed)
-    scripts = [_streams(script) for script in calling_scripts(seed)]
-    played = [_events(output) for output in talking_pair.play(scripts)]
+    scripts = [all_streams(script) for script in calling_scripts(seed)]
+    played = [events_of(output) for output in talking_pair.play(scripts)]
     left = [{rid: rng.randrange(1, len(e)) for rid, e in p.items() if e} for p in played]
     assert sum(map(len, left)) > 5
     again = talking_pair.play(
-        [_left(s, p, c) for s, p, c in zip(scripts, played, left, strict=True)]
+        [left_after(s, p, c) for s, p, c in zip(scripts, played, left, strict=True)]
     )
     for script, whole, counts, output in zip(scripts, played, left, again, strict=True):
-        rest = _events(output)
+        rest = events_of(output)
         for rid, count in counts.items():
             got = [*whole[rid][:count], *rest[rid]]
-            wanted, had = _by_choice(whole[rid]), _by_choice(got)
-            assert alike(wanted, had), f"{_told(script, rid, count)}\n{wanted}\n{had}"
+            wanted, had = events_by_choice(whole[rid]), events_by_choice(got)
+            assert alike(wanted, had), f"{told(script, rid, count)}\n{wanted}\n{had}"
 
 
-def _streams(script: Script) -> Script:
-    """Its calls, all as streams with journals."""
-    calls = [(step, action) for step, action in script if isinstance(action, Call)]
-    for _, call in calls:
-        call.body["stream"] = True
-        call.body.pop("return_meta_info", None)  # refused together
-    return [(step, Call(c.rid, c.endpoint, c.body, Journaled())) for step, c in calls]
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda s: f"seed-{s}")
+def test_whoever_asks_for_it_again(talking_pair: ScriptedCluster, seed: int) -> None:
+    """The router ends anywhere in a stream, and the next one gets all of that stream."""
+    rng = random.Random(seed)
+    scripts = [all_streams(script) for script in calling_scripts(seed)]
+    played = [events_of(output) for output in talking_pair.play(scripts)]
+    lost = [{rid: rng.randrange(1, len(e) + 1) for rid, e in p.items() if e} for p in played]
+    again = talking_pair.play([_lost(s, c) for s, c in zip(scripts, lost, strict=True)])
+    for script, whole, counts, output in zip(scripts, played, lost, again, strict=True):
+        got = events_of(output)
+        for rid, count in counts.items():
+            wanted, had = events_by_choice(whole[rid]), events_by_choice(got[rid])
+            assert alike(wanted, had), f"{told(script, rid, count)}\n{wanted}\n{had}"
+            assert [len(r) for r, _ in got[rid]] == [len(r) for r, _ in whole[rid]]
 
 
-def _left(script: Script, whole: dict[str, list[Event]], counts: dict[str, int]) -> Script:
-    """Each call once more, after so many of its events."""
+def _lost(script: Script, counts: dict[str, int]) -> Script:
+    """Each call, of a router that ends after so many of its events."""
     return [
-        (step, _left_at(call, whole[call.rid], counts[call.rid]))
+        (step, Call(call.rid, call.endpoint, call.body, Journaled(lost_after=counts[call.rid])))
         for step, call in script
         if isinstance(call, Call) and call.rid in counts
     ]
-
-
-def _left_at(call: Call, events: list[Event], count: int) -> Call:
-    records = [record for before, _ in events[:count] for record in before]
-    lines = b"".join(record + b"\n" for record in records)
-    return Call(call.rid, call.endpoint, call.body, Journaled(lines, count))
-
-
-def _events(output: dict[str, Output]) -> dict[str, list[Event]]:
-    """By call; those that were answered with an error have none."""
-    found: dict[str, list[Event]] = {}
-    for rid, answer in output.items():
-        status, *body = answer.received[-1]
-        whole = b"".join(body) if status == 200 else b""
-        found[rid] = [_event(block) for block in whole.split(b"\n\n")[:-1]]
-    return found
-
-
-def _event(block: bytes) -> Event:
-    *comments, data = block.split(b"\n")
-    assert all(comment.startswith(COMMENT) for comment in comments), block
-    records = [comment.removeprefix(COMMENT) for comment in comments]
-    assert NOT_RESUMABLE not in records
-    return records, data
-
-
-def _by_choice(events: list[Event]) -> dict[int, list[Any]]:
-    """Choices of one answer come in an order of their own in each run."""
-    found: dict[int, list[Any]] = {}
-    for _, data in events:
-        text = data.removeprefix(b"data: ")
-        event = text if text == b"[DONE]" else json.loads(text)
-        choices = event.get("choices") if isinstance(event, dict) else None
-        where = event.get("index", -1) if isinstance(event, dict) else -1
-        found.setdefault(choices[0]["index"] if choices else where, []).append(of_any_run(event))
-    return found
-
-
-def _told(script: Script, rid: str, count: int) -> str:
-    (call,) = (c for _, c in script if isinstance(c, Call) and c.rid == rid)
-    return f"{call.endpoint} left after {count} events: {call.body}"

@@ -9,9 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.core.transports import ExchangeMode
 from kunserve_sglang.policy.controller import FORGET_S, RECONSIDER_S, RETRY_S, Controller
 from kunserve_sglang.policy.decision import Decision, NoPlan

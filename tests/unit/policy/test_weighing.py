@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.load import Load, Slots
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.policy import bounds as bounds_module
 from kunserve_sglang.policy.bounds import AT_ONCE, Bounds
 from kunserve_sglang.policy.controller import Controller

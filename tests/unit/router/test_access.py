@@ -12,9 +12,9 @@ import pytest
 
 from kunserve_sglang.api.calls import CALLS, Access
 from kunserve_sglang.api.types import ClusterStatus
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import read_flags
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.launch.options import LaunchOptions
 from kunserve_sglang.launch.server import Supervisor
 from kunserve_sglang.launch_server import kunserve_parser

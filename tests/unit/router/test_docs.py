@@ -18,7 +18,7 @@ from kunserve_sglang.api.calls import CALLS
 from kunserve_sglang.control.control_plane import ControlPlane
 from kunserve_sglang.control.control_socket import ControlSocket
 from kunserve_sglang.control.upstream import open_session
-from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.router.admin.access import Keys
 from kunserve_sglang.router.admin.openapi import build_document
 from kunserve_sglang.router.app import build_app
@@ -85,7 +85,9 @@ def test_every_route_is_described(tmp_path: Path) -> None:
         traffic = Traffic(control.registry, config.cluster)
         try:
             async with open_session() as session:
-                app = build_app(config, control, traffic, session, InstanceConnections())
+                app = build_app(
+                    config, control, traffic, session, InstanceConnections(), follows=False
+                )
         finally:
             control.close()
         return {

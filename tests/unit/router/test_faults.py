@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +13,15 @@ import psutil
 import pytest
 
 from kunserve_sglang.core import faults
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.fault_points import POINTS
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, Faults, ProcessEffects, faults_in
-from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 from tests.support.background import Background
-from tests.support.mock_instance import MockInstance
 from tests.support.recorded_streams import begun, event, with_record
 from tests.support.refusing import refusal
 from tests.support.router_harness import Client, RouterCluster
+from tests.support.router_process import RouterInProcess
 from tests.support.waiting import until
 
 HERE = {name for name in POINTS if name.startswith("proxy.")}
@@ -74,57 +72,13 @@ def test_a_stream_goes_on_elsewhere_when_its_answer_breaks_off(router: RouterClu
     assert b"kunserve:streams_resumed_total 1.0" in router.get("/metrics").body
 
 
-class RouterInProcess:
-    """The router as a process of its own, and an instance that outlives it."""
-
-    def __init__(self, folder: Path) -> None:
-        cluster = ClusterConfig(
-            num_instances=1, port=free_port(), overload_policy=OverloadPolicy.NONE
-        )
-        self._config = RouterConfig(cluster=cluster, control_address=f"ipc://{folder}/c")
-        self._background = Background()
-        self.client = Client(cluster.port)
-        self.instance = MockInstance(0, self._config.control_address, self._background)
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, fault: str = "") -> psutil.Process:
-        """Returns when it has found the instance."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kunserve_sglang.router"],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                CLUSTER_ENVIRONMENT: self._config.to_environment(),
-                FAULT_ENVIRONMENT: fault,
-            },
-            stderr=subprocess.PIPE,
-        )
-        until(self._ready, _START_S)
-        return psutil.Process(self.process.pid)
-
-    def kill(self) -> bytes:
-        """Returns what it has said."""
-        assert self.process is not None
-        self.process.kill()
-        return self.process.communicate(timeout=20)[1]
-
-    def close(self) -> None:
-        self.kill()
-        self.instance.stop()
-        self._background.stop()
-
-    def _ready(self) -> bool:
-        try:
-            return self.client.get("/readiness").status == 200
-        except ConnectionError:
-            return False
-
-
 @pytest.fixture
 def apart(tmp_path: Path) -> Iterator[RouterInProcess]:
-    router = RouterInProcess(tmp_path)
+    background = Background()
+    router = RouterInProcess(tmp_path, background)
     yield router
     router.close()
+    background.stop()
 
 
 @pytest.mark.parametrize("kind", ["crash", "hang"])
@@ -143,7 +97,7 @@ def test_a_router_that_ends_or_stands_still(apart: RouterInProcess, point: str, 
         apart.instance.worker.emit(event(2))
     wanted = psutil.STATUS_STOPPED if kind == "hang" else psutil.STATUS_ZOMBIE
     until(lambda: process.status() == wanted, _START_S)
-    said = apart.kill().decode()
+    said = apart.end().decode()
     assert f"faults on purpose will happen here: {point}:{kind}:2" in said
     assert f"fault on purpose: {point}:{kind}:2" in said
     with pytest.raises((http.client.HTTPException, ConnectionError)):

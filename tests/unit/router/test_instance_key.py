@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.launch.options import LaunchOptions
 from kunserve_sglang.launch.server import Supervisor
 from tests.support.mock_worker import Canned, MockWorker

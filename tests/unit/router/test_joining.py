@@ -9,12 +9,12 @@ import msgspec
 import pytest
 import zmq
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys, new_keys
 from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello
 from kunserve_sglang.core.processes import this_host
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.instance.agent.control import ControlLink
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS, PROFILE

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from kunserve_sglang.core.blocks import BLOCK_TOKENS, block_hashes
-from kunserve_sglang.core.settings import DispatchPolicy
+from kunserve_sglang.core.choices import DispatchPolicy
 from tests.support.background import Background
 from tests.support.mock_worker import Canned, MockWorker
 from tests.support.router_harness import RouterCluster

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kunserve_sglang.core.settings import ClusterConfig, OverloadPolicy
+from kunserve_sglang.core.choices import OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 from tests.support.background import Background
 from tests.support.mock_instance import MockInstance
@@ -68,6 +69,7 @@ def answers(client: Client) -> bool:
 def test_a_signal_ends_it_and_cuts_what_will_not_end(
     number: signal.Signals, port: int, tmp_path: Path
 ) -> None:
+    """The stream says so, and looks like no whole one."""
     started = config(port, tmp_path)
     background = Background()
     process = start(started.to_environment())
@@ -86,8 +88,10 @@ def test_a_signal_ends_it_and_cuts_what_will_not_end(
 
     asked = time.monotonic()
     process.send_signal(number)
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+    with pytest.raises(http.client.IncompleteRead) as cut:
         response.read()
+    said, nothing = cut.value.partial.removeprefix(b"\n\ndata: ").split(b"\n\n")
+    assert (json.loads(said)["error"]["code"], nothing) == ("router_stopping", b"")
     _, errors = process.communicate(timeout=20)
     assert time.monotonic() - asked < 3 + SLACK_S
     assert process.returncode == 0

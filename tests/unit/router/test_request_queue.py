@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.router.proxy.busy import QUEUE_FULL
 from kunserve_sglang.testing.mock_member import CAPACITY
 from tests.support.mock_worker import Canned

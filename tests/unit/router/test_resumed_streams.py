@@ -6,12 +6,17 @@ import json
 import random
 from collections.abc import Callable
 
+import pytest
+
 from kunserve_sglang.core.resumption import (
     COMMENT,
     JOURNAL_HEADER,
     NOT_RESUMABLE,
+    RESUMABLE_PATHS,
     RESUME_HEADER,
+    reports_error,
 )
+from kunserve_sglang.router.http.answers import error_event
 from kunserve_sglang.router.proxy.journal import Journal, Journals
 from tests.support.mock_worker import MockWorker
 from tests.support.recorded_streams import BODY, asked, begun, event, with_record
@@ -86,6 +91,18 @@ def test_one_that_no_instance_can_resume_says_so(router: RouterCluster) -> None:
         stream.owner.worker.die()
         assert "cannot be resumed" in stream.last_error()["message"]
     assert b"kunserve:answers_cut_total 1.0" in router.get("/metrics").body
+
+
+@pytest.mark.parametrize("path", sorted(RESUMABLE_PATHS))
+def test_its_last_event_is_as_its_api_has_it(path: str) -> None:
+    event = error_event(path, 502, "stream_lost", "why")
+    assert reports_error(event)
+    assert event.startswith(b"\n\n")
+    *name, data = event.strip().split(b"\n")
+    assert name == ([b"event: error"] if path == "/v1/messages" else [])
+    said = json.loads(data.removeprefix(b"data: "))
+    assert (said["error"]["code"], said["error"]["message"]) == ("stream_lost", "why")
+    assert said.get("type", "error") == "error"
 
 
 def test_one_that_has_become_too_large_says_so(start_router: Start) -> None:

@@ -153,7 +153,7 @@ def test_without_a_key_of_the_cluster_a_tenants_key_goes_nowhere(start: Start) -
 
 
 def test_a_launcher_says_in_one_line_what_is_wrong_with_the_file(file: Path) -> None:
-    from kunserve_sglang.core.settings import ClusterConfig
+    from kunserve_sglang.core.cluster_config import ClusterConfig
 
     file.write_text(FILE.format(a="weight = 0", b=""))
     launcher = Supervisor(ClusterConfig(tenants=str(file), port=0), LaunchOptions(), [])

@@ -18,10 +18,10 @@ import pytest
 from kunserve_sglang.api.client import RouterClient
 from kunserve_sglang.api.errors import CallError
 from kunserve_sglang.api.types import ClusterStatus
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import read_flags
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.launch_server import kunserve_parser
 from kunserve_sglang.router.http.tls import server_context
 from kunserve_sglang.router.settings import RouterConfig, launcher_socket

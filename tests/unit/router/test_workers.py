@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from kunserve_sglang.control.registry import FIRST_WORKER
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.processes import free_port
-from kunserve_sglang.core.settings import ClusterConfig
 from tests.support.mock_worker import Canned, MockWorker
 from tests.support.refusing import refusal
 from tests.support.router_harness import Client, RouterCluster

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.launch.options import LaunchOptions, with_budget
 from kunserve_sglang.sglang_seam.compatibility import (

@@ -8,13 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kunserve_sglang.core.choices import MicroBatches
 from kunserve_sglang.core.cost_model import CostModel, Work
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import (
-    MicroBatches,
-)
 from kunserve_sglang.simulation import instances as instances_module
 from kunserve_sglang.simulation.cluster_profile import HostCost, StepCost
 from kunserve_sglang.simulation.costs import Costs

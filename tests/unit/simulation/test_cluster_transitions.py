@@ -7,8 +7,9 @@ from itertools import pairwise
 import msgspec
 import pytest
 
+from kunserve_sglang.core.choices import DispatchPolicy, OverloadPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy, OverloadPolicy
 from kunserve_sglang.core.transports import ExchangeMode
 from kunserve_sglang.simulation import SimulatedCluster
 from kunserve_sglang.simulation.cluster_profile import HostCost

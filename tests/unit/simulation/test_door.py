@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kunserve_sglang import simulate
+from kunserve_sglang.core.choices import DispatchPolicy
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.core.settings import DispatchPolicy
 from kunserve_sglang.policy.dispatch import POLICIES, Candidate
 from kunserve_sglang.simulation import load_profile
 from kunserve_sglang.simulation.report import Slo, needed, savings, summarise

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.transports import Transport
 from kunserve_sglang.sglang_seam.compatibility import check_transport
 from kunserve_sglang.transport.choice import PeerAddress, Way, way_between

@@ -18,7 +18,7 @@ def budget_of(facts: Facts) -> int:
     """Bytes of each instance, as the launcher takes them on a CPU; 0 if there is none."""
     if facts.asked.memory_budget or not facts.instances:
         return facts.asked.memory_budget
-    return default_budget(facts.host.memory.available, facts.instances)
+    return default_budget(facts.host.memory.free, facts.instances)
 
 
 def dtype_line(facts: Facts) -> str:

@@ -67,6 +67,11 @@ class MemoryFacts(msgspec.Struct, frozen=True, kw_only=True):
     shared: int
     shared_error: str = ""
 
+    @property
+    def free(self) -> int:
+        """What processes here can have: of the host, within their limits."""
+        return self.available if self.left is None else min(self.available, self.left)
+
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     """`cores` are those that this process may use, `cpu_features` those that a dtype depends on.

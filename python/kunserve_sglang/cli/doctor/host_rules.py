@@ -125,15 +125,13 @@ def _memory(facts: Facts) -> Iterator[Finding]:
             "use a kernel and a container runtime that have them",
         )
     total = budget * facts.instances
-    free = host.memory.available if host.memory.left is None else host.memory.left
-    free = min(free, host.memory.available)
+    free = host.memory.free
     if total > free:
-        limited = host.memory.left is not None and host.memory.left < host.memory.available
+        limited = free < host.memory.available
         whose = "the control group leaves" if limited else "the host has"
-        chosen = "" if facts.asked.memory_budget else ", by default half of the host's free memory"
         yield error(
             "memory",
-            f"{facts.instances} instances take {format_size(total)}{chosen}, and {whose} "
+            f"{facts.instances} instances take {format_size(total)}, and {whose} "
             f"{format_size(free)}",
             f"--memory-budget {free // facts.instances // 2 >> 20}MiB, or more memory",
         )

@@ -9,13 +9,13 @@ import resource
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from kunserve_sglang.cli.doctor.expected import FAST_16_BIT
 from kunserve_sglang.cli.doctor.facts import FolderFacts, HostFacts, MemoryFacts
+from kunserve_sglang.core.control_groups import fields_of, memory_left
 from kunserve_sglang.launch.standing import LOCK
 
 _SHARED = Path("/dev/shm")
@@ -23,13 +23,12 @@ _MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
 _CPUINFO = Path("/proc/cpuinfo")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _FEATURES = ("avx2", "avx512f", *FAST_16_BIT)
-_NO_LIMIT = 1 << 60
 _SOME_GPU = "GPU"
 
 
 def this_host() -> HostFacts:
     """What programs of this process's user find here."""
-    cpu = _fields(_CPUINFO)
+    cpu = fields_of(_CPUINFO)
     flags = cpu.get("flags", "").split()
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     temporary = Path(tempfile.gettempdir())
@@ -100,66 +99,17 @@ def _memory() -> MemoryFacts:
         free = space.f_bavail * space.f_frsize
     return MemoryFacts(
         available=psutil.virtual_memory().available,
-        left=min(left_by_groups(), default=None),
+        left=min(memory_left(), default=None),
         shared=free,
         shared_error=error,
     )
-
-
-def left_by_groups(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> Iterator[int]:
-    """Bytes that each control group around this process leaves to it, if it has a limit.
-
-    Caches of files count as used there, and are given up when memory is needed.
-    """
-    if not own.is_file():
-        return
-    for line in own.read_text().splitlines():
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            top, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in kinds.split(","):
-            top = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            limit = _number(folder / names[0])
-            if limit is not None and limit < _NO_LIMIT:
-                cached = int(_fields(folder / "memory.stat", " ").get(names[2], "0"))
-                yield max(0, limit - max(0, (_number(folder / names[1]) or 0) - cached))
-            if folder == top:
-                break
-
-
-def _number(path: Path) -> int | None:
-    """None if there is no such file, or no number in it (`max`)."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _fields(path: Path, between: str = ":") -> dict[str, str]:
-    """Names and values of a file of the kernel's, one a line; the first of a name counts."""
-    found: dict[str, str] = {}
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        name, _, value = line.partition(between)
-        found.setdefault(name.strip(), value.strip())
-    return found
 
 
 def _gpus() -> tuple[str, ...]:
     """Names of the GPUs whose devices are here."""
     minors = [p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*")]
     files = _GPUS.glob("*/information") if _GPUS.is_dir() else ()
-    known = {f.get("Device Minor", ""): f.get("Model", "") for f in map(_fields, files)}
+    known = {f.get("Device Minor", ""): f.get("Model", "") for f in map(fields_of, files)}
     return tuple(known.get(minor) or _SOME_GPU for minor in sorted(minors, key=int))
 
 

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import dataclass
 
 from kunserve_sglang.api.errors import Usage
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.flags import add_flags, read_flags
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.launch.options import LaunchOptions
 
 _CLUSTER = (

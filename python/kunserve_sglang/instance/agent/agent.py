@@ -120,7 +120,7 @@ class Agent:
         return self._work.serve_one(timeout_s)
 
     def move_pieces(self, busy_s: float) -> bool:
-        """Send some of what is on its way to peers, after `busy_s` of work; false if none went."""
+        """Send and keep some of what is on its way, after `busy_s` of work; false if none was."""
         return self._work.move_pieces(busy_s)
 
     # -- reports ---------------------------------------------------------------------------------

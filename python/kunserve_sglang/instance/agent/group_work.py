@@ -122,10 +122,16 @@ class GroupWork:
         queue.append((packet, header))
 
     def move_pieces(self, busy_s: float) -> bool:
-        """Send some of what is on its way to peers, after `busy_s` of work; false if none went."""
-        if self.transfer is None:
+        """Send and keep some of what is on its way, after `busy_s` of work; false if nothing was.
+
+        What has come gets as much time as what goes: where activations always wait, nobody would
+        come to it otherwise, and the peer could send no more.
+        """
+        if (transfer := self.transfer) is None:
             return False
-        return self.transfer.pump(busy_s * (1.0 if self.transfer.urgent else _BACKGROUND_SHARE))
+        seconds = busy_s * (1.0 if transfer.urgent else _BACKGROUND_SHARE)
+        kept = transfer.for_about(seconds, self._keep_piece)
+        return transfer.pump(seconds) or kept
 
     def _serve(self, packet: Packet, header: wire.Header) -> None:
         if self._pipeline is None or header.epoch != self._pipeline.epoch:
@@ -139,6 +145,13 @@ class GroupWork:
             self.transfer.store(packet, header)
         else:
             self.stale_packets += 1  # fetched ahead, for a transition that was given up
+
+    def _keep_piece(self) -> bool:
+        """False if none is here."""
+        if not self._pieces:
+            return False
+        self._serve(*self._pieces.popleft())
+        return True
 
     def _next_piece(self) -> Packet | None:
         """The next packet of a transfer, for a stage that cannot go on without it."""

@@ -186,13 +186,17 @@ class Transfer:
 
     def pump(self, seconds: float) -> bool:
         """Send pieces for about so long, at least one, if there is room; false if none went."""
+        return self.for_about(seconds, self._send_piece)
+
+    def for_about(self, seconds: float, work: Callable[[], bool]) -> bool:
+        """Repeat `work` while it finds something to do, once at least; false if it never did."""
         deadline = self._clock() + seconds
-        sent = False
-        while self._send_piece():
-            sent = True
+        worked = False
+        while work():
+            worked = True
             if self._clock() >= deadline:
                 break
-        return sent
+        return worked
 
     def store(self, packet: Packet, header: wire.Header) -> None:
         """Keep what has arrived; packets that are not about this transfer are ignored."""

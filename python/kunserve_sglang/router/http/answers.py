@@ -38,6 +38,7 @@ _RETRY_AFTER_S = 1
 Code = Literal[
     "admin_key_required",
     "api_key_required",
+    "bad_idempotency_key",
     "bad_json",
     "bad_limit",
     "bad_path",
@@ -49,6 +50,7 @@ Code = Literal[
     "drain_timeout",
     "foreign_site",
     "headers_too_large",
+    "idempotency_key_reused",
     "instance_failed",
     "internal_error",
     "invalid_field",
@@ -67,6 +69,7 @@ Code = Literal[
     "queue_full",
     "queue_timeout",
     "read_key_required",
+    "request_under_way",
     "router_stopping",
     "stream_lost",
     "tenant_queue_full",
@@ -126,6 +129,18 @@ def error_answer(
         field=UNSET if field is None else field,
     )
     return json_answer(ErrorAnswer(error=detail), status, headers)
+
+
+def error_event(path: str, status: int, code: Code, message: str) -> bytes:
+    """The last event of a stream that does not come to its end, wherever it stands.
+
+    As the API of this path has it: clients of Anthropic's go by the names of events.
+    """
+    detail = ErrorDetail(message=message, type=ERROR_TYPES[status], code=code)
+    if path == "/v1/messages":
+        named = msgspec.json.encode({"type": "error", "error": detail})
+        return b"\n\nevent: error\ndata: %b\n\n" % named
+    return b"\n\ndata: %b\n\n" % msgspec.json.encode(ErrorAnswer(error=detail))
 
 
 def retry_later(

@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.control.upstream import target
+from kunserve_sglang.core.kept_answers import ANSWER_HEADER
 from kunserve_sglang.core.resumption import JOURNAL_HEADER, RESUME_HEADER
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -40,7 +41,7 @@ _HOP_BY_HOP = frozenset(
 
 _BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
 
-_OUR_OWN = frozenset({JOURNAL_HEADER, RESUME_HEADER})
+_OUR_OWN = frozenset({ANSWER_HEADER, JOURNAL_HEADER, RESUME_HEADER})
 """Between the router and its instances alone."""
 
 # The body has been read and its length is known, and `Host` names whom we talk to.

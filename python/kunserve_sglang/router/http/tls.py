@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ssl
 
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.core.settings import ClusterConfig
 
 
 def server_context(config: ClusterConfig) -> ssl.SSLContext | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
-
-from kunserve_sglang.api.types import ErrorAnswer, ErrorDetail
 from kunserve_sglang.control.registry import Instance
-from kunserve_sglang.router.http.answers import ERROR_TYPES
+from kunserve_sglang.router.http.answers import error_event
 from kunserve_sglang.router.http.client_request import ClientRequest
+from kunserve_sglang.router.proxy.idempotency import KeyedRequest
 from kunserve_sglang.router.proxy.journal import Journal
 from kunserve_sglang.router.proxy.promise import Promise
 
@@ -22,13 +20,25 @@ class Attempts:
     process under the number of such a one is another instance. `promise` is about its answer,
     whoever gives it. `journal` is there if the request may ask for a stream that can be resumed.
     `moving` says that its instance is about to be left, and `since` when one was left first.
+    `keyed` is there if its client may ask again, and `holder` has its answer already.
     """
 
-    __slots__ = ("_left", "_refusing", "journal", "lost", "moving", "promise", "since")
+    __slots__ = (
+        *("_holder", "_left", "_refusing"),
+        *("journal", "keyed", "lost", "moving", "promise", "since"),
+    )
 
-    def __init__(self, promise: Promise, journal: Journal | None) -> None:
+    def __init__(
+        self,
+        promise: Promise,
+        journal: Journal | None,
+        keyed: KeyedRequest | None = None,
+        holder: Instance | None = None,
+    ) -> None:
         self.promise = promise
         self.journal = journal
+        self.keyed = keyed
+        self._holder = holder
         self.lost: list[str] = []
         self.moving = False
         self.since: float | None = None
@@ -42,6 +52,11 @@ class Attempts:
     def accepted(self) -> bool:
         """Whether an instance has had the request: then it is not turned away for want of room."""
         return self.since is not None
+
+    def take_holder(self) -> Instance | None:
+        """It is tried first, and once."""
+        holder, self._holder = self._holder, None
+        return holder
 
     def may_try(self, instance: Instance) -> bool:
         return self.suits(instance) and not _among(self._refusing, instance)
@@ -102,10 +117,9 @@ class Attempts:
         why = self.lost[-1] if self.lost else "its instance leaves"
         return f"{why}, and no other can take the request"
 
-    def last_event(self) -> bytes:
-        """For a stream that ends before its end, wherever it stands."""
-        detail = ErrorDetail(message=self.why_lost(), type=ERROR_TYPES[502], code="stream_lost")
-        return b"\n\ndata: %b\n\n" % msgspec.json.encode(ErrorAnswer(error=detail))
+    def last_event(self, request: ClientRequest) -> bytes:
+        """For a stream that cannot go on."""
+        return error_event(request.scope["path"], 502, "stream_lost", self.why_lost())
 
 
 def _among(instances: list[Instance], instance: Instance) -> bool:

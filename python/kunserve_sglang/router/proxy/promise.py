@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from kunserve_sglang.core.resumption import RESUMABLE_PATHS
+from kunserve_sglang.core.resumption import RESUMABLE_PATHS, reports_error
 from kunserve_sglang.policy.service_level import ServiceLevel
 from kunserve_sglang.router.http.client_request import ClientRequest
 from kunserve_sglang.router.proxy.attainment import Attainment
@@ -13,10 +13,8 @@ from kunserve_sglang.router.proxy.busy import QUEUE_FULL
 from kunserve_sglang.router.proxy.latency import StreamTimer
 from kunserve_sglang.router.proxy.slo_headers import read_slo
 
-_JUDGED = RESUMABLE_PATHS | {"/v1/messages", "/v1/responses", "/invocations"}
+_JUDGED = RESUMABLE_PATHS | {"/v1/responses", "/invocations"}
 """Calls whose answers are made of tokens, and tell: they come as events, or with their number."""
-
-_ERROR = b'data: {"error"'
 
 _COUNTS = {
     name: re.compile(name + rb"\s*(\d{1,9})")
@@ -53,7 +51,7 @@ class Promise:
 
     def first_chunk(self, ttft_s: float, chunk: bytes) -> None:
         """Of an answer that is streamed."""
-        if _ERROR in chunk:
+        if reports_error(chunk):
             self._refused(chunk)
             return
         limit = self._attainment.limits(self._level, self.prompt).ttft_ms if self._open else None

@@ -11,25 +11,24 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 
 from kunserve_sglang.control.registry import Instance, Registry
-from kunserve_sglang.control.upstream import is_refusal
 from kunserve_sglang.policy.dispatch import Policy, first
-from kunserve_sglang.router.http.answers import RequestError, error_answer, retry_later
+from kunserve_sglang.router.http.answers import (
+    RequestError,
+    error_answer,
+    error_event,
+    retry_later,
+)
 from kunserve_sglang.router.http.body_check import check_body
 from kunserve_sglang.router.http.client_request import ClientRequest
-from kunserve_sglang.router.http.heads import request_head
-from kunserve_sglang.router.http.outbound import (
-    BrokenOff,
-    InstanceConnection,
-    InstanceConnections,
-)
+from kunserve_sglang.router.http.outbound import BrokenOff
 from kunserve_sglang.router.proxy.attainment import Attainment
 from kunserve_sglang.router.proxy.attempts import Attempts
 from kunserve_sglang.router.proxy.busy import BusyAnswer
 from kunserve_sglang.router.proxy.dispatcher import Dispatcher, Weight
-from kunserve_sglang.router.proxy.faulty import with_faults
+from kunserve_sglang.router.proxy.exchange import Exchanges
+from kunserve_sglang.router.proxy.idempotency import IdempotencyKeys, KeyedRequest
 from kunserve_sglang.router.proxy.journal import Journals
 from kunserve_sglang.router.proxy.latency import Latency
-from kunserve_sglang.router.proxy.moves import Moves
 from kunserve_sglang.router.proxy.priority import TurnedAway
 from kunserve_sglang.router.proxy.promise import Promise
 from kunserve_sglang.router.proxy.relay import Relay
@@ -70,66 +69,71 @@ class Proxy:
     def __init__(
         self,
         registry: Registry,
-        connections: InstanceConnections,
         policy: Policy,
         latency: Latency,
         attainment: Attainment,
         queue: RequestQueue,
         dispatcher: Dispatcher,
         journals: Journals,
-        moves: Moves,
+        exchanges: Exchanges,
+        keys: IdempotencyKeys,
     ) -> None:
         self.stats = ProxyStats()
         self._latency = latency
         self._attainment = attainment
         self._registry = registry
-        self._connections = connections
         self._policy = policy
         self._queue = queue
         self._dispatcher = dispatcher
         self._journals = journals
-        self._moves = moves
+        self._exchanges = exchanges
+        self._keys = keys
         self._now = time.monotonic
 
     async def __call__(self, request: ClientRequest) -> None:
         request.arrived = self._latency.clock()
         try:
             promise = Promise(self._attainment, request)
+            keyed = self._keys.begin(request)
         except RequestError as error:
             request.answer(error.answer())
             self.stats.answers[request.status] += 1
             return
         try:
-            await self._serve(request, promise)
+            await self._serve(request, promise, keyed)
         except asyncio.CancelledError:
             if request.gone:
                 self.stats.answers[_CLIENT_CLOSED_REQUEST] += 1
-            elif not request.started:
-                # Only the end of the router cancels us otherwise, and only after a grace.
-                request.answer(retry_later("router_stopping", "the router is stopping"))
+            else:
+                self._stopped(request)
         else:
             self.stats.answers[request.status] += 1
         finally:
+            self._keys.end(keyed, request)
             promise.ended(request)
 
-    async def _serve(self, request: ClientRequest, promise: Promise) -> None:
+    async def _serve(
+        self, request: ClientRequest, promise: Promise, keyed: KeyedRequest | None
+    ) -> None:
         """Send the request when it is its turn, or say why it is not sent."""
         # Whoever is let in has to go at once, so what takes time comes before.
         try:
             _look_into(request)
+            holder = await self._keys.holder(keyed)
         except RequestError as error:
             request.answer(error.answer())
             return
         weight = await self._dispatcher.weigh(request.scope["path"], request.body)
         promise.prompt = weight.prompt_tokens(request.body)
         try:
-            await self._queue.enter(request, weight)
+            if holder is None:  # or it has been let in before
+                await self._queue.enter(request, weight)
         except TurnedAway as refusal:
             request.answer(refusal.answer)
             return
         journal = self._journals.of(request)
         try:
-            await self._try(request, weight, Attempts(promise, journal))
+            await self._try(request, weight, Attempts(promise, journal, keyed, holder))
         finally:
             if journal is not None:
                 journal.close()
@@ -158,6 +162,8 @@ class Proxy:
         """One that has room, or else any: what was let in once is not held back again."""
         if attempts.exhausted:
             return None
+        if (holder := attempts.take_holder()) is not None:
+            return holder
         pick, may_try = self._dispatcher.pick, attempts.may_try
         has_room = self._queue.room_for(request)
         roomy = (lambda i: may_try(i) and has_room(i)) if attempts else has_room
@@ -193,11 +199,12 @@ class Proxy:
         Everything that is forwarded only computes an answer, so it does no harm if two do.
         """
         try:
-            if not await self._ask(instance, request, attempts):
-                attempts.refused_by(instance)
-                return False
+            relay = await self._exchanges.ask(instance, request, attempts)
         except BrokenOff as error:
             return self._lost(instance, request, attempts, error)
+        if relay is None or not self._settled(relay, instance, request, attempts):
+            attempts.refused_by(instance)
+            return False
         self.stats.resumed += attempts.accepted and request.streams
         return True
 
@@ -219,67 +226,34 @@ class Proxy:
         self._cut_off(request, attempts)
         return True
 
+    def _stopped(self, request: ClientRequest) -> None:
+        """Only the end of the router cancels a request whose client waits, and after a grace."""
+        if not request.started:
+            request.answer(retry_later("router_stopping", "the router is stopping"))
+            return
+        self.stats.cut += 1
+        if request.streams:
+            path, why = request.scope["path"], "the router is stopping"
+            request.write(error_event(path, 503, "router_stopping", why))
+
     def _cut_off(self, request: ClientRequest, attempts: Attempts) -> None:
         """Too late for another answer: a stream says so, and the connection is closed."""
         self.stats.cut += 1
         if request.streams:
-            request.write(attempts.last_event())
+            request.write(attempts.last_event(request))
 
-    async def _ask(self, instance: Instance, request: ClientRequest, attempts: Attempts) -> bool:
-        """False if the instance cannot have run the request; raises `BrokenOff`."""
-        connection = self._connections.kept(instance.url) or await self._connect(instance)
-        if connection is None:
-            return False
-        try:
-            return await self._exchange(instance, connection, request, attempts)
-        except BrokenOff as error:
-            if not error.unread or attempts.moving:
-                raise
-            # Most likely it never saw the request, and this counts for no loss if it is there.
-            connection = await self._connect(instance)
-            if connection is None:
-                raise
-            return await self._exchange(instance, connection, request, attempts)
-
-    async def _connect(self, instance: Instance) -> InstanceConnection | None:
-        try:
-            return await self._connections.make(instance.url)
-        except OSError as error:
-            if is_refusal(error):
-                instance.liveness.refuses()
-            logger.warning("instance %d: %s", instance.number, error)
-            return None
-
-    async def _exchange(
-        self,
-        instance: Instance,
-        connection: InstanceConnection,
-        request: ClientRequest,
-        attempts: Attempts,
+    def _settled(
+        self, relay: Relay, instance: Instance, request: ClientRequest, attempts: Attempts
     ) -> bool:
-        """As `_ask`, on this connection."""
-        journal = None if instance.plain else attempts.journal
-        relay = Relay(request, self._latency, attempts.promise, journal)
-        request.comes_from(connection)
-        self._moves.sent(instance, connection, request, attempts)
-        try:
-            body, further = self._journals.question(request, journal)
-            head = request_head(request.scope, body, instance, further)
-            bodiless = request.scope["method"] == "HEAD"
-            await connection.ask(head, body, with_faults(connection, relay), bodiless=bodiless)
-            if relay.unfit:
-                attempts.unfit(instance)
-            if request.started and not request.ended:
-                return False
-            if relay.redirect:
-                message = f"instance {instance.number} answered with a redirect ({relay.redirect})"
-                request.answer(error_answer(502, "instance_failed", message))
-            return relay.busy is None or self._refused(relay.busy, request, attempts)
-        finally:
-            self._moves.ended(instance, connection)
-            # Unless it has all of the answer, this closes it: how an instance learns that nobody
-            # waits any more.
-            self._connections.put(connection)
+        """Whether what the instance has said is the end of the request."""
+        if relay.unfit:
+            attempts.unfit(instance)
+        if request.started and not request.ended:
+            return False
+        if relay.redirect:
+            message = f"instance {instance.number} answered with a redirect ({relay.redirect})"
+            request.answer(error_answer(502, "instance_failed", message))
+        return relay.busy is None or self._refused(relay.busy, request, attempts)
 
     def _refused(self, busy: BusyAnswer, request: ClientRequest, attempts: Attempts) -> bool:
         """Pass on that the instance is busy, unless another may still have room."""

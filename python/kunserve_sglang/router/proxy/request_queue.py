@@ -12,7 +12,7 @@ from prometheus_client import Histogram
 
 from kunserve_sglang.api.types import QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
-from kunserve_sglang.core.settings import ClusterConfig
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.policy.queueing import (
     EndRate,
     WaitingLine,

@@ -10,8 +10,8 @@ from typing import cast
 from kunserve_sglang.api.tenants import TenantStatus
 from kunserve_sglang.api.types import QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.load import Load, Slots
-from kunserve_sglang.core.settings import ClusterConfig
 from kunserve_sglang.core.tenants import DEFAULT_TENANT, Tenants
 from kunserve_sglang.policy.fair_queueing import FairLine, Flow
 from kunserve_sglang.policy.shared_room import (

@@ -7,9 +7,10 @@ from collections.abc import Collection
 from kunserve_sglang.api.service import AttainmentSummary
 from kunserve_sglang.api.types import LatencySummary, QueueStatus
 from kunserve_sglang.control.registry import Instance, Registry
+from kunserve_sglang.core.choices import DispatchPolicy
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import CacheReport
 from kunserve_sglang.core.service_classes import read_classes
-from kunserve_sglang.core.settings import ClusterConfig, DispatchPolicy
 from kunserve_sglang.core.tenants import Tenants
 from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes
 from kunserve_sglang.router.proxy.attainment import Attainment

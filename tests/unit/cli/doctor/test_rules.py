@@ -54,7 +54,12 @@ PLANTED: list[tuple[str, Level, dict[str, Any], str]] = [
     ("shared-memory", E, {"host.memory.shared_error": "Permission denied"}, "Permission"),
     ("shared-memory", W, {**ON_GPUS, "host.memory.shared": 64 << 20}, "64.0 MiB"),
     ("memory-files", E, {"host.memory_files": False}, "memfd_create"),
-    ("memory", E, {"host.memory.left": 8 * GIB}, "control group leaves 8.0 GiB"),
+    (
+        "memory",
+        E,
+        {"asked.memory_budget": 5 * GIB, "host.memory.left": 8 * GIB},
+        "control group leaves 8.0 GiB",
+    ),
     ("memory", E, {"asked.memory_budget": 20 * GIB, "host.memory.left": None}, "host has 32.0 GiB"),
     (
         "mappings",
