@@ -27,6 +27,8 @@ from kunserve_sglang.launch.life import Life
 from kunserve_sglang.launch.options import JoinOptions
 
 _POLL_INTERVAL_S = 0.5
+_FORGET_S = 5.0
+"""How long the router may take to notice that an instance has ended."""
 
 
 class Joiner(Life):
@@ -155,6 +157,29 @@ class Joiner(Life):
                     return
                 self._fleet.wait(_POLL_INTERVAL_S)
                 self._fleet.report()
+
+    def _stop(self) -> None:
+        super()._stop()
+        if not self._signals.at_once:
+            self._let_forget()
+
+    def _let_forget(self) -> None:
+        """What has ended without leaving will not be started again, so nobody has to expect it."""
+        deadline = time.monotonic() + _FORGET_S
+        while (dead := self._known() - self._fleet.left) and time.monotonic() < deadline:
+            for number in dead:
+                try:
+                    self._router.call("drain", path={"id": str(number)})
+                except CallError:  # not noticed yet that it is gone, perhaps: once more
+                    time.sleep(_POLL_INTERVAL_S)
+
+    def _known(self) -> set[int]:
+        """Our instances that the router knows; none if it does not answer."""
+        try:
+            workers = self._router.call("workers").read(Workers).workers
+        except CallError:
+            return set()
+        return {worker.id for worker in workers} & set(self._fleet.numbers)
 
     def _not_yet_leaving(self) -> list[int]:
         workers = self._router.call("workers").read(Workers).workers
