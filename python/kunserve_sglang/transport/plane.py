@@ -67,7 +67,7 @@ class HostAwareDataPlane:
         """
         self._wanted = transport
         self._context: zmq.Context[Any] = zmq.Context()
-        windows = windows or (ON_HOST if device.type == "cpu" else ON_GPU)
+        self._windows = windows = windows or (ON_HOST if device.type == "cpu" else ON_GPU)
         self._local = LocalDataPlane(
             path,
             ring_bytes=windows.activations,
@@ -105,6 +105,8 @@ class HostAwareDataPlane:
         ways = {p: way_between(self._address, a, self._wanted) for p, a in addresses.items()}
         if unreachable := sorted(peer for peer, way in ways.items() if way is None):
             raise PeerLost(f"instances {unreachable} {self._why_not()}")
+        if self._tcp is not None:
+            self._tcp.bulk_window = self._windows.bulk_among(len(addresses))
         self._ways = {}
         for way, plane in self._planes().items():
             mine = {p: a.at(way) for p, a in addresses.items() if ways[p] is way}

@@ -56,13 +56,14 @@ class TcpDataPlane:
         """`address` is `tcp://host:*` or with a port; the bound one is in `self.address`.
 
         `context` must have no other plane: it takes one checker of keys. Tensors are received on
-        `device`. At most `window` bytes of bulk wait for a peer, or one packet.
+        `device`. At most `window` bytes of bulk wait for a peer, or one packet; it may change.
         """
+        self.bulk_window = window
         self._device = device
         self._sockets = PacketSockets(context, keys)
         self._inbox = self._sockets.inbox(address, zmq.ROUTER, max_bytes=_MAX_FRAME_BYTES)
         self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._outboxes = Outboxes(partial(_TcpOutbox, self._sockets, window))
+        self._outboxes = Outboxes(partial(_TcpOutbox, self._sockets, self))
         self._owed: Counter[bytes] = Counter()
         self._dropped = Dropped()
 
@@ -84,8 +85,8 @@ class TcpDataPlane:
     def room(self, peer: int) -> int:
         return self._outboxes[peer].room
 
-    def window(self, peer: int) -> int:
-        return self._outboxes[peer].window
+    def window(self, peer: int) -> int:  # noqa: ARG002 (all have the same)
+        return self.bulk_window
 
     def lost(self, peers: Collection[int]) -> str:
         return next((why for p in peers if (why := self._outboxes[p].lost)), "")
@@ -151,9 +152,9 @@ class TcpDataPlane:
 class _TcpOutbox:
     """Sender's end of both connections to one peer."""
 
-    def __init__(self, sockets: PacketSockets, window: int, address: str) -> None:
+    def __init__(self, sockets: PacketSockets, plane: TcpDataPlane, address: str) -> None:
         """Raises `PeerLost` if no member takes packets there."""
-        self.window = window
+        self._plane = plane
         self._under_way = 0
         self._activations = DataConnection(sockets.outbox(zmq.DEALER), address)
         self._bulk = DataConnection(sockets.outbox(zmq.DEALER), address)
@@ -174,7 +175,7 @@ class _TcpOutbox:
         while (credit := self._bulk.receive()) is not None:
             if len(credit) == _CREDIT.size:
                 self._under_way -= _CREDIT.unpack(credit)[0]
-        return max(0, self.window - self._under_way)
+        return max(0, self._plane.bulk_window - self._under_way)
 
     def send(self, frames: list[bytes], *, bulk: bool) -> None:
         connection = self._bulk if bulk else self._activations

@@ -9,6 +9,9 @@ _SHARE = 128
 
 _MIN_BYTES = 16 << 10
 
+_LARGEST_SHARED = 16 << 20
+"""Larger ones would keep activations waiting in the network, some milliseconds at 25 Gbit/s."""
+
 
 @dataclass(frozen=True, slots=True)
 class Windows:
@@ -21,6 +24,12 @@ class Windows:
 
     activations: int
     bulk: int
+    peers: int = 1
+    """So many there may be, each with as much."""
+
+    def bulk_among(self, peers: int) -> int:
+        """For each of so many peers, where these share what is there for all."""
+        return max(self.bulk, min(_LARGEST_SHARED, self.bulk * self.peers // max(1, peers)))
 
     @property
     def held(self) -> int:
@@ -41,4 +50,5 @@ def windows_within(budget: int, peers: int, largest: Windows) -> Windows:
     return Windows(
         activations=min(largest.activations, max(_MIN_BYTES, share * 3 // 4)),
         bulk=min(largest.bulk, max(_MIN_BYTES, share // 4)),
+        peers=max(1, peers),
     )

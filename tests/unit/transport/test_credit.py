@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,9 +187,38 @@ def test_kernels_look_after_connections_between_hosts(pair: Pair) -> None:
 
 @pytest.mark.parametrize("largest", [ON_HOST, ON_GPU])
 def test_windows_are_a_small_part_of_the_budget(largest: Windows) -> None:
-    assert windows_within(1 << 40, 7, largest) == largest
+    assert windows_within(1 << 40, 7, largest) == replace(largest, peers=7)
     for budget in (448 << 20, 8 << 30, 80 << 30):
         for peers in (1, 3, 7):
             windows = windows_within(budget, peers, largest)
             assert peers * windows.held <= budget / 100
             assert windows.bulk < windows.activations
+
+
+def test_the_peers_that_there_are_share_what_is_there_for_all(tmp_path: Path) -> None:
+    keys = new_keys().members
+    windows = Windows(activations=WINDOW, bulk=WINDOW, peers=3)
+    planes = [
+        HostAwareDataPlane(
+            str(tmp_path / name), tcp="tcp://127.0.0.1:*", keys=keys, host=name, windows=windows
+        )
+        for name in "abcd"
+    ]
+    first, *others = planes
+    try:
+        for connected, times in ((1, 3), (3, 1), (2, 1.5)):
+            first.connect({n: plane.address for n, plane in enumerate(others[:connected])})
+            assert {first.window(n) for n in range(connected)} == {int(times * WINDOW)}
+            assert first.room(0) == int(times * WINDOW)
+    finally:
+        for plane in planes:
+            plane.close()
+
+
+@pytest.mark.parametrize("largest", [ON_HOST, ON_GPU])
+@pytest.mark.parametrize("connected", [1, 2, 7])
+def test_shared_windows_stay_within_the_budget(largest: Windows, connected: int) -> None:
+    for budget in (64 << 20, 640 << 20, 80 << 30):
+        windows = windows_within(budget, 7, largest)
+        assert windows.bulk_among(connected) >= windows.bulk
+        assert connected * windows.bulk_among(connected) <= 7 * windows.bulk
