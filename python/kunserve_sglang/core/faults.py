@@ -2,7 +2,9 @@
 
 For operators and tests who want to see what a cluster survives. `KUNSERVE_FAULT` arms them for a
 router or a scheduler, which reads it once, at its start; without it every point is a call that
-returns at once. What a launcher starts again has no faults any more.
+returns at once. What a launcher starts again has no faults any more. Instead of faults it may name
+a file of them, which is looked at whenever a point is reached: whoever writes it arms a cluster
+that runs already, what is started again included, and disarms it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from kunserve_sglang.core.errors import ConfigurationError
@@ -22,7 +25,12 @@ from kunserve_sglang.core.fault_points import INSTANCE_POINTS, POINTS, ROUTER_PO
 logger = logging.getLogger(__name__)
 
 FAULT_ENVIRONMENT = "KUNSERVE_FAULT"
-"""Environment variable: `point:kind:nth`, or `point:kind:nth:instance`; commas between several."""
+"""Environment variable: `point:kind:nth`, or `point:kind:nth:instance`; commas between several.
+
+Or `@` and the path of a file that has just that in it, or nothing for now.
+"""
+
+FILE_MARK = "@"
 
 _DELAY_S = 2.0
 _MAX_DELAY_S = 3600.0
@@ -103,7 +111,51 @@ class Faults:
         return None
 
 
-_armed: Faults | None = None
+class FaultsOfFile:
+    """The faults that are in a file now; from each change of it on, all points are counted anew.
+
+    It is to be replaced as a whole, by a rename: what is half written cannot be read.
+    """
+
+    def __init__(self, path: Path, instance: int | None, effects: Effects) -> None:
+        """Raises `ConfigurationError` if it cannot be read."""
+        self._path = path
+        self._instance = instance
+        self._effects = effects
+        self._seen = self._stamp()
+        self._faults = Faults(self._read(), effects)
+
+    def reach(self, point: str) -> FaultKind | None:
+        """As `Faults.reach`. What cannot be read is no fault, and said once."""
+        if (stamp := self._stamp()) != self._seen:
+            self._seen = stamp
+            try:
+                read = self._read()
+            except ConfigurationError as error:
+                logger.error("%s", error)
+                read = ()
+            self._faults = Faults(read, self._effects)
+        return self._faults.reach(point)
+
+    def _stamp(self) -> tuple[int, int, int]:
+        """Of the file as it is; zeros if there is none."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return 0, 0, 0
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _read(self) -> tuple[InjectedFault, ...]:
+        return _concerning(_read_faults(_text_of(self._path)), self._instance)
+
+
+class SuffersFaults(Protocol):
+    """What `arm` takes."""
+
+    def reach(self, point: str) -> FaultKind | None: ...
+
+
+_armed: SuffersFaults | None = None
 
 
 def at(point: str) -> FaultKind | None:
@@ -121,7 +173,7 @@ def armed() -> bool:
     return _armed is not None
 
 
-def arm(faults: Faults | None) -> None:
+def arm(faults: SuffersFaults | None) -> None:
     """From now on, in this process; None: no faults any more."""
     global _armed
     _armed = faults
@@ -132,21 +184,50 @@ def arm_from_environment(instance: int | None = None) -> None:
 
     Raises `ConfigurationError`.
     """
-    mine = INSTANCE_POINTS if instance is not None else ROUTER_POINTS
-    faults = tuple(
-        fault
-        for fault in faults_in(os.environ)
-        if fault.point in mine and fault.instance in (None, instance)
-    )
+    if path := fault_file(os.environ):
+        logger.warning("faults on purpose will happen here, as %s says", path)
+        arm(FaultsOfFile(path, instance, ProcessEffects()))
+        return
+    faults = _concerning(faults_in(os.environ), instance)
     if faults:
         logger.warning("faults on purpose will happen here: %s", ", ".join(map(str, faults)))
         arm(Faults(faults, ProcessEffects()))
 
 
+def fault_file(environment: Mapping[str, str]) -> Path | None:
+    """Where the faults stand, if not in the environment itself."""
+    text = environment.get(FAULT_ENVIRONMENT, "").strip()
+    return Path(text[len(FILE_MARK) :]) if text.startswith(FILE_MARK) else None
+
+
 def faults_in(environment: Mapping[str, str]) -> tuple[InjectedFault, ...]:
-    """Raises `ConfigurationError` for what is not written as it should be."""
-    text = environment.get(FAULT_ENVIRONMENT, "")
+    """All of them now, wherever they stand.
+
+    Raises `ConfigurationError` for what is not written as it should be, or cannot be read.
+    """
+    path = fault_file(environment)
+    return _read_faults(_text_of(path) if path else environment.get(FAULT_ENVIRONMENT, ""))
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{FAULT_ENVIRONMENT}={FILE_MARK}{path}: it cannot be read: {error}"
+        ) from None
+
+
+def _read_faults(text: str) -> tuple[InjectedFault, ...]:
     return tuple(_read_fault(one.strip()) for one in text.split(",") if one.strip())
+
+
+def _concerning(
+    faults: tuple[InjectedFault, ...], instance: int | None
+) -> tuple[InjectedFault, ...]:
+    """Those of one process: a router's without an `instance`."""
+    mine = INSTANCE_POINTS if instance is not None else ROUTER_POINTS
+    return tuple(f for f in faults if f.point in mine and f.instance in (None, instance))
 
 
 def _read_fault(text: str) -> InjectedFault:

@@ -13,7 +13,7 @@ from kunserve_sglang.api.client import RouterClient
 from kunserve_sglang.api.errors import CallError
 from kunserve_sglang.api.service import ServiceStatus
 from kunserve_sglang.api.types import ClusterStatus, InstanceStatus
-from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, faults_in
+from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, fault_file, faults_in
 from kunserve_sglang.core.processes import clean_up_after
 from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.ending import GRACE_S, StopSignals
@@ -59,7 +59,8 @@ class Life(ABC):
         self._signals.listen()
         try:
             self._start()
-            os.environ.pop(FAULT_ENVIRONMENT, None)  # what is started again has had its faults
+            if fault_file(os.environ) is None:
+                os.environ.pop(FAULT_ENVIRONMENT, None)  # what is started again has had its faults
             keeper = Keeper(self._fleet, self._restart_limit, self._console)
             if not self._wait_until_ready(keeper):
                 return 0 if self._signals.stop else 1

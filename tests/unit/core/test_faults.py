@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,57 @@ def test_a_process_that_none_concerns_is_not_armed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(FAULT_ENVIRONMENT, "control.vote:drop:1")
     faults.arm_from_environment(0)
     assert not faults.armed()
+
+
+def in_file(file: Path, text: str) -> None:
+    """As whoever writes it should: nobody ever sees half of it."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
+
+
+def test_a_file_may_change_while_the_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "faults"
+    in_file(file, "")
+    monkeypatch.setenv(FAULT_ENVIRONMENT, f"@{file}")
+    reach = "member.vote"
+    try:
+        faults.arm_from_environment(1)
+        assert faults.armed()
+        assert [faults.at(reach) for _ in range(2)] == [None, None]
+        in_file(file, f"{reach}:drop:2:1, {reach}:drop:1:0")
+        assert [faults.at(reach) for _ in range(3)] == [None, FaultKind.DROP, None]
+        in_file(file, f"{reach}:drop:1:1")
+        assert [faults.at(reach) for _ in range(2)] == [FaultKind.DROP, None]
+        in_file(file, f"{reach}:drop")
+        assert faults.at(reach) is None
+        assert "this is not point:kind:nth" in caplog.text
+        in_file(file, f"{reach}:drop:1")
+        file.unlink()
+        assert faults.at(reach) is None
+    finally:
+        faults.arm(None)
+
+
+def test_a_file_is_read_at_the_start_and_refused_if_it_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "faults"
+    with pytest.raises(ConfigurationError, match="it cannot be read"):
+        read(f"@{file}")
+    monkeypatch.setenv(FAULT_ENVIRONMENT, f"@{file}")
+    with pytest.raises(ConfigurationError, match="it cannot be read"):
+        faults.arm_from_environment()
+    assert not faults.armed()
+    in_file(file, "control.vote:drop:1")
+    assert read(f"@{file}") == (InjectedFault("control.vote", FaultKind.DROP),)
+    try:
+        faults.arm_from_environment()
+        assert faults.at("control.vote") is FaultKind.DROP
+    finally:
+        faults.arm(None)
 
 
 def test_what_the_code_calls_a_point_is_one() -> None:
