@@ -86,7 +86,7 @@ class UpstreamRouter(Router):
 
     def command(self, port: int) -> list[str]:
         return [
-            *(str(_upstream_python()), "-m", "sglang_router.launch_router"),
+            *(str(upstream_python()), "-m", "sglang_router.launch_router"),
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--worker-urls", *self._workers),
             *("--policy", "round_robin", "--max-concurrent-requests", "-1"),
@@ -110,9 +110,9 @@ class UpstreamRouter(Router):
 
 def install_upstream() -> None:
     """Make its environment in `build/`, unless it is there. Raises `ClusterError`."""
-    if _upstream_python().exists():
+    if upstream_python().exists():
         return
-    folder = _upstream_python().parent.parent
+    folder = upstream_python().parent.parent
     making = folder.with_name(f"{folder.name}.new")
     pip = (str(making / "bin" / "python"), "-m", "pip", "-q", "install", UPSTREAM)
     try:
@@ -123,7 +123,8 @@ def install_upstream() -> None:
     making.rename(folder)
 
 
-def _upstream_python() -> Path:
+def upstream_python() -> Path:
+    """Of the environment that `install_upstream` makes."""
     return _ENVIRONMENTS / UPSTREAM.replace("==", "-") / "bin" / "python"
 
 

@@ -77,10 +77,16 @@ class PlainServer(Cluster):
         ready_timeout_s: float,
         stop_timeout_s: float,
         on_wait: Callable[[float], None] | None = None,
+        host: str = "127.0.0.1",
+        through: Sequence[str] = (),
     ) -> None:
-        """`folder` gets the server's temporary files."""
+        """`folder` gets the server's temporary files.
+
+        It listens at `host`, and is started by the command `through`, if there is one.
+        """
         self._cpus = cpus
-        launcher = (sys.executable, "-m", "sglang.launch_server")
+        self._host = host
+        launcher = (*through, sys.executable, "-m", "sglang.launch_server", "--host", host)
         super().__init__(
             lambda port: [*launcher, *flags, *_FLAGS, "--port", str(port)],
             log,
@@ -102,7 +108,7 @@ class PlainServer(Cluster):
 
     def ready_url(self) -> str:
         """The address, once `/health` answers with 200: the first request has been through."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=30)
         try:
             connection.request("GET", "/health")
             healthy = connection.getresponse().status == 200
@@ -110,7 +116,7 @@ class PlainServer(Cluster):
             healthy = False  # not up yet; we are asked again
         finally:
             connection.close()
-        return f"http://127.0.0.1:{self._port}" if healthy else ""
+        return f"http://{self._host}:{self._port}" if healthy else ""
 
     def stop(self) -> None:
         """As a cluster, and without the shared memory that SGLang leaves behind."""
