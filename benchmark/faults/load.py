@@ -1,0 +1,200 @@
+"""The requests of a cell: half of them streams, half answered whole, some with seeded sampling."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmark.faults.verdicts import Answer
+from benchmark.prompts import PromptSource, load_tokenizer
+
+STREAMS, PLAIN = 24, 24
+_PROMPT_TOKENS = (16, 48)
+_COMMON_TOKENS = 512
+"""A common prefix keeps requests together: nobody else has it cached."""
+
+_TAIL_TOKENS = 6
+_SEEDED_EVERY = 4
+_AGAIN_S = 0.2
+_BROKEN = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request as it is sent. `completed`: to `/v1/completions`, whose streams bring text."""
+
+    path: str
+    body: dict[str, Any]
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    @property
+    def completed(self) -> bool:
+        return self.path == "/v1/completions"
+
+
+def asks(model: Path, tokens: int, *, gathered: bool, seeded: bool = True) -> list[Ask]:
+    """The requests of every cell, the same each time.
+
+    `tokens` are the new ones of the longest; the shortest gets two thirds. `gathered` ones begin
+    alike, so that one instance gets them all.
+    """
+    source = PromptSource(load_tokenizer(model), seed=7)
+    common = source.tokens(_COMMON_TOKENS) if gathered else ()
+    made = []
+    for number in range(STREAMS + PLAIN):
+        low, high = _PROMPT_TOKENS
+        own = _TAIL_TOKENS if gathered else low + number * (high - low) // (STREAMS + PLAIN)
+        prompt = [*common, *source.tokens(own)]
+        length = tokens - (number % 8) * tokens // 24
+        by_seed = seeded and number % _SEEDED_EVERY == 0
+        streams = number < STREAMS
+        if streams and number % 2 and not gathered:
+            made.append(_completion(prompt, length, number if by_seed else None))
+        else:
+            made.append(_generation(prompt, length, number if by_seed else None, streams=streams))
+    return made
+
+
+def _generation(prompt: list[int], length: int, seed: int | None, *, streams: bool) -> Ask:
+    sampling: dict[str, Any] = {"max_new_tokens": length, "ignore_eos": True, "temperature": 0}
+    if seed is not None:
+        sampling |= {"temperature": 0.8, "sampling_seed": seed}
+    return Ask("/generate", {"input_ids": prompt, "sampling_params": sampling, "stream": streams})
+
+
+def _completion(prompt: list[int], length: int, seed: int | None) -> Ask:
+    body = {
+        "model": "m",
+        "prompt": prompt,
+        "max_tokens": length,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
+    if seed is not None:
+        body |= {"temperature": 0.8, "seed": seed}
+    return Ask("/v1/completions", body)
+
+
+class Clients:
+    """Context manager: sends requests to one URL; those that end with the connection may ask again.
+
+    Who asks again sends the same request as a new one, up to `again` times: `_ask` is the place for
+    a better way, if the server has one.
+    """
+
+    def __init__(self, url: str, key: str, limit_s: float) -> None:
+        """No answer is waited for longer than `limit_s`."""
+        self._url = url
+        self._limit_s = limit_s
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Clients:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+            read_bufsize=1 << 22,
+            headers=self._headers,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    def send(self, asked: Sequence[Ask], *, again: int = 0) -> list[_Sent]:
+        """All at once; each has its answer and the task that completes it."""
+        sent = []
+        for ask in asked:
+            answer = Answer(time.monotonic())
+            task = asyncio.create_task(self._answer(ask, answer, again))
+            sent.append(_Sent(answer, task))
+        return sent
+
+    async def all(self, asked: Sequence[Ask]) -> list[Answer]:
+        """All at once, until they have ended."""
+        sent = self.send(asked)
+        await asyncio.gather(*(s.task for s in sent))
+        return [s.answer for s in sent]
+
+    async def _answer(self, ask: Ask, answer: Answer, again: int) -> None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                while True:
+                    await self._ask(ask, answer)
+                    if not answer.cut or answer.asked > again:
+                        break
+                    await asyncio.sleep(_AGAIN_S)
+                    answer.begins_again()
+        except TimeoutError:
+            answer.error = f"no answer within {self._limit_s:g} s"
+        answer.ended = time.monotonic()
+
+    async def _ask(self, ask: Ask, answer: Answer) -> None:
+        assert self._session is not None
+        try:
+            async with self._session.post(self._url + ask.path, json=ask.body) as response:
+                if response.status != 200:
+                    answer.error = f"{response.status}: {(await response.text())[:200]}"
+                elif ask.streams:
+                    await _read_stream(ask, answer, response)
+                else:
+                    answer.tokens = tuple(json.loads(await response.read())["output_ids"])
+                    answer.whole = True
+        except _BROKEN as error:
+            answer.cut = True
+            answer.error = f"{type(error).__name__}: {error}"[:200]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    answer: Answer
+    task: asyncio.Task[None]
+
+
+async def _read_stream(ask: Ask, answer: Answer, response: aiohttp.ClientResponse) -> None:
+    async for line in response.content:
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            answer.whole = True
+            return
+        event = json.loads(data)
+        if "error" in event:
+            answer.error = str(event["error"])[:200]
+            return
+        _take(ask, answer, event)
+    answer.cut = True
+    answer.error = "the stream ended before its end"
+
+
+def _take(ask: Ask, answer: Answer, event: dict[str, Any]) -> None:
+    """What an event brings; SGLang's own carry all tokens so far, OpenAI's the text since."""
+    before = answer.tokens
+    if ask.completed:
+        text = "".join(choice["text"] for choice in event["choices"])
+        if text:
+            answer.tokens = (*before, text)
+            answer.events.append((time.monotonic(), len(answer.tokens)))
+        return
+    reason = event["meta_info"].get("finish_reason") or {}
+    if reason.get("type") == "abort":
+        answer.error = f"aborted: {reason.get('message', '')}"[:200]
+        return
+    now = tuple(event["output_ids"])
+    if len(now) <= len(before) or now[: len(before)] != before:
+        answer.repeats += 1
+    answer.tokens = now
+    answer.events.append((time.monotonic(), len(now)))

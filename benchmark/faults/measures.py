@@ -1,0 +1,74 @@
+"""What the times after a fault are measured by, and what the answers are without one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import load_file
+
+from benchmark.experiment import RunError
+from benchmark.faults.load import Ask, Clients
+from benchmark.faults.verdicts import Answer
+from benchmark.prompts import PromptSource, load_tokenizer
+
+_ROUNDS = 5
+_PREFILL_TOKENS = 96
+"""About what a stream has when it is interrupted: a prompt and half of an answer."""
+
+
+def reload_s(model: Path) -> float:
+    """Median time to read all parameters from the checkpoint as float32."""
+    took = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        for file in sorted(model.glob("*.safetensors")):
+            for tensor in load_file(file).values():
+                tensor.to(torch.float32)
+        took.append(time.perf_counter() - began)
+    return median(took)
+
+
+async def prefill_s(clients: Clients, model: Path) -> float:
+    """Median time of a lone request for one token, with a prompt that nobody has cached."""
+    source = PromptSource(load_tokenizer(model), seed=11)
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    took = []
+    for _ in range(_ROUNDS):
+        prompt = list(source.tokens(_PREFILL_TOKENS))
+        (answer,) = await clients.all(
+            [Ask("/generate", {"input_ids": prompt, "sampling_params": sampling})]
+        )
+        if not answer.whole:
+            raise RunError(f"a lone request failed: {answer.error}")
+        took.append(answer.ended - answer.sent)
+    return median(took)
+
+
+async def expected(
+    clients: Clients, loads: Mapping[bool, Sequence[Ask]]
+) -> dict[bool, list[tuple[object, ...]]]:
+    """The answers without a fault; twice, and they have to be equal.
+
+    Raises `RunError` where they are not: then no other answer could be called wrong.
+    """
+    return {gathered: await _twice(clients, load) for gathered, load in loads.items()}
+
+
+async def _twice(clients: Clients, load: Sequence[Ask]) -> list[tuple[object, ...]]:
+    first, second = [await clients.all(load) for _ in range(2)]
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        if not (one.whole and other.whole):
+            raise RunError(f"request {number} failed without a fault: {one.error}{other.error}")
+        if _plainly(one) != _plainly(other):
+            raise RunError(f"request {number} has two answers without a fault")
+    return [a.tokens for a in first]
+
+
+def _plainly(answer: Answer) -> object:
+    if answer.tokens and isinstance(answer.tokens[0], str):
+        return "".join(map(str, answer.tokens))
+    return answer.tokens

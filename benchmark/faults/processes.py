@@ -1,0 +1,104 @@
+"""Processes that are struck, and where they stand still for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from benchmark.experiment import RunError
+from kunserve_sglang.core.processes import family
+
+_POLL_S = 0.002
+
+
+def send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    """A signal to all that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def named(launcher: int, word: str) -> psutil.Process:
+    """The one descendant of a launcher with `word` in its command line; raises `RunError`."""
+    found = [p for p in family(launcher)[1:] if word in _words(p)]
+    if len(found) != 1:
+        raise RunError(f"{len(found)} processes are called {word}")
+    return found[0]
+
+
+def instance_family(launcher: int, url: str) -> list[psutil.Process]:
+    """All processes of the instance that listens at `url`; raises `RunError` if none does."""
+    port = int(url.rsplit(":", 1)[1])
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher).children():
+            if any(c.laddr.port == port for c in _listening(child)):
+                return [child, *child.children(recursive=True)]
+    raise RunError(f"nobody listens at {url}")
+
+
+def scheduler_of(processes: Iterable[psutil.Process]) -> psutil.Process:
+    """Raises `RunError` unless there is one."""
+    found = [p for p in processes if "scheduler" in _words(p)]
+    if len(found) != 1:
+        raise RunError(f"an instance has {len(found)} schedulers")
+    return found[0]
+
+
+def _listening(process: psutil.Process) -> list[psutil._common.pconn]:
+    with contextlib.suppress(psutil.Error):
+        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    return []
+
+
+def _words(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def stopped(pid: int) -> bool:
+    """Whether it stands still by SIGSTOP; false if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+class GateFile:
+    """The file of `KUNSERVE_FAULT=@FILE`: where a process is to stand still, or nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.open()
+
+    def open(self) -> None:
+        """Nobody is to stand still."""
+        self._write("")
+
+    def shut(self, point: str, nth: int, instance: int | None) -> None:
+        """At the `nth` reach of `point` from now on, in this instance or in the router."""
+        where = "" if instance is None else f":{instance}"
+        self._write(f"{point}:hang:{nth}{where}")
+
+    def _write(self, text: str) -> None:
+        new = self.path.with_suffix(f".{os.getpid()}")
+        new.write_text(text)
+        new.replace(self.path)
+
+
+async def stands_still(pid: int, limit_s: float) -> bool:
+    """Wait until a process does; false if it has not by then."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if stopped(pid):
+            return True
+        await asyncio.sleep(_POLL_S)
+    return False
