@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +17,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from benchmark.experiment import RunError
+from benchmark.faults import seeded
 from benchmark.faults.hosts import Hosts
-from benchmark.faults.processes import GateFile, instance_family, named
+from benchmark.faults.processes import GateFile, instance_family, named, send
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, FILE_MARK
 from kunserve_sglang.core.processes import divide_cpus, family
 from kunserve_sglang.testing.cluster import Cluster
@@ -124,6 +126,7 @@ class FaultedCluster:
         Its instances had these `numbers`, and will get others.
         """
         self.abandoned |= set(numbers)
+        send(self.all_of(host), signal.SIGKILL)  # what stands still hears nothing else
         self.launchers[host].stop()
         self.launchers[host] = self._launched(host)
         self.launchers[host].start()
@@ -173,11 +176,12 @@ class FaultedCluster:
         cpus = [cpu for part in divide_cpus(TOTAL)[-count:] for cpu in part]
         command = [
             *("taskset", "-c", ",".join(map(str, sorted(set(cpus))))),
-            *(sys.executable, "-m", "kunserve_sglang.launch_instance", "--router", self.url),
+            *(sys.executable, "-m", "benchmark.faults.seeded", "--router", self.url),
             *("--host", self.hosts.address(host), "--host-id", f"faults-{host}"),
             *("--num-instances", str(count), "--memory-budget", self._budget),
             *("--model-path", str(self._model), "--restart-limit", _RESTARTS),
             *self._sglang_flags,
+            *seeded.FLAGS,
         ]
         return self.hosts.command(host, command)
 

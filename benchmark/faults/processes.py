@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -51,7 +52,7 @@ def scheduler_of(processes: Iterable[psutil.Process]) -> psutil.Process:
     return found[0]
 
 
-def _listening(process: psutil.Process) -> list[psutil._common.pconn]:
+def _listening(process: psutil.Process) -> list[Any]:
     with contextlib.suppress(psutil.Error):
         return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     return []

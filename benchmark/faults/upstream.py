@@ -110,6 +110,7 @@ class UpstreamSystem:
 
     def make_well(self, struck: str) -> None:
         """Start again what was struck, at a new address; so the router has to learn it anew."""
+        send(self.family(struck), signal.SIGKILL)
         self._parts[struck].stop()
         if struck != ROUTER:
             self._parts[ROUTER].stop()
@@ -214,7 +215,7 @@ async def run_upstream(
     cells = [c for c in cells if (UPSTREAM, *c.key) not in about["known"]]
     if not cells or time.monotonic() >= deadline:
         return
-    load = asks(about["model"], about["tokens"], gathered=False)
+    load = asks(about["model"], about["tokens"], gathered=False, seeded=False)
     with UpstreamSystem(hosts, about["model"], about["logs"]) as system:
         async with Clients(system.url, "", about["answer_s"]) as clients:
             wanted = (await expected(clients, {False: load}))[False]
