@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 8 layers in fp32."""
-    from tests.support import tiny_model
+    from kunserve_sglang.testing import tiny_model
 
     return tiny_model.build(tmp_path_factory.mktemp("model"))
 

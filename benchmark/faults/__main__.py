@@ -28,8 +28,12 @@ from benchmark.faults.measures import expected, prefill_s, reload_s
 from benchmark.faults.picture import draw, story
 from benchmark.faults.trial import Conductor
 from benchmark.faults.upstream import run_upstream
-from benchmark.program import ROOT, flags_of, run_program, small_model
+from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine, dumps
+from kunserve_sglang.testing import tiny_model
+
+_SHAPE = {"hidden": 128, "intermediate": 256, "layers": 6}
+"""Of a model whose steps take milliseconds: whole matrices of faults in hours."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
         "--rerun", choices=list(made.Rerun), default=made.Rerun.CHANGED, help="what was run already"
     )
     flags.add_argument("--upstream", choices=("no", "also", "only"), default="also")
-    flags.add_argument("--tokens", type=int, default=72, help="new tokens of the longest answers")
+    flags.add_argument("--tokens", type=int, default=160, help="new tokens of the longest answers")
     flags.add_argument("--answer-s", type=float, default=180.0, help="time for an answer")
     flags.add_argument("--well-s", type=float, default=240.0, help="time to be as before")
-    flags.add_argument("--memory-budget", default="768MiB", help="parameters + KV an instance")
-    flags.add_argument("--model-path", type=Path, help="a model folder (default: a small one)")
+    flags.add_argument("--memory-budget", default="48MiB", help="parameters + KV an instance")
+    flags.add_argument("--model-path", type=Path, help="a model folder (default: a tiny one)")
     flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
     flags.add_argument("--logs", type=Path, default=ROOT / "build" / "faults")
     return flags
@@ -101,7 +105,7 @@ class Results:
 def run(flags: argparse.Namespace, console: Console) -> int:
     """Run what is chosen, print, write; returns the exit status."""
     deadline = time.monotonic() + 60 * flags.minutes
-    model = flags.model_path or small_model()
+    model = flags.model_path or tiny_model.build(flags.logs / "model", **_SHAPE)
     results = Results.of(flags.output, revision())
     chosen = matrix(
         map(Target, flags.targets), map(Cause, flags.causes), map(Phase, flags.phases), flags.seeds
@@ -142,7 +146,9 @@ class _Work:
 
     async def _some(self, cluster: FaultedCluster, cells: Sequence[Cell]) -> list[Cell]:
         """What is left over when the time is up, or the cluster does not become well any more."""
-        loads = {g: asks(self.model, self.flags.tokens, gathered=g) for g in (False, True)}
+        loads = {
+            kind: asks(self.model, self.flags.tokens, kind) for kind in {c.load for c in cells}
+        }
         async with Clients(cluster.url, cluster.key, self.flags.answer_s) as clients:
             wanted = await expected(clients, loads)
             self.results.measures["prefill_s"] = await prefill_s(clients, self.model)
@@ -156,7 +162,7 @@ class _Work:
                 continue
             began = time.monotonic()
             trial = await conductor.run(cell)
-            row = made.row_of(trial, wanted[cell.gathered])
+            row = made.row_of(trial, wanted[cell.load])
             if cell.phase is Phase.COOPERATING and not cell.seed and not trial.why_not:
                 row["story"] = story(trial)
             self._tell(row, cell, time.monotonic() - began)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
+from typing import NamedTuple
 
 
 class Target(StrEnum):
@@ -60,6 +61,13 @@ IN_GROUP = (Phase.COOPERATING, Phase.RESTORING)
 """Here the group is there before the requests are."""
 
 
+class LoadKind(NamedTuple):
+    """Which requests: `gathered` at one instance, some `seeded`."""
+
+    gathered: bool
+    seeded: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One trial. `seed` chooses the point inside the phase, and the direction of a cut."""
@@ -82,6 +90,11 @@ class Cell:
         if self.phase is Phase.RESTORING:
             return Transition.RESTORE
         return None if self.phase in (Phase.INDEPENDENT, Phase.COOPERATING) else Transition.DROP
+
+    @property
+    def load(self) -> LoadKind:
+        """Of odd seeds, some requests are sampled by seeds; of the others, all are greedy."""
+        return LoadKind(self.gathered, bool(self.seed % 2))
 
     @property
     def gathered(self) -> bool:

@@ -12,12 +12,13 @@ from typing import Any
 
 import aiohttp
 
+from benchmark.faults.cells import LoadKind
 from benchmark.faults.verdicts import Answer
 from benchmark.prompts import PromptSource, load_tokenizer
 
 STREAMS, PLAIN = 24, 24
 _PROMPT_TOKENS = (16, 48)
-_COMMON_TOKENS = 512
+_COMMON_TOKENS = 320
 """A common prefix keeps requests together: nobody else has it cached."""
 
 _TAIL_TOKENS = 6
@@ -42,12 +43,14 @@ class Ask:
         return self.path == "/v1/completions"
 
 
-def asks(model: Path, tokens: int, *, gathered: bool, seeded: bool = True) -> list[Ask]:
+def asks(model: Path, tokens: int, kind: LoadKind) -> list[Ask]:
     """The requests of every cell, the same each time.
 
-    `tokens` are the new ones of the longest; the shortest gets two thirds. `gathered` ones begin
-    alike, so that one instance gets them all.
+    `tokens` are the new ones of the longest; the shortest gets two thirds. Gathered ones begin
+    alike, so that one instance gets them all. Of seeded ones every fourth is drawn by a seed.
     """
+    gathered, seeded = kind
+    most = tokens // 2 if gathered else tokens  # steps of so large a batch are long
     source = PromptSource(load_tokenizer(model), seed=7)
     common = source.tokens(_COMMON_TOKENS) if gathered else ()
     made = []
@@ -55,7 +58,7 @@ def asks(model: Path, tokens: int, *, gathered: bool, seeded: bool = True) -> li
         low, high = _PROMPT_TOKENS
         own = _TAIL_TOKENS if gathered else low + number * (high - low) // (STREAMS + PLAIN)
         prompt = [*common, *source.tokens(own)]
-        length = tokens - (number % 8) * tokens // 24
+        length = most - (number % 8) * most // 24
         by_seed = seeded and number % _SEEDED_EVERY == 0
         streams = number < STREAMS
         if streams and number % 2 and not gathered:

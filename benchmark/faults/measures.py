@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmark.experiment import RunError
+from benchmark.faults.cells import LoadKind
 from benchmark.faults.load import Ask, Clients
 from benchmark.faults.verdicts import Answer
 from benchmark.prompts import PromptSource, load_tokenizer
@@ -49,16 +50,17 @@ async def prefill_s(clients: Clients, model: Path) -> float:
 
 
 async def expected(
-    clients: Clients, loads: Mapping[bool, Sequence[Ask]]
-) -> dict[bool, list[tuple[object, ...]]]:
+    clients: Clients, loads: Mapping[LoadKind, Sequence[Ask]]
+) -> dict[LoadKind, list[tuple[object, ...]]]:
     """The answers without a fault; twice, and they have to be equal.
 
     Raises `RunError` where they are not: then no other answer could be called wrong.
     """
-    return {gathered: await _twice(clients, load) for gathered, load in loads.items()}
+    return {kind: await _twice(clients, load) for kind, load in loads.items()}
 
 
 async def _twice(clients: Clients, load: Sequence[Ask]) -> list[tuple[object, ...]]:
+    await clients.all(load[:1])  # a common prefix is computed once
     first, second = [await clients.all(load) for _ in range(2)]
     for number, (one, other) in enumerate(zip(first, second, strict=True)):
         if not (one.whole and other.whole):

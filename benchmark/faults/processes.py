@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -17,6 +16,8 @@ from benchmark.experiment import RunError
 from kunserve_sglang.core.processes import family
 
 _POLL_S = 0.002
+_LISTENING = "0A"
+"""In the kernel's tables."""
 
 
 def send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
@@ -39,7 +40,7 @@ def instance_family(launcher: int, url: str) -> list[psutil.Process]:
     port = int(url.rsplit(":", 1)[1])
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(launcher).children():
-            if any(c.laddr.port == port for c in _listening(child)):
+            if _listens(child, port):
                 return [child, *child.children(recursive=True)]
     raise RunError(f"nobody listens at {url}")
 
@@ -52,10 +53,18 @@ def scheduler_of(processes: Iterable[psutil.Process]) -> psutil.Process:
     return found[0]
 
 
-def _listening(process: psutil.Process) -> list[Any]:
-    with contextlib.suppress(psutil.Error):
-        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    return []
+def _listens(process: psutil.Process, port: int) -> bool:
+    """In the network that it is in, which may be another one than ours."""
+    folder = Path(f"/proc/{process.pid}")
+    with contextlib.suppress(OSError):
+        rows = [line.split() for line in (folder / "net" / "tcp").read_text().splitlines()[1:]]
+        sockets = {
+            f"socket:[{row[9]}]"
+            for row in rows
+            if row[3] == _LISTENING and int(row[1].rpartition(":")[2], 16) == port
+        }
+        return any(str(fd.readlink()) in sockets for fd in (folder / "fd").iterdir())
+    return False
 
 
 def _words(process: psutil.Process) -> str:

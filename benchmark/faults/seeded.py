@@ -1,20 +1,25 @@
 """`python -m benchmark.faults.seeded`: `launch_instance`, with tokens that are drawn by seeds.
 
-SGLang draws by a request's seed in its deterministic settings only, and refuses these on CPUs,
-whose attention is not on its list. In fp32 a request's logits are the same in every batch up to
-their last bits, which is all that a draw by a seed needs; so here it is on the list. That answers
-are the same each time is checked before anything is compared with them.
+SGLang draws by a request's seed in its deterministic settings only, and these are for GPUs: they
+want an attention whose sums do not depend on the batch, to the last bit, and a hash that is a
+kernel. In fp32 logits are the same in every batch but for their last bits, and torch can compute a
+hash; so here both are there for CPUs. That answers are the same each time is checked before
+anything is compared with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kunserve_sglang import launch_instance
 from kunserve_sglang.sglang_seam import server
 
+if TYPE_CHECKING:  # it is to be imported when the launcher has made its settings
+    import torch
+
 BACKEND = "torch_native"
+_MASK = 0xFFFFFFFF
 FLAGS = ("--enable-deterministic-inference", "--attention-backend", BACKEND)
 
 
@@ -23,14 +28,32 @@ def main() -> None:
 
     def with_backend(argv: list[str], budget: int, say: Callable[[str], None]) -> Any:
         # Only now: what SGLang needs in the environment has to be there when it is imported.
-        from sglang.srt import server_args
+        from sglang.srt import batch_invariant_ops, server_args
+        from sglang.srt.layers import sampler
 
         server_args.add_deterministic_attention_backend_choices([BACKEND])
         server_args.add_radix_supported_deterministic_attention_backend_choices([BACKEND])
+        batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+        sampler.murmur_hash32 = hashed
         return parse(argv, budget, say)
 
     server.parse_server_args = with_backend
     launch_instance.main()
+
+
+def hashed(seeds: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """32 bits for each seed (n), at its position (n), and column (m): n x m, as MurmurHash mixes.
+
+    They are those of no other program; what counts is that they are the same each time.
+    """
+    rows = _mixed(_mixed(seeds.long()) ^ positions.long())
+    return _mixed(rows[:, None] ^ (columns.long()[None, :] * 0x9E3779B1 & _MASK))
+
+
+def _mixed(h: torch.Tensor) -> torch.Tensor:
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & _MASK
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & _MASK
+    return h ^ (h >> 16)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from benchmark.experiment import RunError
-from benchmark.faults.cells import IN_GROUP, Cause, Cell, Target, Transition, away, gate
+from benchmark.faults.cells import IN_GROUP, Cause, Cell, LoadKind, Target, Transition, away, gate
 from benchmark.faults.cluster import FIRST, INSTANCES, ROUTER, SECOND, FaultedCluster
 from benchmark.faults.load import Ask, Clients
 from benchmark.faults.processes import scheduler_of, send, stands_still
@@ -67,11 +67,10 @@ class Conductor:
     def __init__(
         self,
         cluster: FaultedCluster,
-        loads: Mapping[bool, Sequence[Ask]],
+        loads: Mapping[LoadKind, Sequence[Ask]],
         answer_s: float,
         well_limit_s: float,
     ) -> None:
-        """`loads` are the requests, spread and (True) gathered."""
         self._cluster = cluster
         self._loads = loads
         self._answer_s = answer_s
@@ -112,11 +111,11 @@ class Conductor:
         key, limit = self._cluster.key, self._answer_s
         async with Clients(self._cluster.url, key, limit) as clients:
             if cell.gathered:
-                await self._gather(clients, admin)
+                await self._gather(self._loads[cell.load][0], clients, admin)
             again = AGAIN if cell.ends_connections else 0
             async with watching(admin, lambda: self._note_router(trial)) as trial.watch:
                 trial.began = time.monotonic()
-                sent = clients.send(self._loads[cell.gathered], again=again)
+                sent = clients.send(self._loads[cell.load], again=again)
                 trial.answers = [s.answer for s in sent]
                 try:
                     resumed = await admin.metric("kunserve:streams_resumed_total")
@@ -135,9 +134,8 @@ class Conductor:
         if code != 200 or event.get("status") != "committed":
             raise Missed(f"no {kind}: {code} {str(event)[:300]}")
 
-    async def _gather(self, clients: Clients, admin: Admin) -> None:
+    async def _gather(self, first: Ask, clients: Clients, admin: Admin) -> None:
         """Let an instance of the other host have the common prefix cached."""
-        first = self._loads[True][0]
         sampling = {"max_new_tokens": 8, "ignore_eos": True, "temperature": 0}
         prime = Ask("/generate", {**first.body, "sampling_params": sampling, "stream": False})
         for _ in range(_PRIMES):

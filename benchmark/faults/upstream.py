@@ -22,7 +22,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from benchmark.experiment import RunError
-from benchmark.faults.cells import Cause, Cell, Phase, Target, away
+from benchmark.faults.cells import Cause, Cell, LoadKind, Phase, Target, away
 from benchmark.faults.cluster import FIRST, ROUTER, SECOND, SGLANG_FLAGS
 from benchmark.faults.hosts import Hosts
 from benchmark.faults.load import Ask, Clients, asks
@@ -215,10 +215,11 @@ async def run_upstream(
     cells = [c for c in cells if (UPSTREAM, *c.key) not in about["known"]]
     if not cells or time.monotonic() >= deadline:
         return
-    load = asks(about["model"], about["tokens"], gathered=False, seeded=False)
+    greedy = LoadKind(gathered=False, seeded=False)
+    load = asks(about["model"], about["tokens"], greedy)
     with UpstreamSystem(hosts, about["model"], about["logs"]) as system:
         async with Clients(system.url, "", about["answer_s"]) as clients:
-            wanted = (await expected(clients, {False: load}))[False]
+            wanted = (await expected(clients, {greedy: load}))[greedy]
         trials = _Trials(system, hosts, load, wanted, about["answer_s"])
         for cell in cells:
             if time.monotonic() >= deadline:

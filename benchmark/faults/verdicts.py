@@ -76,7 +76,6 @@ def _repeats(got: Sequence[object], wanted: Sequence[object]) -> bool:
 
 _LONGER = 5.0
 _AT_LEAST_S = 0.25
-_FEW = 3
 
 
 def waits(answers: Iterable[Answer], struck: float) -> list[float]:
@@ -89,9 +88,9 @@ def waits(answers: Iterable[Answer], struck: float) -> list[float]:
     for answer in answers:
         before = [at for at, _ in answer.events if at <= struck]
         after = [at for at, _ in answer.events if at > struck]
-        if len(before) < _FEW or not after or answer.asked > 1:
+        if not before or not after or answer.asked > 1:
             continue
-        usual = median(b - a for a, b in pairwise(before))
+        usual = median([b - a for a, b in pairwise(before)] or [0.0])
         if after[0] - struck > max(_AT_LEAST_S, _LONGER * usual):
             found.append(after[0] - struck)
     return found

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kunserve_sglang.testing import tiny_model
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 from tests.integration.conftest import Client
-from tests.support import tiny_model
 from tests.support.streams import REQUESTS, Streams
 
 READY_S = 400.0

@@ -16,7 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, Comple
 from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from tests.support.tiny_model import VOCABULARY
+from kunserve_sglang.testing.tiny_model import VOCABULARY
 
 Draw = Callable[[random.Random], Any]
 

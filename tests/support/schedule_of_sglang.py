@@ -18,7 +18,7 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 from kunserve_sglang.sglang_seam.lookahead import batch_work
 from kunserve_sglang.testing.local_scheduler import add, local_scheduler
-from tests.support.tiny_model import VOCABULARY
+from kunserve_sglang.testing.tiny_model import VOCABULARY
 
 CHUNK = 64
 MAX_RUNNING = 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from kunserve_sglang.testing.tiny_model import VOCABULARY
 from tests.support.script import AbortRequest, Action, Add, Gate
-from tests.support.tiny_model import VOCABULARY
 
 Script = list[tuple[int, Action]]
 

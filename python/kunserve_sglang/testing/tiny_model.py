@@ -15,7 +15,12 @@ VOCABULARY = 512
 
 
 def build(
-    folder: Path, *, hidden: int = 64, intermediate: int = 128, words: Sequence[str] = ()
+    folder: Path,
+    *,
+    hidden: int = 64,
+    intermediate: int = 128,
+    layers: int = LAYERS,
+    words: Sequence[str] = (),
 ) -> Path:
     """Write the model to `folder` and return it. Same weights every time.
 
@@ -28,7 +33,7 @@ def build(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
