@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from benchmark.experiment import RunError
-from benchmark.faults import seeded
+from benchmark.faults import launch
 from benchmark.faults.hosts import Hosts
-from benchmark.faults.processes import GateFile, instance_family, named, send
+from benchmark.faults.processes import GateFile, instance_family, router_of, send
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, FILE_MARK
 from kunserve_sglang.core.processes import divide_cpus, family
 from kunserve_sglang.testing.cluster import Cluster
@@ -114,7 +114,7 @@ class FaultedCluster:
         return instance_family(self.launchers[host].pid, url)
 
     def router_process(self) -> psutil.Process:
-        return named(self.router.pid, "kunserve::router")
+        return router_of(self.router.pid)
 
     def all_of(self, host: str) -> list[psutil.Process]:
         """All processes of a host, its launcher first."""
@@ -163,7 +163,7 @@ class FaultedCluster:
     def _router_command(self, port: int) -> list[str]:
         address = self.hosts.address(ROUTER)
         command = [
-            *(sys.executable, "-m", "kunserve_sglang.launch_server", "--num-instances", "0"),
+            *(sys.executable, "-m", "benchmark.faults.launch", "router", "--num-instances", "0"),
             *("--host", address, "--port", str(port), "--control-address", f"tcp://{address}:*"),
             *("--max-group-size", str(TOTAL), "--overload-policy", "none", "--checksums"),
             *("--restart-limit", _RESTARTS),
@@ -176,12 +176,12 @@ class FaultedCluster:
         cpus = [cpu for part in divide_cpus(TOTAL)[-count:] for cpu in part]
         command = [
             *("taskset", "-c", ",".join(map(str, sorted(set(cpus))))),
-            *(sys.executable, "-m", "benchmark.faults.seeded", "--router", self.url),
+            *(sys.executable, "-m", "benchmark.faults.launch", "instances", "--router", self.url),
             *("--host", self.hosts.address(host), "--host-id", f"faults-{host}"),
             *("--num-instances", str(count), "--memory-budget", self._budget),
             *("--model-path", str(self._model), "--restart-limit", _RESTARTS),
             *self._sglang_flags,
-            *seeded.FLAGS,
+            *launch.FLAGS,
         ]
         return self.hosts.command(host, command)
 

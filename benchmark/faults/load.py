@@ -23,6 +23,10 @@ _COMMON_TOKENS = 320
 
 _TAIL_TOKENS = 6
 _SEEDED_EVERY = 4
+_DRAWN = {"temperature": 0.8, "top_k": 40}
+"""Without a limit SGLang draws by the ids of tokens, and by their ranks where another request of
+the batch has one, as greedy ones do: then what a seed draws would depend on the batch."""
+
 _AGAIN_S = 0.2
 _BROKEN = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
 
@@ -71,7 +75,7 @@ def asks(model: Path, tokens: int, kind: LoadKind) -> list[Ask]:
 def _generation(prompt: list[int], length: int, seed: int | None, *, streams: bool) -> Ask:
     sampling: dict[str, Any] = {"max_new_tokens": length, "ignore_eos": True, "temperature": 0}
     if seed is not None:
-        sampling |= {"temperature": 0.8, "sampling_seed": seed}
+        sampling |= {"sampling_seed": seed, **_DRAWN}
     return Ask("/generate", {"input_ids": prompt, "sampling_params": sampling, "stream": streams})
 
 
@@ -85,7 +89,7 @@ def _completion(prompt: list[int], length: int, seed: int | None) -> Ask:
         "stream": True,
     }
     if seed is not None:
-        body |= {"temperature": 0.8, "seed": seed}
+        body |= {"seed": seed, **_DRAWN}
     return Ask("/v1/completions", body)
 
 

@@ -27,11 +27,19 @@ def send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
             process.send_signal(number)
 
 
-def named(launcher: int, word: str) -> psutil.Process:
-    """The one descendant of a launcher with `word` in its command line; raises `RunError`."""
-    found = [p for p in family(launcher)[1:] if word in _words(p)]
+def router_of(launcher: int) -> psutil.Process:
+    """The router process that it runs now; raises `RunError` unless there is one.
+
+    Before it has loaded anything it is called by its command, and later by a name of its own.
+    """
+    names = ("kunserve_sglang.router", "kunserve::router")
+    found = [
+        p
+        for p in family(launcher)[1:]
+        if any(name in _words(p) for name in names) and not _has_ended(p)
+    ]
     if len(found) != 1:
-        raise RunError(f"{len(found)} processes are called {word}")
+        raise RunError(f"there are {len(found)} routers")
     return found[0]
 
 
@@ -65,6 +73,12 @@ def _listens(process: psutil.Process, port: int) -> bool:
         }
         return any(str(fd.readlink()) in sockets for fd in (folder / "fd").iterdir())
     return False
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True
 
 
 def _words(process: psutil.Process) -> str:

@@ -21,17 +21,20 @@ REQUESTS = 48
 Row = dict[str, Any]
 
 
-def row_of(trial: Trial, expected: Sequence[Sequence[object]]) -> Row:
-    """One cell; times in seconds."""
-    cell = trial.cell
-    row: Row = {
-        "system": KUNSERVE,
+def about(system: str, cell: Cell) -> Row:
+    """Which cell a row is of."""
+    return {
+        "system": system,
         "target": cell.target,
         "cause": cell.cause,
         "phase": cell.phase,
         "seed": cell.seed,
-        "point": trial.point,
     }
+
+
+def row_of(trial: Trial, expected: Sequence[Sequence[object]]) -> Row:
+    """One cell; times in seconds."""
+    row: Row = about(KUNSERVE, trial.cell) | {"point": trial.point}
     if trial.why_not:
         return row | {"why_not": trial.why_not}
     verdicts = counts(trial.answers, expected)
@@ -91,17 +94,17 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(k) for k in ("system", "target", "cause", "phase", "seed"))
 
 
-def merged(old: Iterable[Row], new: Iterable[Row], about: Mapping[str, Any]) -> list[Row]:
+def merged(old: Iterable[Row], new: Iterable[Row], marks: Mapping[str, Any]) -> list[Row]:
     """New rows in place of old ones of the same cell; those of another run keep its marks.
 
-    `about` are the marks of this run, such as its revision. A row that was not brought about does
+    `marks` are those of this run, such as its revision. A row that was not brought about does
     not take the place of one that was.
     """
     rows = {identity(row): row for row in old}
     for row in new:
         known = rows.get(identity(row))
         if known is None or "why_not" in known or "why_not" not in row:
-            rows[identity(row)] = {**row, **about}
+            rows[identity(row)] = {**row, **marks}
     order = {cell.key: n for n, cell in enumerate(matrix(seeds=range(100)))}
     last = len(order)
     return sorted(
@@ -183,12 +186,12 @@ def _slowest(rows: Iterable[Row], which: Any) -> float:
 
 
 def _is_process(row: Row) -> bool:
-    return row["cause"] == Cause.KILL and row["target"] != Target.HOST
+    return bool(row["cause"] == Cause.KILL) and row["target"] != Target.HOST
 
 
 def _is_host(row: Row) -> bool:
     without_power = row["cause"] == Cause.KILL and row["target"] == Target.HOST
-    return without_power or Cause(row["cause"]).is_cut
+    return bool(without_power) or Cause(row["cause"]).is_cut
 
 
 def beside_upstream(rows: Sequence[Row]) -> list[Row]:

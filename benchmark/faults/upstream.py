@@ -28,9 +28,10 @@ from benchmark.faults.hosts import Hosts
 from benchmark.faults.load import Ask, Clients, asks
 from benchmark.faults.measures import expected
 from benchmark.faults.processes import send
-from benchmark.faults.rows import LOST, OK, REPEATED, UPSTREAM, WRONG, Row
+from benchmark.faults.rows import UPSTREAM, Row
+from benchmark.faults.rows import about as of
 from benchmark.faults.trial import AGAIN, CUT_S, PAUSE_S
-from benchmark.faults.verdicts import Answer, counts, in_flight
+from benchmark.faults.verdicts import LOST, OK, REPEATED, WRONG, Answer, counts, in_flight
 from benchmark.routers import install_upstream, upstream_python
 from kunserve_sglang.core.processes import divide_cpus, family, free_port
 from kunserve_sglang.testing.cluster import Cluster
@@ -224,8 +225,7 @@ async def run_upstream(
         for cell in cells:
             if time.monotonic() >= deadline:
                 return
-            row: Row = {"system": UPSTREAM, "target": cell.target, "cause": cell.cause}
-            row |= {"phase": cell.phase, "seed": cell.seed}
+            row = of(UPSTREAM, cell)
             if hosts.why_not and (cell.cause.is_cut or cell.target is Target.HOST):
                 add({**row, "why_not": hosts.why_not})
                 continue

@@ -86,21 +86,24 @@ class Admin:
 
 
 @contextlib.asynccontextmanager
-async def watching(admin: Admin, extra: Callable[[], None] | None = None) -> AsyncIterator[Watch]:
-    """Look at the status all the time, and at `extra` each time."""
+async def watching(admin: Admin, look: Callable[[], None]) -> AsyncIterator[Watch]:
+    """Ask for the status all the time, and `look` as often, however long an answer takes."""
     watch = Watch()
 
-    async def look() -> None:
+    async def ask() -> None:
         while True:
             watch.seen.append(await admin.seen())
-            if extra is not None:
-                extra()
             await asyncio.sleep(_INTERVAL_S)
 
-    task = asyncio.create_task(look())
+    async def look_around() -> None:
+        while True:
+            look()
+            await asyncio.sleep(_INTERVAL_S)
+
+    tasks = [asyncio.create_task(ask()), asyncio.create_task(look_around())]
     try:
         yield watch
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -53,7 +53,12 @@ def _tokenizer(whole: Sequence[str]) -> Any:
 
     These are what random answers are made of: a character may be cut by a step.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import (  # type: ignore[import-untyped]
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+    )
     from transformers import PreTrainedTokenizerFast
 
     pairs = map("".join, itertools.product(string.ascii_lowercase, repeat=2))

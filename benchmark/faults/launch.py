@@ -1,4 +1,7 @@
-"""`python -m benchmark.faults.seeded`: `launch_instance`, with tokens that are drawn by seeds.
+"""`python -m benchmark.faults.launch router|instances ...`: the launchers, a little changed.
+
+A launcher takes one that dies again and again for ill, and waits longer each time before it starts
+it once more. Here deaths come one after the other on purpose, so a few seconds of service are good.
 
 SGLang draws by a request's seed in its deterministic settings only, and these are for GPUs: they
 want an attention whose sums do not depend on the batch, to the last bit, and a hash that is a
@@ -9,10 +12,12 @@ anything is compared with them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from kunserve_sglang import launch_instance
+from kunserve_sglang import launch_instance, launch_server
+from kunserve_sglang.launch import restarts
 from kunserve_sglang.sglang_seam import server
 
 if TYPE_CHECKING:  # it is to be imported when the launcher has made its settings
@@ -20,10 +25,17 @@ if TYPE_CHECKING:  # it is to be imported when the launcher has made its setting
 
 BACKEND = "torch_native"
 _MASK = 0xFFFFFFFF
+_GOOD_SERVICE_S = 2.0
 FLAGS = ("--enable-deterministic-inference", "--attention-backend", BACKEND)
 
 
 def main() -> None:
+    restarts.GOOD_SERVICE_S = _GOOD_SERVICE_S
+    program = {"router": launch_server.main, "instances": _launch_instances}[sys.argv.pop(1)]
+    program()
+
+
+def _launch_instances() -> NoReturn:
     parse = server.parse_server_args
 
     def with_backend(argv: list[str], budget: int, say: Callable[[str], None]) -> Any:
