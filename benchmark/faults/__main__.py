@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--rerun", choices=list(made.Rerun), default=made.Rerun.CHANGED, help="what was run already"
     )
     flags.add_argument("--upstream", choices=("no", "also", "only"), default="also")
-    flags.add_argument("--tokens", type=int, default=160, help="new tokens of the longest answers")
+    flags.add_argument("--tokens", type=int, default=60, help="new tokens of the longest answers")
     flags.add_argument("--answer-s", type=float, default=180.0, help="time for an answer")
     flags.add_argument("--well-s", type=float, default=240.0, help="time to be as before")
     flags.add_argument("--memory-budget", default="64MiB", help="parameters + KV an instance")
