@@ -34,12 +34,13 @@ class Canned:
 
 @dataclass(frozen=True)
 class Seen:
-    """A request as it arrived; names of headers in lower case."""
+    """A request as it arrived, from which port; names of headers in lower case."""
 
     method: str
     target: str
     headers: dict[str, str]
     body: bytes
+    port: int
 
 
 class MockWorker:
@@ -98,7 +99,9 @@ class MockWorker:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.seen.append(Seen(request.method, request.raw_path, headers, body))
+        assert request.transport is not None
+        port = request.transport.get_extra_info("peername")[1]
+        self.seen.append(Seen(request.method, request.raw_path, headers, body, port))
         if request.path in self.hanging:
             await asyncio.Event().wait()
         if self.die_before_headers:

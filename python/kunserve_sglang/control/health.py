@@ -14,6 +14,7 @@ from kunserve_sglang.control.upstream import (
     Question,
     ask,
     credentials,
+    open_session,
 )
 
 _TICK_S = 0.25
@@ -54,7 +55,9 @@ class HealthWatch:
     not answer at all. A slow answer or a 503 says neither: a busy server is not a dead server. It
     is then asked for something that its HTTP process knows by itself, which shows that there is
     one. So is one that has been quiet, and so are all instances when a control connection has
-    ended, so that one that is gone is noticed at once.
+    ended, so that one that is gone is noticed at once. That question has a connection of its own
+    each time: one that is there already says no more of a host that has vanished than of a process
+    that is busy.
     """
 
     def __init__(
@@ -65,12 +68,12 @@ class HealthWatch:
         self._presence = Question(method="GET", path="/model_info", headers=headers)
         self._about = Question(method="GET", path="/server_info", headers=headers)
         self._registry = registry
-        self._session = session
+        self._session = self._fresh = session
         self._watches: dict[int, _Watch] = {}
 
     async def run(self) -> None:
         """Watch until cancelled; a slow instance does not delay the others."""
-        async with asyncio.TaskGroup() as tasks:
+        async with open_session(kept=False) as self._fresh, asyncio.TaskGroup() as tasks:
             while True:
                 known = self._registry.instances
                 self._watches = {n: w for n, w in self._watches.items() if n in known}
@@ -118,7 +121,7 @@ class HealthWatch:
         instance = watch.instance
         for _ in range(_PRESENCE_TRIES):
             reply = await ask(
-                self._session, instance, self._presence, _PRESENCE_TIMEOUT_S, _PRESENCE_CONNECT_S
+                self._fresh, instance, self._presence, _PRESENCE_TIMEOUT_S, _PRESENCE_CONNECT_S
             )
             if not reply.unreachable:
                 break

@@ -23,10 +23,18 @@ HEALTH_TIMEOUT_S = 30.0
 _SILENCES = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT)
 
 
-def open_session() -> aiohttp.ClientSession:
-    """For our own questions; adds nothing to them and limits nothing but connects."""
+def open_session(*, kept: bool = True) -> aiohttp.ClientSession:
+    """For our own questions; adds nothing to them and limits nothing but connects.
+
+    With `kept` connections wait for a next question, otherwise each has one of its own.
+    """
+    connector = (
+        aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        if kept
+        else aiohttp.TCPConnector(limit=0, force_close=True)
+    )
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,

@@ -68,6 +68,26 @@ def test_an_instance_in_a_long_step_is_not_lost(
     assert router.post("/v1/completions", {}).status == 200
 
 
+@pytest.mark.usefixtures("seldom")
+def test_whether_it_is_there_is_asked_by_a_new_connection_each_time(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was kept would say of a vanished host what it says of a busy process: nothing."""
+    seconds = 0.0
+    monkeypatch.setattr(
+        control_plane, "Registry", lambda count, model, _: Registry(count, model, lambda: seconds)
+    )
+    router = start_router(1)
+    worker = router.instances[0].worker
+    router.instances[0].reporting = False
+    for times in range(1, 5):
+        seconds += 3.0
+        until(lambda times=times: len(worker.requests("/model_info")) >= times)
+    kept = {seen.port for seen in worker.requests("/health")}
+    ports = [seen.port for seen in worker.requests("/model_info")]
+    assert len({*kept, *ports}) == len(kept) + len(ports)
+
+
 @pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("status", [503, 500])
 def test_a_busy_plain_server_is_not_lost(
