@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--rerun", choices=list(made.Rerun), default=made.Rerun.CHANGED, help="what was run already"
     )
     flags.add_argument("--upstream", choices=("no", "also", "only"), default="also")
-    flags.add_argument("--tokens", type=int, default=60, help="new tokens of the longest answers")
+    flags.add_argument("--tokens", type=int, default=100, help="new tokens of the longest answers")
     flags.add_argument("--answer-s", type=float, default=180.0, help="time for an answer")
     flags.add_argument("--well-s", type=float, default=240.0, help="time to be as before")
     flags.add_argument("--memory-budget", default="64MiB", help="parameters + KV an instance")
@@ -68,20 +68,24 @@ class Results:
 
     path: Path
     revision: str
+    setup: str
     rows: list[made.Row] = field(default_factory=list)
     measures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, revision: str) -> Results:
+    def of(cls, folder: Path, revision: str, setup: str) -> Results:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "faults.json"
         old = json.loads(path.read_text()) if path.exists() else {}
-        return cls(path, revision, old.get("rows", []), old.get("measures", {}))
+        return cls(path, revision, setup, old.get("rows", []), old.get("measures", {}))
 
     def add(self, row: made.Row) -> None:
         machine = describe_machine()
-        about = {"revision": self.revision, "machine": f"{machine['cpu']}, {machine['cores']}"}
-        self.rows = made.merged(self.rows, [row], about)
+        marks = {
+            "revision": self.revision,
+            "machine": f"{machine['cpu']}, {machine['cores']} cores",
+        }
+        self.rows = made.merged(self.rows, [row], {**marks, "setup": self.setup})
         self.write()
 
     def write(self) -> dict[str, Any]:
@@ -105,8 +109,9 @@ class Results:
 def run(flags: argparse.Namespace, console: Console) -> int:
     """Run what is chosen, print, write; returns the exit status."""
     deadline = time.monotonic() + 60 * flags.minutes
-    model = flags.model_path or tiny_model.build(flags.logs / "model", **_SHAPE)
-    results = Results.of(flags.output, revision())
+    model = flags.model_path or tiny_model.build(flags.logs / "tiny-33MB", **_SHAPE)
+    setup = f"{model.name} {flags.memory_budget}, {flags.tokens} tokens"
+    results = Results.of(flags.output, revision(), setup)
     chosen = matrix(
         map(Target, flags.targets), map(Cause, flags.causes), map(Phase, flags.phases), flags.seeds
     )

@@ -136,8 +136,10 @@ _MEMBER_POINTS = {
     Phase.EXCHANGING: ("exchange.sent", "exchange.received"),
     Phase.GROWING: ("growth.mapped", "growth.used"),
     Phase.RESTORING: (
-        "parameters.received",
         "restore.reserved",
+        "transition.compacted",
+        "exchange.received",
+        "parameters.received",
         "restore.fetched",
         "transition.received",
     ),

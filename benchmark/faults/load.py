@@ -54,7 +54,7 @@ def asks(model: Path, tokens: int, kind: LoadKind) -> list[Ask]:
     alike, so that one instance gets them all. Of seeded ones every fourth is drawn by a seed.
     """
     gathered, seeded = kind
-    most = tokens // 2 if gathered else tokens  # steps of so large a batch are long
+    most = tokens * 2 // 3 if gathered else tokens  # steps of so large a batch are long
     source = PromptSource(load_tokenizer(model), seed=7)
     common = source.tokens(_COMMON_TOKENS) if gathered else ()
     made = []

@@ -37,11 +37,14 @@ def row_of(trial: Trial, expected: Sequence[Sequence[object]]) -> Row:
     row: Row = about(KUNSERVE, trial.cell) | {"point": trial.point}
     if trial.why_not:
         return row | {"why_not": trial.why_not}
+    flying = in_flight(trial.answers, trial.struck)
+    if not flying:
+        return row | {"why_not": "all answers were there before the fault"}
     verdicts = counts(trial.answers, expected)
     found = waits(trial.answers, trial.struck)
     row |= {
         "requests": len(trial.answers),
-        "in_flight": in_flight(trial.answers, trial.struck),
+        "in_flight": flying,
         **{name: verdicts[name] for name in (OK, LOST, WRONG, REPEATED)},
         "asked_again": sum(a.asked > 1 for a in trial.answers),
         "interrupted": len(found),

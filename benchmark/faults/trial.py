@@ -152,13 +152,16 @@ class Conductor:
         raise Missed("no instance of the other host took the common prefix")
 
     async def _all_run(self, trial: Trial, admin: Admin) -> None:
-        """Until all requests run or, where there is no room for all, none is left unsent."""
+        """Until all requests run and all streams have begun."""
+        asked = self._loads[trial.cell.load]
+        streams = [a for a, ask in zip(trial.answers, asked, strict=True) if ask.streams]
         deadline = time.monotonic() + _RUNNING_S
         while time.monotonic() < deadline:
             seen = await admin.seen()
             if seen.instances:
                 running = {n: int(i.get("running", 0)) for n, i in seen.instances.items()}
-                if sum(running.values()) >= len(trial.answers):
+                begun = all(a.events for a in streams)
+                if begun and sum(running.values()) >= len(trial.answers):
                     trial.before, trial.running_at = seen.instances, running
                     return
             if any(a.whole for a in trial.answers):
