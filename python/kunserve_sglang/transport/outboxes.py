@@ -8,11 +8,17 @@ from typing import Generic, Protocol, TypeVar
 from kunserve_sglang.core.errors import InternalError
 
 
-class Closable(Protocol):
+class Outbox(Protocol):
+    """Sender's end of what leads to one peer."""
+
+    @property
+    def lost(self) -> str:
+        """Why nothing more arrives at the peer; empty if something may."""
+
     def close(self) -> object: ...
 
 
-OutboxT = TypeVar("OutboxT", bound=Closable)
+OutboxT = TypeVar("OutboxT", bound=Outbox)
 
 
 class Outboxes(Generic[OutboxT]):
@@ -23,9 +29,12 @@ class Outboxes(Generic[OutboxT]):
         self._by_peer: dict[int, tuple[str, OutboxT]] = {}
 
     def connect(self, peers: Mapping[int, str]) -> None:
-        """From now on these peers, at these addresses, and no others; what is open stays so."""
+        """From now on these peers, at these addresses, and no others; what is open stays so.
+
+        What has ended is opened anew: whoever still counts on it has to look before.
+        """
         for peer, (address, outbox) in list(self._by_peer.items()):
-            if peers.get(peer) != address:
+            if peers.get(peer) != address or outbox.lost:
                 del self._by_peer[peer]
                 outbox.close()
         for peer, address in peers.items():

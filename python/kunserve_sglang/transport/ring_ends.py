@@ -100,6 +100,8 @@ class RingInbox:
 class RingOutbox:
     """Sender's end of a connection. Messages that the socket does not take wait here."""
 
+    lost = ""  # its peer ends with its path, and the next one has another
+
     def __init__(
         self,
         path: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -222,3 +223,27 @@ def test_shared_windows_stay_within_the_budget(largest: Windows, connected: int)
         windows = windows_within(budget, 7, largest)
         assert windows.bulk_among(connected) >= windows.bulk
         assert connected * windows.bulk_among(connected) <= 7 * windows.bulk
+
+
+def test_one_that_was_cut_off_is_connected_to_again_when_it_is_asked_for(tmp_path: Path) -> None:
+    """It is where it was, so by its address alone nobody could tell."""
+    keys = new_keys().members
+    a = HostAwareDataPlane(str(tmp_path / "a"), tcp="tcp://127.0.0.1:*", keys=keys, host="a")
+    before = HostAwareDataPlane(str(tmp_path / "b"), tcp="tcp://127.0.0.1:*", keys=keys, host="b")
+    a.connect({1: before.address})
+    address = before.address
+    before.close()
+    deadline = time.monotonic() + WAIT_S
+    while not a.lost([1]):
+        assert time.monotonic() < deadline
+        a.receive(0.01)
+    tcp = json.loads(address)["tcp"]
+    back = HostAwareDataPlane(str(tmp_path / "b"), tcp=tcp, keys=keys, host="b")
+    assert back.address == address
+    a.connect({1: address})
+    assert a.lost([1]) == ""
+    a.send(1, b"again")
+    a.send(1, b"and much", [torch.ones(8)], bulk=True)
+    assert {received(back).header for _ in range(2)} == {b"again", b"and much"}
+    a.close()
+    back.close()

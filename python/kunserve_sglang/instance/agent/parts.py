@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kunserve_sglang.core.cost_model import CostEstimate
-from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
 from kunserve_sglang.core.load import Pages
 from kunserve_sglang.core.messages import Transition
@@ -40,8 +40,14 @@ class InstanceParts:
     rank: int = 0
     process: int = 0
 
-    def connect(self, transition: Transition) -> None:
-        """To all that take part in it. Raises `PeerLost` if there is no way to one."""
+    def connect(self, transition: Transition, group: Sequence[int]) -> None:
+        """To all that take part in it. Raises `PeerLost` if there is no way to one.
+
+        So it does if one to the `group` that there is has ended: what was on it does not come
+        again, and a new one would hide that.
+        """
+        if why := self.plane.lost([peer for peer in group if peer != self.instance]):
+            raise PeerLost(why)
         layouts = (*transition.before, *transition.after)
         members = {m.instance: m.address for layout in layouts for m in layout.members}
         del members[self.instance]

@@ -129,7 +129,7 @@ class Participant:
                 if growing:
                     self._map_growth(transition)
                 else:
-                    self._body.connect(transition)
+                    self._body.connect(transition, machine.layout.ids)
             except (PeerLost, OutOfPages, MappingRefused) as error:
                 reason = str(error)
         if reason:
