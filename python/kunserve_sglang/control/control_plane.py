@@ -104,6 +104,7 @@ class ControlPlane:
             tasks.create_task(self._keep_history())
 
     def close(self) -> None:
+        self.coordinator.close()
         self.hub.close()
 
     def state(self) -> ClusterState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ _POLL_INTERVAL_S = 0.05
 """How often to ask whether what is being fetched ahead is still wanted."""
 
 _ABORT_TIMEOUT_S = 2.0
+_AGAIN_S = 0.5
 
 
 class TransitionRunning(TransientError):
@@ -42,6 +44,9 @@ class Coordinator:
         self._events = events
         self.last_epoch = 0
         self.running: Event | None = None
+        self._decision_s = 2 * config.vote_timeout_s
+        self._later: set[asyncio.Task[None]] = set()
+        """Members that have still to hear that a transition was given up."""
 
     def next_epoch(self, known: int) -> int:
         """An epoch above all used so far; `known` is the highest that instances report.
@@ -51,6 +56,11 @@ class Coordinator:
         epoch = max(self.last_epoch, known) + 1
         self.last_epoch = epoch + STEPS - 1
         return epoch
+
+    def close(self) -> None:
+        """Nobody is told anything any more."""
+        for later in self._later:
+            later.cancel()
 
     async def execute(
         self, make_plan: Callable[[], Plan], unwanted: Callable[[Plan], str] = lambda _: ""
@@ -150,7 +160,9 @@ class Coordinator:
         timeout = self._config.vote_timeout_s
 
         async def ask(instance: int) -> str:
-            message = Prepare(call=self._hub.next_call(), transition=step, decision_s=2 * timeout)
+            message = Prepare(
+                call=self._hub.next_call(), transition=step, decision_s=self._decision_s
+            )
             try:
                 answer = await self._hub.call(instance, message, timeout)
             except NoAnswer as error:
@@ -187,13 +199,28 @@ class Coordinator:
         return list(await answers)
 
     async def _abort(self, step: Transition, reason: str) -> None:
-        """Best effort: a member that misses it gives up by itself after the decision time."""
+        """A member that cannot be told now is told later, and nobody waits for that.
+
+        It gives up by itself after the decision time; until then it serves nobody.
+        """
 
         async def tell(instance: int) -> None:
             message = Abort(call=self._hub.next_call(), epoch=step.epoch, reason=reason)
             try:
                 await self._hub.call(instance, message, _ABORT_TIMEOUT_S)
             except NoAnswer:
-                return
+                later = asyncio.create_task(self._tell_later(instance, message))
+                self._later.add(later)
+                later.add_done_callback(self._later.discard)
 
         await asyncio.gather(*(tell(i) for i in step.instances))
+
+    async def _tell_later(self, instance: int, message: Abort) -> None:
+        """Even one that counts as gone may only have been cut off, and comes back as it was."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._decision_s
+        while (left := deadline - clock()) > 0:
+            with contextlib.suppress(NoAnswer):
+                await self._hub.call(instance, message, left, insist=True)
+                return
+            await asyncio.sleep(min(left, _AGAIN_S))

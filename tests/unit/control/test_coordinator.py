@@ -11,6 +11,7 @@ from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.coordinator import Coordinator
 from kunserve_sglang.control.events import EventLog
 from kunserve_sglang.core.cluster_config import ClusterConfig
+from kunserve_sglang.control.hub import NoAnswer
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.messages import (
     Abort,
@@ -95,3 +96,45 @@ def test_growth_alone_that_is_refused_is_aborted() -> None:
     event = end_of(plan_of(rebalance), refused=2)
     assert event.status is Outcome.ABORTED
     assert "not now" in event.error
+
+
+class CutOff(Members):
+    """Member 1 votes, is out of reach when all is given up, and comes back."""
+
+    def __init__(self) -> None:
+        super().__init__(refused=1)
+        self.there = True
+        self.told: list[int] = []
+        self.heard = asyncio.Event()
+
+    async def call(self, instance: int, message: Any, timeout_s: float, **more: Any) -> Vote | Done:
+        if isinstance(message, Abort):
+            if instance == 1 and not self.there:
+                raise NoAnswer(f"instance {instance} is not connected")
+            self.told.append(instance)
+            if instance == 1:
+                self.heard.set()
+        elif instance == 1:
+            self.there = False
+            return Vote(call=1, epoch=message.transition.epoch, ok=True)
+        return await super().call(instance, message, timeout_s, **more)
+
+
+def test_one_that_is_cut_off_hears_later_that_a_plan_is_given_up() -> None:
+    """Until then it waits for a decision, and serves nobody."""
+
+    async def run() -> list[int]:
+        members = CutOff()
+        hub: Any = members
+        coordinator = Coordinator(hub, ClusterConfig(num_instances=2), EventLog())
+        plan = plan_of(plan_drop(cluster(2), epoch=1, reason="", max_group_size=2).transition)
+        event = await coordinator.execute(lambda: plan)
+        assert event.status is Outcome.ABORTED
+        assert members.told == [0]
+        members.there = True
+        async with asyncio.timeout(10):
+            await members.heard.wait()
+        coordinator.close()
+        return members.told
+
+    assert asyncio.run(run()) == [0, 1]
