@@ -1,0 +1,50 @@
+"""To whom an instance connects for a transition."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import pytest
+
+from kunserve_sglang.core.errors import PeerLost
+from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.policy.planner import plan_drop
+from tests.support.clusters import cluster
+
+DROP = plan_drop(cluster(2), epoch=1, reason="", max_group_size=2).transition
+
+
+class Plane:
+    """One whose connections to `ended` have."""
+
+    def __init__(self, *ended: int) -> None:
+        self._ended = set(ended)
+        self.connected: set[int] = set()
+
+    def lost(self, peers: Collection[int]) -> str:
+        found = sorted(self._ended.intersection(peers))
+        return f"{found} ended" if found else ""
+
+    def connect(self, peers: Mapping[int, str]) -> None:
+        self.connected = set(peers)
+
+
+def parts(plane: Plane) -> InstanceParts:
+    nothing: Any = None
+    here: Any = plane
+    return InstanceParts(0, *[nothing] * 5, here, nothing, nothing)
+
+
+def test_one_alone_connects_to_all_however_it_was_connected_before() -> None:
+    plane = Plane(1)
+    parts(plane).connect(DROP, [0])
+    assert plane.connected == {1}
+
+
+def test_a_group_with_a_connection_that_has_ended_is_not_connected_anew() -> None:
+    """What was on its way is missing for good, and has to be missed."""
+    plane = Plane(1)
+    with pytest.raises(PeerLost, match=r"\[1\] ended"):
+        parts(plane).connect(DROP, [0, 1])
+    assert not plane.connected
