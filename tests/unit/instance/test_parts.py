@@ -30,10 +30,18 @@ class Plane:
         self.connected = set(peers)
 
 
+class Control:
+    """The router has nothing to say."""
+
+    def check_for_losses(self, epoch: int) -> None:
+        assert epoch == 7
+
+
 def parts(plane: Plane) -> InstanceParts:
     nothing: Any = None
     here: Any = plane
-    return InstanceParts(0, *[nothing] * 5, here, nothing, nothing)
+    control: Any = Control()
+    return InstanceParts(0, *[nothing] * 5, here, control, nothing)
 
 
 def test_one_alone_connects_to_all_however_it_was_connected_before() -> None:
@@ -48,3 +56,10 @@ def test_a_group_with_a_connection_that_has_ended_is_not_connected_anew() -> Non
     with pytest.raises(PeerLost, match=r"\[1\] ended"):
         parts(plane).connect(DROP, [0, 1])
     assert not plane.connected
+
+
+def test_nobody_waits_for_a_peer_whose_connection_has_ended() -> None:
+    """The router may not know of it: to it, a member that was cut off is as it was before."""
+    parts(Plane(2)).check_for_losses(7, [0, 1])
+    with pytest.raises(PeerLost, match=r"\[1\] ended"):
+        parts(Plane(1)).check_for_losses(7, [0, 1])

@@ -112,8 +112,9 @@ class Agent:
         self._participant.leave_group(reason)
 
     def check_for_losses(self) -> None:
-        """For whoever waits for a peer: raises `PeerLost` if the router says that it is in vain."""
-        self._body.control.check_for_losses(self._machine.layout.epoch)
+        """For whoever waits for a peer of the group: raises `PeerLost` if that is in vain."""
+        layout = self._machine.layout
+        self._body.check_for_losses(layout.epoch, layout.ids)
 
     def serve_one(self, timeout_s: float = 0.0) -> bool:
         """Do what a packet of a peer asks for; false if none came in time."""

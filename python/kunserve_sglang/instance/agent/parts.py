@@ -46,12 +46,23 @@ class InstanceParts:
         So it does if one to the `group` that there is has ended: what was on it does not come
         again, and a new one would hide that.
         """
-        if why := self.plane.lost([peer for peer in group if peer != self.instance]):
-            raise PeerLost(why)
+        self._check_connections(group)
         layouts = (*transition.before, *transition.after)
         members = {m.instance: m.address for layout in layouts for m in layout.members}
         del members[self.instance]
         self.plane.connect(members)
+
+    def check_for_losses(self, epoch: int, peers: Sequence[int]) -> None:
+        """To be asked by whoever waits for `peers`, who runs by the layout of `epoch`.
+
+        Raises `PeerLost` if that is in vain: the router has said so, or a connection has ended.
+        """
+        self.control.check_for_losses(epoch)
+        self._check_connections(peers)
+
+    def _check_connections(self, peers: Sequence[int]) -> None:
+        if why := self.plane.lost([peer for peer in peers if peer != self.instance]):
+            raise PeerLost(why)
 
     def pages(self) -> Pages:
         """What the memory of this instance is used for."""

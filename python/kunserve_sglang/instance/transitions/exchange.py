@@ -281,11 +281,11 @@ class Exchange:
     def _receive(self, deadline: float) -> Packet | None:
         """The next packet, or None at the deadline.
 
-        Raises `PeerLost` as soon as the router says that a member has gone.
+        Raises `PeerLost` as soon as the router says that a member has gone, or its connection ends.
         """
         while True:
             left = deadline - self._clock()
             packet = self._body.plane.receive(max(0.0, min(left, _POLL_INTERVAL_S)))
             if packet is not None or left <= 0:
                 return packet
-            self._body.control.check_for_losses(self._before.epoch)
+            self._body.check_for_losses(self._before.epoch, self._participants)
