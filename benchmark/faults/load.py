@@ -47,11 +47,12 @@ class Ask:
         return self.path == "/v1/completions"
 
 
-def asks(model: Path, tokens: int, kind: LoadKind) -> list[Ask]:
+def asks(model: Path, tokens: int, kind: LoadKind, *, completions: bool = True) -> list[Ask]:
     """The requests of every cell, the same each time.
 
     `tokens` are the new ones of the longest; the shortest gets two thirds. Gathered ones begin
     alike, so that one instance gets them all. Of seeded ones every fourth is drawn by a seed.
+    Without `completions` all go to `/generate`.
     """
     gathered, seeded = kind
     most = tokens * 2 // 3 if gathered else tokens  # steps of so large a batch are long
@@ -65,7 +66,7 @@ def asks(model: Path, tokens: int, kind: LoadKind) -> list[Ask]:
         length = most - (number % 8) * most // 24
         by_seed = seeded and number % _SEEDED_EVERY == 0
         streams = number < STREAMS
-        if streams and number % 2 and not gathered:
+        if completions and streams and number % 2 and not gathered:
             made.append(_completion(prompt, length, number if by_seed else None))
         else:
             made.append(_generation(prompt, length, number if by_seed else None, streams=streams))

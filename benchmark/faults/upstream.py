@@ -217,7 +217,8 @@ async def run_upstream(
     if not cells or time.monotonic() >= deadline:
         return
     greedy = LoadKind(gathered=False, seeded=False)
-    load = asks(about["model"], about["tokens"], greedy)
+    # Its router takes completions with text for a prompt only, and tokens are what is compared.
+    load = asks(about["model"], about["tokens"], greedy, completions=False)
     with UpstreamSystem(hosts, about["model"], about["logs"]) as system:
         async with Clients(system.url, "", about["answer_s"]) as clients:
             wanted = (await expected(clients, {greedy: load}))[greedy]
