@@ -99,9 +99,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(_MODES), frameon=False)
     figure.suptitle(
         "Three instances in a group, 24 streams and 24 plain requests: modes, running requests "
-        "(number in the lane), and tokens a second that reach the streams (line)"
+        "(number in the lane), and tokens a second that reach the streams (line); "
+        "seconds after the fault"
     )
-    figure.supxlabel("seconds after the fault")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -118,7 +118,7 @@ def _panel(axis: Any, row: Mapping[str, Any]) -> None:
             axis.broken_barh(
                 [(begin, until - begin)], (height - 0.4, 0.8), facecolor=_MODES.get(mode, "#cccccc")
             )
-            if running and until - begin > (end - told["from_s"]) / 14:
+            if running and mode != "dead" and until - begin > (end - told["from_s"]) / 14:
                 axis.text((begin + until) / 2, height, str(running), ha="center", va="center")
     axis.axvline(0.0, color="#d62728", linewidth=1.2)
     names = [f"{n}{' *' if int(n) in told['victims'] else ''}" for n in sorted(lanes, key=int)]
@@ -130,6 +130,7 @@ def _panel(axis: Any, row: Mapping[str, Any]) -> None:
     rates.step(at, told["delivered"], where="post", color="#1f6fb2")
     most = max([*told["delivered"], 1.0])
     rates.set_ylim(-2.2 * most, 1.1 * most)  # above the lanes
+    rates.set_yticks([0, most])
     rates.tick_params(labelsize=7)
     found = f"{row['lost']} lost, {row['wrong']} wrong, {row['repeated']} repeated"
     axis.text(0.99, 0.97, found, ha="right", va="top", transform=axis.transAxes, fontsize=8)

@@ -176,8 +176,10 @@ def _unwell(run: Iterable[Row]) -> int:
     return sum(r["well_s"] is None for r in run)
 
 
-def _mistaken(run: Iterable[Row]) -> int:
-    return sum(r["taken_for_dead"] for r in run if r["cause"] == Cause.PAUSE)
+def _mistaken(run: Iterable[Row]) -> float:
+    """NaN if none was run."""
+    found = [r["taken_for_dead"] for r in run if r["cause"] == Cause.PAUSE]
+    return sum(found) if found else float("nan")
 
 
 def _slowest(rows: Iterable[Row], which: Any) -> float:

@@ -30,7 +30,7 @@ from benchmark.faults.measures import expected
 from benchmark.faults.processes import send
 from benchmark.faults.rows import UPSTREAM, Row
 from benchmark.faults.rows import about as of
-from benchmark.faults.trial import AGAIN, CUT_S, PAUSE_S
+from benchmark.faults.trial import CUT_S, PAUSE_S
 from benchmark.faults.verdicts import LOST, OK, REPEATED, WRONG, Answer, counts, in_flight
 from benchmark.routers import install_upstream, upstream_python
 from kunserve_sglang.core.processes import divide_cpus, family, free_port
@@ -150,8 +150,7 @@ class _Trials:
     async def run(self, cell: Cell) -> Row:
         name = {Target.ROUTER: ROUTER, Target.HOST: SECOND}.get(cell.target, FIRST)
         async with Clients(self.system.url, "", self.answer_s) as clients:
-            again = AGAIN if cell.ends_connections else 0
-            sent = clients.send(self.load, again=again)
+            sent = clients.send(self.load)
             answers = [s.answer for s in sent]
             await self._all_begun(answers)
             struck = time.monotonic()
@@ -205,7 +204,10 @@ class _Trials:
 async def run_upstream(
     about: dict[str, Any], add: Callable[[Row], None], console: Console, deadline: float
 ) -> None:
-    """Every target and cause once; phases are ours, so all of these are independent."""
+    """Every target and cause once; phases are ours, so all of these are independent.
+
+    Its router has nobody who starts it again at once, so what its death costs says nothing.
+    """
     hosts: Hosts = about["hosts"]
     cells = [
         Cell(target, cause, Phase.INDEPENDENT)
@@ -213,7 +215,9 @@ async def run_upstream(
         for target in map(Target, about["targets"])
         if target is not Target.STAGE
     ]
-    cells = [c for c in cells if (UPSTREAM, *c.key) not in about["known"]]
+    cells = [
+        c for c in cells if (UPSTREAM, *c.key) not in about["known"] and not c.ends_connections
+    ]
     if not cells or time.monotonic() >= deadline:
         return
     greedy = LoadKind(gathered=False, seeded=False)
