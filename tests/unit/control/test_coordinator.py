@@ -10,8 +10,8 @@ import msgspec
 from kunserve_sglang.api.events import Event
 from kunserve_sglang.control.coordinator import Coordinator
 from kunserve_sglang.control.events import EventLog
-from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.control.hub import NoAnswer
+from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.core.messages import (
     Abort,

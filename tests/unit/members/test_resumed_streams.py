@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import tiny_model
+from kunserve_sglang.testing import tiny_model
 from tests.support.calls import calling_scripts
 from tests.support.cluster import ScriptedCluster
 from tests.support.identity import alike, small_cluster
