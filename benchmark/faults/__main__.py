@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +33,7 @@ from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine, dumps
 from kunserve_sglang.testing import tiny_model
 
-_SHAPE = {"hidden": 256, "intermediate": 1536, "layers": 6}
+_build_model = partial(tiny_model.build, hidden=256, intermediate=1536, layers=6)
 """Steps take milliseconds, and parameters more memory than KV, as drops want it."""
 
 
@@ -109,7 +110,7 @@ class Results:
 def run(flags: argparse.Namespace, console: Console) -> int:
     """Run what is chosen, print, write; returns the exit status."""
     deadline = time.monotonic() + 60 * flags.minutes
-    model = flags.model_path or tiny_model.build(flags.logs / "tiny-33MB", **_SHAPE)
+    model = flags.model_path or _build_model(flags.logs / "tiny-33MB")
     setup = f"{model.name} {flags.memory_budget}, {flags.tokens} tokens"
     results = Results.of(flags.output, revision(), setup)
     chosen = matrix(
