@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ _DRAWN = {"temperature": 0.8, "top_k": 40}
 the batch has one, as greedy ones do: then what a seed draws would depend on the batch."""
 
 _AGAIN_S = 0.2
+_UNDER_WAY = 409
+"""The router has not noticed yet that the client's connection has ended."""
+
 _BROKEN = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
 
 
@@ -97,8 +101,8 @@ def _completion(prompt: list[int], length: int, seed: int | None) -> Ask:
 class Clients:
     """Context manager: sends requests to one URL; those that end with the connection may ask again.
 
-    Who asks again sends the same request as a new one, up to `again` times: `_ask` is the place for
-    a better way, if the server has one.
+    Who may, up to `again` times, names its request by an `Idempotency-Key`, so that it gets the
+    answer that is being made.
     """
 
     def __init__(self, url: str, key: str, limit_s: float) -> None:
@@ -137,10 +141,11 @@ class Clients:
         return [s.answer for s in sent]
 
     async def _answer(self, ask: Ask, answer: Answer, again: int) -> None:
+        named = {"Idempotency-Key": uuid.uuid4().hex} if again else {}
         try:
             async with asyncio.timeout(self._limit_s):
                 while True:
-                    await self._ask(ask, answer)
+                    await self._ask(ask, answer, named)
                     if not answer.cut or answer.asked > again:
                         break
                     await asyncio.sleep(_AGAIN_S)
@@ -149,11 +154,14 @@ class Clients:
             answer.error = f"no answer within {self._limit_s:g} s"
         answer.ended = time.monotonic()
 
-    async def _ask(self, ask: Ask, answer: Answer) -> None:
+    async def _ask(self, ask: Ask, answer: Answer, named: dict[str, str]) -> None:
         assert self._session is not None
+        url = self._url + ask.path
         try:
-            async with self._session.post(self._url + ask.path, json=ask.body) as response:
-                if response.status != 200:
+            async with self._session.post(url, json=ask.body, headers=named) as response:
+                if response.status == _UNDER_WAY:
+                    answer.cut = True
+                elif response.status != 200:
                     answer.error = f"{response.status}: {(await response.text())[:200]}"
                 elif ask.streams:
                     await _read_stream(ask, answer, response)
