@@ -41,10 +41,11 @@ def base() -> dict[str, str]:
 
 def main() -> int:
     """Write them, in place of what was there."""
+    made = base()
     BASE.mkdir(parents=True, exist_ok=True)
     for old in BASE.glob("*.yaml"):
         old.unlink()
-    for name, text in base().items():
+    for name, text in made.items():
         (BASE / name).write_text(text)
     return 0
 
