@@ -111,7 +111,8 @@ class Clients:
 
     def call(self, method: str, path: str, body: Any = None, key: str = CLIENT) -> Any:
         """The answer, as JSON, by a client on the network. Raises `OSError` for anything else."""
-        return self._threads.submit(self._call, method, path, body, key).result(120)
+        where = self._where.service
+        return self._threads.submit(self._call, where, method, path, body, key).result(120)
 
     def status(self) -> Any:
         return self.call("GET", "/kunserve/status", key=ADMIN)
@@ -134,18 +135,20 @@ class Clients:
 
     def _ask_on(self, prompt: str) -> None:
         while not self._stop.is_set():
-            if not self._where.service:  # nobody is behind it: a connection would be refused
+            if not (where := self._where.service):  # a connection would be refused
                 self._stop.wait(0.1)
                 continue
             try:
-                answer = self._call("POST", "/generate", question(prompt), CLIENT)
+                answer = self._call(where, "POST", "/generate", question(prompt), CLIENT)
                 self.answers.append((prompt, answer["text"]))
+            except urllib.error.HTTPError as error:
+                self.lost.append(f"{prompt}: {error!r} {error.read()!r}")
             except OSError as error:
                 self.lost.append(f"{prompt}: {error!r}")
 
-    def _call(self, method: str, path: str, body: Any, key: str) -> Any:
+    def _call(self, where: str, method: str, path: str, body: Any, key: str) -> Any:
         request = urllib.request.Request(
-            self._where.service + path,
+            where + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},

@@ -135,6 +135,14 @@ class ClusterConfig(SharedSettings, frozen=True, kw_only=True):
         Meta(gt=0, le=86_400),
         about("how long the router holds one back before it answers 503"),
     ] = 600.0
+    stop_grace_s: Annotated[
+        float,
+        Meta(ge=0, le=86_400),
+        about(
+            "how long answers under way may go on when the router is told to stop, which lets "
+            "nobody in meanwhile; then they are cut"
+        ),
+    ] = 2.0
     resume_memory: Annotated[
         int,
         Meta(ge=0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -13,11 +12,14 @@ import msgspec
 
 from kunserve_sglang.core.addresses import listen_at
 from kunserve_sglang.launch.console import Console
+from kunserve_sglang.launch.ending import StopSignals
 from kunserve_sglang.launch.restarts import Remedy, Restarts, Sight
 from kunserve_sglang.router.settings import CLUSTER_ENVIRONMENT, RouterConfig
 
 _FIRST_DELAY_S = 0.1
 """A router has no model to load."""
+
+_POLL_S = 0.05
 
 STALLED_AFTER_S = 20.0
 """It has no long steps either; but nobody is served by one that was only slow, and is ended."""
@@ -49,7 +51,7 @@ class RouterProcess:
     @property
     def failure(self) -> str:
         """Why there is none and will be none; empty if there is."""
-        if self._process is None or self._process.poll() is None:
+        if self._process is None or self._runs:
             return ""
         if self._has_answered and not self._restarts.over:
             return ""
@@ -70,7 +72,7 @@ class RouterProcess:
         """
         if self._process is None:
             return
-        running = self._process.poll() is None
+        running = self._runs
         self._has_answered |= answered is True
         if not self._has_answered:
             return
@@ -90,15 +92,25 @@ class RouterProcess:
                 self._process.kill()  # it would not hear of anything else
 
     def ask_to_end(self) -> None:
-        """It lets nobody in any more, and gives answers under way a short grace."""
+        """It lets nobody in any more, and gives answers under way their grace."""
         if self._process is not None:
             self._process.terminate()
 
-    def wait(self, seconds: float) -> None:
-        """Until it has ended, or so long."""
+    def wait(self, seconds: float, signals: StopSignals) -> None:
+        """Until it has ended, or so long, unless `signals` say not to."""
+        deadline = time.monotonic() + seconds
+        while self._runs and time.monotonic() < deadline and not signals.at_once:
+            time.sleep(_POLL_S)
+
+    def end(self) -> None:
+        """Now, if it has not ended; an instance that it asks something does not keep it."""
         if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def _start(self) -> None:
         assert self._config is not None

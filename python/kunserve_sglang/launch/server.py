@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,9 +29,6 @@ from kunserve_sglang.launch.options import LaunchOptions, with_api_key
 from kunserve_sglang.launch.router_process import RouterProcess
 from kunserve_sglang.launch.standing import new_standing, standing_in, with_control_port
 from kunserve_sglang.router.settings import RouterConfig, launcher_socket
-
-_KILLED_S = 5.0
-
 
 class Supervisor(Life):
     """Owns all processes of a cluster on this host."""
@@ -174,13 +170,12 @@ class Supervisor(Life):
         return self._router_process.failure
 
     def _stop(self) -> None:
-        deadline = time.monotonic() + GRACE_S
+        # Instances compute the answers that the router still waits for.
         self._router_process.ask_to_end()
+        self._router_process.wait(self._config.stop_grace_s + GRACE_S, self._signals)
         self._fleet.ask_to_end(GRACE_S, self._signals)
-        # Answers of servers that are not ours may still be under way.
-        self._router_process.wait(max(0.0, deadline - time.monotonic()))
         self._fleet.end()
-        self._router_process.wait(_KILLED_S)
+        self._router_process.end()
 
 
 def _limits(service: ServiceStatus | None) -> str:

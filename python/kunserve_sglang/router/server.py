@@ -28,10 +28,6 @@ from kunserve_sglang.router.settings import RouterConfig, launcher_socket
 
 logger = logging.getLogger(__name__)
 
-_GRACE_S = 2
-"""How long answers may go on after a stop was asked for; the router ends within a second more."""
-
-
 _KNOWN_WITHIN_S = 5.0
 """How long a router that comes after another lets clients wait for instances that were there."""
 
@@ -46,7 +42,7 @@ def listen(config: RouterConfig) -> socket.socket:
 
 
 async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Event) -> None:
-    """Run until `stop` is set; answers under way get a short grace, then they are cut.
+    """Run until `stop` is set; answers under way get a grace, then they are cut.
 
     Raises `ConfigurationError` if the control address, the certificate or the tenants cannot be
     had.
@@ -93,7 +89,7 @@ async def serve(config: RouterConfig, listener: socket.socket, stop: asyncio.Eve
             logger.info("router at %s", http_url(address, port, config.cluster.scheme))
             await stop.wait()
             traffic.queue.close()
-            await http.stop(_GRACE_S)
+            await http.stop(cluster.stop_grace_s)
             await app.close()
             connections.close()
             for task in background:

@@ -133,6 +133,19 @@ def test_there_is_time_to_drain(deployed: list[Object]) -> None:
     assert grace >= drain + 2 * GRACE_S
 
 
+def test_there_is_time_for_answers(deployed: list[Object]) -> None:
+    workload = one(deployed, "kunserve_sglang.launch_server")
+    container = container_of(workload)
+    (grace,) = (
+        float(word.partition("=")[2])
+        for word in container["args"]
+        if word.startswith("--stop-grace-s")
+    )
+    (_sleep, before) = container["lifecycle"]["preStop"]["exec"]["command"]
+    given = pod_of(workload)["spec"]["terminationGracePeriodSeconds"]
+    assert given >= float(before) + grace + GRACE_S
+
+
 def test_nobody_is_root_or_writes_where_it_should_not(deployed: list[Object]) -> None:
     for workload in of_kind(deployed, *WORKLOADS):
         spec = pod_of(workload)["spec"]

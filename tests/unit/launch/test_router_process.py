@@ -147,6 +147,58 @@ def test_a_fault_on_purpose_happens_to_the_first_only(
     assert "fault on purpose: proxy.sent:crash:1" in launcher.said
 
 
+@pytest.mark.parametrize("grace_s", [60.0, 0.1])
+def test_answers_under_way_have_their_grace(
+    launchers: list[Launcher], worker: MockWorker, grace_s: float
+) -> None:
+    launchers.append(launcher := Launcher("--stop-grace-s", str(grace_s)))
+    launcher.ready()
+    assert launcher.client.post("/workers", {"url": worker.url}).status == 201
+    until(lambda: launcher.client.get("/readiness").status == 200)
+    waiting = launcher.client.open("POST", "/generate", {"text": "x", "stream": True})
+    until(lambda: worker.streams == 1)
+    worker.emit(b"data: 1\n\n")
+    stream = waiting.getresponse()
+    assert stream.readline() == b"data: 1\n"
+    launcher.process.terminate()
+    until(lambda: refuses(launcher))
+    if grace_s > 1:
+        assert launcher.process.poll() is None
+        worker.emit(b"data: 2\n\n")
+        worker.finish()
+        assert stream.read() == b"\ndata: 2\n\n"
+    else:
+        with pytest.raises(http.client.IncompleteRead) as cut:
+            stream.read()
+        assert b"router_stopping" in cut.value.partial
+    assert launcher.ends() == 0
+
+
+def test_a_second_signal_waits_for_no_answer(
+    launchers: list[Launcher], worker: MockWorker
+) -> None:
+    launchers.append(launcher := Launcher("--stop-grace-s", "3600"))
+    launcher.ready()
+    assert launcher.client.post("/workers", {"url": worker.url}).status == 201
+    until(lambda: launcher.client.get("/readiness").status == 200)
+    waiting = launcher.client.open("POST", "/generate", {"text": "x", "stream": True})
+    until(lambda: worker.streams == 1)
+    launcher.process.terminate()
+    until(lambda: refuses(launcher))
+    launcher.process.terminate()
+    assert launcher.ends() == 0
+    waiting.close()
+
+
+def refuses(launcher: Launcher) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        launcher.client.get("/liveness")
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_one_that_always_ends_is_given_up(launchers: list[Launcher]) -> None:
     launcher = Launcher("--restart-limit", "1")
     launchers.append(launcher)
@@ -197,8 +249,7 @@ def test_one_that_stands_still_is_ended_and_started_again(
         assert router._process is not process
         assert not router.failure
     finally:
-        router.ask_to_end()
-        router.wait(_START_S)
+        router.end()
 
 
 def test_a_launcher_finds_what_the_last_one_has_left(
