@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.packets.request_table import MirroredRows
 from kunserve_sglang.instance.pipeline.sent_rows import DeviceSentRows, sent_rows
 from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
 

@@ -22,7 +22,7 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
+from kunserve_sglang.instance.parts.engine import Hidden, StageBatch
 from kunserve_sglang.sglang_seam import assembly
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import Recorder, StageGraphs

@@ -34,8 +34,8 @@ from kunserve_sglang.core.messages import (
     Vote,
     Welcome,
 )
-from kunserve_sglang.instance.agent.cache_log import CacheLog
-from kunserve_sglang.instance.agent.control import ControlLink
+from kunserve_sglang.instance.parts.cache_log import CacheLog
+from kunserve_sglang.instance.parts.control import ControlLink
 from kunserve_sglang.testing.mock_member import (
     LAYERS,
     NO_LOAD,

@@ -6,8 +6,8 @@ import random
 
 import torch
 
-from kunserve_sglang.instance.agent.engine import StageBatch
-from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.packets.request_table import MirroredRows
+from kunserve_sglang.instance.parts.engine import StageBatch
 from kunserve_sglang.instance.pipeline.sent_rows import SentRows
 
 ROWS, CONTEXT, BASE = 6, 40, 1000

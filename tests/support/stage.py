@@ -14,11 +14,11 @@ from torch import nn
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import LayerRange, Layout, Member, Move, ParameterLoad
-from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
-from kunserve_sglang.instance.agent.group_work import GroupWork
-from kunserve_sglang.instance.agent.parts import InstanceParts
-from kunserve_sglang.instance.pipeline import packing, wire
-from kunserve_sglang.instance.pipeline.request_table import TableDelta
+from kunserve_sglang.instance.packets import packing, wire
+from kunserve_sglang.instance.packets.request_table import TableDelta
+from kunserve_sglang.instance.parts.engine import Hidden, StageBatch
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
+from kunserve_sglang.instance.pipeline.group_work import GroupWork
 from kunserve_sglang.instance.pipeline.screening import Screen, ScreenedPlane
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore

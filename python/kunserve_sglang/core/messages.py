@@ -1,7 +1,7 @@
 """Every message that crosses a process boundary, as typed, versioned structs.
 
 Control messages travel as msgpack between the router and the instances; the headers that instances
-send one another are in `instance.pipeline.wire`.
+send one another are in `instance.packets.wire`.
 """
 
 from __future__ import annotations

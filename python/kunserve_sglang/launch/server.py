@@ -30,6 +30,7 @@ from kunserve_sglang.launch.router_process import RouterProcess
 from kunserve_sglang.launch.standing import new_standing, standing_in, with_control_port
 from kunserve_sglang.router.settings import RouterConfig, launcher_socket
 
+
 class Supervisor(Life):
     """Owns all processes of a cluster on this host."""
 

@@ -16,8 +16,8 @@ from kunserve_sglang.core.layout import MemoryProfile
 from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello
 from kunserve_sglang.execution.profile import shapes, timing
 from kunserve_sglang.instance.agent.agent import Agent
-from kunserve_sglang.instance.agent.control import ControlLink
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.control import ControlLink
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 from kunserve_sglang.instance.pipeline.faulty import FaultyPlane
 from kunserve_sglang.instance.pipeline.profiling import load_or_measure
 from kunserve_sglang.instance.pipeline.screening import Screen, ScreenedPlane

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from kunserve_sglang.instance.agent.engine import StageBatch
+from kunserve_sglang.instance.parts.engine import StageBatch
 
 
 def no_requests() -> Any:

@@ -21,7 +21,7 @@ import torch
 from kunserve_sglang.core.choices import MicroBatches
 from kunserve_sglang.core.errors import InternalError, PeerLost, StageFailed
 from kunserve_sglang.execution.formation import Outlook, look_ahead
-from kunserve_sglang.instance.pipeline.request_table import rows_on_host
+from kunserve_sglang.instance.packets.request_table import rows_on_host
 from kunserve_sglang.sglang_seam.batches import merged, no_requests, settled, split
 from kunserve_sglang.sglang_seam.containment import Containment
 from kunserve_sglang.sglang_seam.engine import SglangEngine

@@ -1,4 +1,4 @@
-"""SGLang's scheduler as the data plane sees it (`instance.agent.engine.Engine`)."""
+"""SGLang's scheduler as the data plane sees it (`instance.parts.engine.Engine`)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.execution.stage_graphs import batch_sizes, first_drop_ranges
-from kunserve_sglang.instance.agent.cache_log import CacheLog
-from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
+from kunserve_sglang.instance.parts.cache_log import CacheLog
+from kunserve_sglang.instance.parts.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.sglang_seam.batches import described
 from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder

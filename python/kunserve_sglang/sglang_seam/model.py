@@ -11,7 +11,7 @@ from torch import nn
 
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.instance.agent.engine import Hidden
+from kunserve_sglang.instance.parts.engine import Hidden
 
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:

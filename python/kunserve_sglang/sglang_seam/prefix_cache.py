@@ -13,7 +13,7 @@ from typing import Any
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from kunserve_sglang.core import blocks
-from kunserve_sglang.instance.agent.cache_log import CacheLog
+from kunserve_sglang.instance.parts.cache_log import CacheLog
 
 _END = "kunserve_end"
 """Attribute of a tree node: where the sequence from the root to its end stands.

@@ -21,7 +21,7 @@ from sglang.srt.model_executor.runner_utils.pool import get_or_create_global_gra
 
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.execution.stage_graphs import Captured
-from kunserve_sglang.instance.agent.engine import Hidden
+from kunserve_sglang.instance.parts.engine import Hidden
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 
 Recorder = Callable[[Callable[[], Hidden]], tuple[Callable[[], None], Hidden]]

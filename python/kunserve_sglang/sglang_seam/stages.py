@@ -21,7 +21,7 @@ from sglang.srt.model_executor.model_runner_components.attention_backend_setup i
 
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
+from kunserve_sglang.instance.parts.engine import Hidden, StageBatch
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
 
@@ -37,7 +37,7 @@ class Stages(Protocol):
     def run(
         self, batch: StageBatch, table: torch.Tensor, base: int, layers: LayerRange, hidden: Hidden
     ) -> Hidden:
-        """As `instance.agent.engine.Engine.run_stage`."""
+        """As `instance.parts.engine.Engine.run_stage`."""
         ...
 
     def captured(self, batch: StageBatch, layers: LayerRange) -> bool:

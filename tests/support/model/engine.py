@@ -12,9 +12,9 @@ from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.execution.formation import PeerWork
-from kunserve_sglang.instance.agent.cache_log import CacheLog
-from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
-from kunserve_sglang.instance.pipeline.request_table import spans_of
+from kunserve_sglang.instance.packets.request_table import spans_of
+from kunserve_sglang.instance.parts.cache_log import CacheLog
+from kunserve_sglang.instance.parts.engine import Hidden, StageBatch
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore
 
@@ -26,7 +26,7 @@ _WORK = PeerWork(batch_ms=1.0, round_ms=1.0)
 
 
 class ModelEngine:
-    """An `instance.agent.engine.Engine` of up to `ROWS` requests of up to `CONTEXT` tokens.
+    """An `instance.parts.engine.Engine` of up to `ROWS` requests of up to `CONTEXT` tokens.
 
     Hidden states are one number a token, to which every layer adds its own power of two: so what
     comes back tells whether each layer has run exactly once.

@@ -14,8 +14,8 @@ from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
 from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello, connection_name
 from kunserve_sglang.instance.agent.agent import Agent
-from kunserve_sglang.instance.agent.control import ControlLink
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.control import ControlLink
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 from kunserve_sglang.instance.pipeline.faulty import FaultyPlane
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.keys import new_keys
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
 from kunserve_sglang.testing.hostile_packets import hostile_frames, hostile_packets
 from kunserve_sglang.transport.local import LocalDataPlane
 from kunserve_sglang.transport.tcp import TcpDataPlane

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve_sglang.instance.agent.engine import StageBatch
-from kunserve_sglang.instance.pipeline import packing, wire
-from kunserve_sglang.instance.pipeline.request_table import TableDelta
+from kunserve_sglang.instance.packets import packing, wire
+from kunserve_sglang.instance.packets.request_table import TableDelta
+from kunserve_sglang.instance.parts.engine import StageBatch
 
 OWNER = 3
 _spans = st.lists(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kunserve_sglang.core.errors import PeerLost
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 from kunserve_sglang.policy.planner import plan_drop
 from tests.support.clusters import cluster
 

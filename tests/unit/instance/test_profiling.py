@@ -15,7 +15,7 @@ import torch
 from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.execution.profile import ON_DEVICE, ON_HOST, Timing, shapes
-from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
+from kunserve_sglang.instance.parts.engine import Hidden, StageBatch
 from kunserve_sglang.instance.pipeline import profiling
 from kunserve_sglang.instance.ranks.ranks import OneRank
 from kunserve_sglang.sglang_seam import assembly

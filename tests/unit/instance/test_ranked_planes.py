@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kunserve_sglang.core.errors import PeerLost
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
 from kunserve_sglang.instance.ranks.ranked import ranked_plane
 from kunserve_sglang.instance.ranks.ranks import open_ranks
 from kunserve_sglang.transport import DataPlane, Packet

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kunserve_sglang.instance.agent.engine import StageBatch
-from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.packets.request_table import MirroredRows
+from kunserve_sglang.instance.parts.engine import StageBatch
 from kunserve_sglang.instance.pipeline.sent_rows import DeviceSentRows, HostSentRows, sent_rows
 from tests.support.owner import BASE, CONTEXT, ROWS, Owner, follow
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import LayerRange, Move, ParameterLoad
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore
 from kunserve_sglang.instance.transfer.transfer import Transfer

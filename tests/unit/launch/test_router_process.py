@@ -174,9 +174,7 @@ def test_answers_under_way_have_their_grace(
     assert launcher.ends() == 0
 
 
-def test_a_second_signal_waits_for_no_answer(
-    launchers: list[Launcher], worker: MockWorker
-) -> None:
+def test_a_second_signal_waits_for_no_answer(launchers: list[Launcher], worker: MockWorker) -> None:
     launchers.append(launcher := Launcher("--stop-grace-s", "3600"))
     launcher.ready()
     assert launcher.client.post("/workers", {"url": worker.url}).status == 201

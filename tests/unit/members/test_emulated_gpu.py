@@ -12,7 +12,7 @@ from torch import nn
 from kunserve_sglang.core.keys import new_keys
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.transports import Transport
-from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.packets.request_table import MirroredRows
 from kunserve_sglang.instance.pipeline.sent_rows import DeviceSentRows, sent_rows
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore, layer_bytes

@@ -15,7 +15,7 @@ from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.keys import MemberKeys, new_keys
 from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello
 from kunserve_sglang.core.processes import this_host
-from kunserve_sglang.instance.agent.control import ControlLink
+from kunserve_sglang.instance.parts.control import ControlLink
 from kunserve_sglang.router.settings import RouterConfig
 from kunserve_sglang.testing.mock_member import CAPACITY, LAYERS, PROFILE
 from tests.support.mock_instance import MODEL

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.core.blocks import BLOCK_TOKENS, block_hashes, extend, start
-from kunserve_sglang.instance.agent.cache_log import CacheLog
+from kunserve_sglang.instance.parts.cache_log import CacheLog
 from kunserve_sglang.router.proxy.prefix_index import PrefixIndex, Prompt
 from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
 

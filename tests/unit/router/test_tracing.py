@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kunserve_sglang.instance.agent import trace
-from kunserve_sglang.instance.agent.trace import Tracer
+from kunserve_sglang.instance.parts import trace
+from kunserve_sglang.instance.parts.trace import Tracer
 from tests.support.router_harness import RouterCluster
 
 Start = Callable[..., RouterCluster]

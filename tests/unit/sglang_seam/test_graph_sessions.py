@@ -14,7 +14,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.runner_utils import capture_mode
 
-from kunserve_sglang.instance.agent.engine import Hidden
+from kunserve_sglang.instance.parts.engine import Hidden
 from kunserve_sglang.sglang_seam import stage_graphs
 
 

@@ -28,9 +28,9 @@ from kunserve_sglang.core.messages import (
     Welcome,
 )
 from kunserve_sglang.core.sockets import PollHandle
-from kunserve_sglang.instance.agent.cache_log import CacheLog
-from kunserve_sglang.instance.agent.group_work import GroupWork
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.cache_log import CacheLog
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
+from kunserve_sglang.instance.pipeline.group_work import GroupWork
 from kunserve_sglang.instance.pipeline.pipeline import Pipeline
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.instance.transitions.machine import Machine

@@ -6,7 +6,7 @@ import torch
 
 from kunserve_sglang.core import faults
 from kunserve_sglang.core.fault_points import FaultKind
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
 from kunserve_sglang.transport import DataPlane, Packet, Tensors
 from kunserve_sglang.transport.data import Malformed
 from kunserve_sglang.transport.forwarding import ForwardingPlane

@@ -20,11 +20,11 @@ import torch
 from kunserve_sglang.core.errors import KunServeError, PeerLost, StageFailed
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.execution.formation import PeerWork
-from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
-from kunserve_sglang.instance.agent.parts import InstanceParts
-from kunserve_sglang.instance.agent.trace import Tracer
-from kunserve_sglang.instance.pipeline import packing, wire
-from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.packets import packing, wire
+from kunserve_sglang.instance.packets.request_table import MirroredRows
+from kunserve_sglang.instance.parts.engine import Hidden, Segment, StageBatch
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
+from kunserve_sglang.instance.parts.trace import Tracer
 from kunserve_sglang.instance.pipeline.screening import check_batch, check_hidden
 from kunserve_sglang.instance.pipeline.sent_rows import sent_rows
 from kunserve_sglang.instance.pipeline.under_way import OwnBatch, Peer, PipelineCounters

@@ -15,7 +15,7 @@ import torch
 from kunserve_sglang.core.cost_model import Chunk, CostModel, Sample, Work, fit
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.execution.profile import ON_HOST, Timing
-from kunserve_sglang.instance.agent.engine import Engine, StageBatch
+from kunserve_sglang.instance.parts.engine import Engine, StageBatch
 from kunserve_sglang.instance.ranks.ranked import clock_of
 from kunserve_sglang.instance.ranks.ranks import Fact, OneRank, Ranks
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from kunserve_sglang.core.dropped import Dropped
-from kunserve_sglang.instance.agent.engine import Hidden, StageBatch
-from kunserve_sglang.instance.pipeline import packing, wire
-from kunserve_sglang.instance.pipeline.request_table import TableDelta
+from kunserve_sglang.instance.packets import packing, wire
+from kunserve_sglang.instance.packets.request_table import TableDelta
+from kunserve_sglang.instance.parts.engine import Hidden, StageBatch
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore
 from kunserve_sglang.transport import DataPlane, Packet

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import torch
 
-from kunserve_sglang.instance.agent.engine import StageBatch
-from kunserve_sglang.instance.pipeline.request_table import (
+from kunserve_sglang.instance.packets.request_table import (
     TableDelta,
     places_of,
     rows_on_host,
     spans_of,
 )
+from kunserve_sglang.instance.parts.engine import StageBatch
 
 _BLOCK = 8192
 """Columns of a device's table that are compared together: bounds the memory that this takes."""

@@ -8,9 +8,9 @@ import torch
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.execution.formation import PeerWork
-from kunserve_sglang.instance.agent.engine import Hidden, Segment, StageBatch
-from kunserve_sglang.instance.pipeline import wire
-from kunserve_sglang.instance.pipeline.request_table import MirroredRows
+from kunserve_sglang.instance.packets import wire
+from kunserve_sglang.instance.packets.request_table import MirroredRows
+from kunserve_sglang.instance.parts.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.transport.data import Malformed
 
 _NO_WORK = PeerWork(batch_ms=0.0, round_ms=0.0)

@@ -18,8 +18,8 @@ import zmq
 from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.core.messages import ToInstance, ToRouter
 from kunserve_sglang.core.sockets import PollHandle
-from kunserve_sglang.instance.agent.control import Control
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
+from kunserve_sglang.instance.parts.control import Control
 from kunserve_sglang.instance.ranks.ranks import Fact, Follower, Leader, Ranks
 from kunserve_sglang.transport import DataPlane, Packet, Tensors
 

@@ -10,7 +10,7 @@ import torch
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import LayerRange, Move
-from kunserve_sglang.instance.pipeline import packing, wire
+from kunserve_sglang.instance.packets import packing, wire
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.transfer.parameter_pieces import needed
 from kunserve_sglang.transport import DataPlane

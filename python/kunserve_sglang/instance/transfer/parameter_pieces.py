@@ -10,7 +10,7 @@ import torch
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import ParameterLoad
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
 from kunserve_sglang.instance.store.parameters import ParameterStore
 from kunserve_sglang.transport import DataPlane
 

@@ -19,7 +19,7 @@ import torch
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.core.layout import LayerRange, Move, ParameterLoad
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore
 from kunserve_sglang.instance.transfer.kv_pieces import KvPieces

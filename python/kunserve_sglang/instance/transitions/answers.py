@@ -15,7 +15,7 @@ from kunserve_sglang.core.messages import (
     TransitionStats,
     Vote,
 )
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 from kunserve_sglang.instance.transitions.machine import Machine, PendingAnswer
 
 

@@ -26,8 +26,8 @@ from kunserve_sglang.core.errors import (
 )
 from kunserve_sglang.core.layout import Layout, kv_moves, layout_of, parameter_loads
 from kunserve_sglang.core.messages import Transition, TransitionStats
-from kunserve_sglang.instance.agent.parts import InstanceParts
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.instance.transitions.compaction import SlotChange, compact
 from kunserve_sglang.instance.transitions.mapping import map_capacities, persistently

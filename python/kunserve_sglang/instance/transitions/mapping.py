@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from kunserve_sglang.core.errors import MappingRefused
 from kunserve_sglang.core.layout import Layout
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 
 logger = logging.getLogger(__name__)
 

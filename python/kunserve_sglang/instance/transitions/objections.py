@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from kunserve_sglang.core.layout import Layout, arriving_pages, layout_of, leaving_pages
 from kunserve_sglang.core.messages import Transition
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 
 _MANY_MAPPINGS = 8192
 """Neighbouring pages share a mapping, so more are not needed, however many pages there are."""

@@ -26,9 +26,9 @@ from kunserve_sglang.core.messages import (
     Transition,
     TransitionStats,
 )
-from kunserve_sglang.instance.agent.group_work import GroupWork
-from kunserve_sglang.instance.agent.parts import InstanceParts
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
+from kunserve_sglang.instance.pipeline.group_work import GroupWork
 from kunserve_sglang.instance.transfer.transfer import Transfer
 from kunserve_sglang.instance.transitions import points
 from kunserve_sglang.instance.transitions.answers import Answers, Occasion

@@ -12,7 +12,7 @@ import time
 from functools import partial
 
 from kunserve_sglang.core.layout import Layout
-from kunserve_sglang.instance.agent.parts import InstanceParts
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 from kunserve_sglang.instance.transitions.mapping import map_capacities, persistently
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import msgspec
 import torch
 
 from kunserve_sglang.core.layout import LayerRange
-from kunserve_sglang.instance.agent.engine import Hidden
-from kunserve_sglang.instance.pipeline.packing import Packed
+from kunserve_sglang.instance.packets.packing import Packed
+from kunserve_sglang.instance.parts.engine import Hidden
 from kunserve_sglang.transport.data import decoded
 
 

@@ -12,7 +12,7 @@ from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.load import Load
 from kunserve_sglang.core.messages import Attainable
-from kunserve_sglang.instance.agent.cache_log import CacheLog
+from kunserve_sglang.instance.parts.cache_log import CacheLog
 
 Hidden = tuple[torch.Tensor, torch.Tensor | None]
 """Hidden states `(tokens, hidden)` and the residual stream, as decoder layers pass them on."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from kunserve_sglang.instance.agent.engine import StageBatch
-from kunserve_sglang.instance.pipeline.request_table import TableDelta
+from kunserve_sglang.instance.packets.request_table import TableDelta
+from kunserve_sglang.instance.parts.engine import StageBatch
 
 INLINE_BYTES = 16 << 10
 """Room for a decode step of 290 requests. Messages between processes take eight times as much."""

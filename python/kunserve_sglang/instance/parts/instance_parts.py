@@ -11,8 +11,8 @@ from kunserve_sglang.core.errors import InternalError, PeerLost
 from kunserve_sglang.core.layout import LayerRange, Layout, Member, MemoryProfile
 from kunserve_sglang.core.load import Pages
 from kunserve_sglang.core.messages import Transition
-from kunserve_sglang.instance.agent.control import Control
-from kunserve_sglang.instance.agent.engine import Engine
+from kunserve_sglang.instance.parts.control import Control
+from kunserve_sglang.instance.parts.engine import Engine
 from kunserve_sglang.instance.store.kv_store import KvStore
 from kunserve_sglang.instance.store.parameters import ParameterStore
 from kunserve_sglang.memory import PhysicalPagePool

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from kunserve_sglang.core.dropped import Dropped
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import Layout
-from kunserve_sglang.instance.agent.parts import InstanceParts
-from kunserve_sglang.instance.agent.trace import Tracer
-from kunserve_sglang.instance.pipeline import wire
+from kunserve_sglang.instance.packets import wire
+from kunserve_sglang.instance.parts.instance_parts import InstanceParts
+from kunserve_sglang.instance.parts.trace import Tracer
 from kunserve_sglang.instance.pipeline.pipeline import Pipeline
 from kunserve_sglang.instance.pipeline.under_way import PipelineCounters
 from kunserve_sglang.instance.transfer.transfer import Transfer

@@ -1,0 +1,1 @@
+"""What members send one another beside bulk memory: headers, and micro-batches packed small."""
