@@ -60,11 +60,14 @@ def _figures(
     baseline: Run, kunserve: Run, limits: Slo, events: list[dict[str, Any]]
 ) -> dict[str, Any]:
     drops = [e for e in events if e["kind"] == "drop"]
+    carried_out = [e for e in drops if e["status"] == "committed"]
+    told = next(iter(carried_out or drops), None)
     return {
         "baseline": summarise(baseline.results, limits),
         "kunserve": summarise(kunserve.results, limits),
-        "drops": sum(e["status"] == "committed" for e in drops),
-        "why": (drops[0]["error"] or drops[0]["reason"]) if drops else "nothing asked for a drop",
+        "drops": len(carried_out),
+        "why": (told["error"] or told["reason"]) if told else "nothing asked for a drop",
+        "events": events,
     }
 
 
