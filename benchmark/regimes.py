@@ -25,7 +25,7 @@ from benchmark.program import ROOT, flags_of, run_program
 from kunserve_sglang.core.choices import OverloadPolicy
 from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import TransitionKind
-from kunserve_sglang.policy.service_level import ServiceLevel, times_of
+from kunserve_sglang.policy.service_level import UNNAMED, ServiceLevel, times_of
 from kunserve_sglang.simulation import Profile, SimulatedCluster, load_profile
 from kunserve_sglang.simulation.job import Job
 from kunserve_sglang.simulation.result import SimulationResult
@@ -42,6 +42,9 @@ LEAST_TTFT = 10.0
 _SLOW_PRODUCTS = 8.0
 """Times as long for products of matrices: bf16 on a CPU that has no instructions for it."""
 
+PATIENT = ServiceLevel(ttft_ms=120_000.0, tpot_ms=5_000.0)
+"""What those ask for who do something else meanwhile."""
+
 Row = dict[str, Any]
 
 
@@ -50,6 +53,7 @@ class Regime:
     """Requests for two instances: some all the time, and `peak_per_s` more for a while.
 
     With `ramp`, these come ever faster until then. Lengths are means; each differs by up to 30 %.
+    A share of them is `patient`: nobody waits for their tokens.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Regime:
     after_s: float = 40.0
     ramp: bool = False
     memory_bound: bool = False
+    patient: float = 0.0
 
     def requests(self, seed: int) -> list[TraceRow]:
         chance = random.Random(seed)
@@ -74,7 +79,12 @@ class Regime:
             if not self.ramp or chance.random() < share:
                 times.append(at)
         return [
-            TraceRow(at, _length(chance, self.prompt), _length(chance, self.output))
+            TraceRow(
+                at,
+                _length(chance, self.prompt),
+                _length(chance, self.output),
+                level=PATIENT if self.patient and chance.random() < self.patient else UNNAMED,
+            )
             for at in sorted(times)
         ]
 
@@ -97,12 +107,14 @@ REGIMES = (
     Regime("compute-bound", "slow cpu", "320MiB", 96, 192, 0.1, 1.0, 30),
     Regime("prompt-heavy", "cpu", "288MiB", 400, 24, 0.1, 1.5, 30),
     Regime("slow ramp", "cpu", "276MiB", 32, 128, 0.3, 2.0, 90, ramp=True),
+    Regime("two classes", "slow cpu", "276MiB", 32, 128, 0.2, 1.2, 60, patient=0.7),
     Regime("fits", "gpu", "36GiB", 500, 200, 1, 1),
     Regime("memory-bound, short", "gpu", "30GiB", 200, 200, 0.5, 12, 60, memory_bound=True),
     Regime("memory-bound, long", "gpu", "32GiB", 200, 800, 0.2, 5, 60, memory_bound=True),
     Regime("compute-bound", "gpu", "67GiB", 500, 400, 1, 30, 30),
     Regime("prompt-heavy", "gpu", "36GiB", 6000, 60, 0.2, 1.6, 30),
     Regime("slow ramp", "gpu", "32GiB", 200, 400, 0.5, 12, 90, ramp=True),
+    Regime("two classes", "gpu", "32GiB", 200, 400, 0.5, 12, 60, patient=0.7),
 )
 
 
@@ -150,9 +162,9 @@ def run_one(regime: Regime, profile: Profile, policy: OverloadPolicy) -> Row:
 
 
 def _kept(job: Job, profile: Profile) -> bool:
-    """Whether a request has had what the defaults promise: five times as long as alone."""
+    """Whether a request has had what it asks for, or else five times as long as alone."""
     times = times_of([profile.cost], profile.layers)
-    limits = ServiceLevel().limits(times, job.prompt, job.output)
+    limits = job.level.limits(times, job.prompt, job.output)
     return not job.failed and 1e3 * job.ttft <= limits.ttft_ms and 1e3 * job.tpot <= limits.tpot_ms
 
 

@@ -76,9 +76,7 @@ class ControlPlane:
         self.coordinator = Coordinator(self.hub, config, self.events)
         self.losses = Losses(self.registry, self.hub, self.coordinator, self._gone)
         self.controller = Controller(config)
-        self.room = Room(
-            self.registry, self.hub, lambda: self.controller.admission(self.registry.snapshot())
-        )
+        self.room = Room(self.registry, self.hub, lambda: self.controller.admission(self._seen()))
 
     def saved(self) -> SavedState:
         """For a router that comes after this one."""
@@ -111,7 +109,10 @@ class ControlPlane:
         """The cluster for the policies; what the router holds back counts as waiting."""
         plain = sum(i.capacity for i in self.registry.available() if i.plain)
         front = self.front
-        return with_held(self.registry.snapshot(), front.held(), plain, front.short())
+        return with_held(self._seen(), front.held(), plain, front.short())
+
+    def _seen(self) -> ClusterState:
+        return msgspec.structs.replace(self.registry.snapshot(), wanted=self.front.wanted())
 
     def plan(self, request: TransitionRequest) -> Plan:
         """What the request would do now; changes nothing. Raises `NoPlan`."""

@@ -9,7 +9,7 @@ from kunserve_sglang.api.service import AttainmentSummary
 from kunserve_sglang.api.types import LatencySummary, Quantiles, QueueStatus
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.core.messages import CacheReport
-from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes
+from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes, Wanted
 
 
 class Front(Protocol):
@@ -20,6 +20,9 @@ class Front(Protocol):
 
     def short(self) -> Collection[int]:
         """Instances from which they are held back for want of memory, though nobody waits there."""
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        """What requests that are under way want of their answers, wherever they are."""
 
     def latency_summary(self) -> LatencySummary:
         """For the cluster's status."""
@@ -56,6 +59,9 @@ class NoFront:
         return 0
 
     def short(self) -> Collection[int]:
+        return ()
+
+    def wanted(self) -> tuple[Wanted, ...]:
         return ()
 
     def latency_summary(self) -> LatencySummary:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.load import Load
-from kunserve_sglang.policy.forecast import PipelineTimes
+from kunserve_sglang.policy.pipeline_times import PipelineTimes
 from kunserve_sglang.policy.service_level import Slowness, times_of
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 

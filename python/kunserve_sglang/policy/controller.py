@@ -18,6 +18,7 @@ from kunserve_sglang.policy.bounds import Bounds
 from kunserve_sglang.policy.calibration import Calibration
 from kunserve_sglang.policy.decision import Decision, NoPlan
 from kunserve_sglang.policy.dropping import weighed_drop, weighed_restore
+from kunserve_sglang.policy.mean_owner import known_times
 from kunserve_sglang.policy.monitor import OverloadMonitor
 from kunserve_sglang.policy.planner import Plan, plan_drop, plan_restore
 from kunserve_sglang.policy.service_level import LatencyLimits, ServiceLevel, Slowness, StepTimes
@@ -32,7 +33,7 @@ from kunserve_sglang.policy.transition_request import (
     RestoreRequest,
     TransitionRequest,
 )
-from kunserve_sglang.policy.weighing import Expected, known_times
+from kunserve_sglang.policy.weighing import Expected
 
 WATCH_INTERVAL_S = 0.05
 """Seconds between two looks at a cluster, unless a look takes longer."""

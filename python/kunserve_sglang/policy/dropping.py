@@ -8,7 +8,9 @@ import msgspec
 
 from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
+from kunserve_sglang.policy.mean_owner import known_times
 from kunserve_sglang.policy.planner import Plan
+from kunserve_sglang.policy.service_level import LimitsByShare
 from kunserve_sglang.policy.state import ClusterState
 from kunserve_sglang.policy.weighing import (
     SAME,
@@ -16,7 +18,6 @@ from kunserve_sglang.policy.weighing import (
     Prospect,
     Prospects,
     in_words,
-    known_times,
 )
 
 SHORT_OF_COMPUTING = "not memory is short but computing, so requests queue"
@@ -92,11 +93,22 @@ class _Look:
             "arrivals_per_s": asked.per_second * len(self.plan.instances),
             "prompt_tokens": asked.prompt,
             "output_tokens": asked.output,
+            **_shares(self._prospects.by_share),
         }
         choices = [_choice(self.now, chosen=best is None)]
         choices += [_choice(look.then, chosen=look is best) for look in looks]
         others = [c for c in self.plan.decision.choices if not c.chosen]
         return Decision(inputs=inputs, choices=tuple([*choices, *others][:MOST_CHOICES]))
+
+
+def _shares(by_share: LimitsByShare) -> dict[str, float]:
+    """Whose limits were weighed, where not all have the same."""
+    if len(by_share) == 1:
+        return {}
+    return {
+        f"share_with_{limits.ttft_ms:.0f}_ms_and_{limits.tpot_ms:.0f}_ms_a_token": share
+        for share, limits in by_share
+    }
 
 
 def _choice(prospect: Prospect, *, chosen: bool) -> Choice:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import msgspec
 
 from kunserve_sglang.core.first_token import FirstTokenLimit
-from kunserve_sglang.policy.service_level import LatencyLimits, StepTimes
+from kunserve_sglang.policy.pipeline_times import PipelineTimes
+from kunserve_sglang.policy.service_level import LatencyLimits, LimitsByShare, StepTimes
 
 _PARTS = 32
 """In how many parts waiting and expected requests go, and the most that enter together."""
@@ -98,46 +99,35 @@ class _Batch:
     end: float = float("inf")
 
 
-class PipelineTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of an owner's work in `stages` stages that run that of as many owners.
-
-    Together they hold every layer once, so all stages together do in a time what each did alone;
-    `overhead` is what cooperating adds to that, `cutting` what it adds to prompts, which go in more
-    chunks, and each stage takes `hop_ms` to reach.
-    """
-
-    times: StepTimes
-    stages: int
-    overhead: float = 0.1
-    cutting: float = 0.3
-    hop_ms: float = 1.0
-
-    def step_ms(self, requests: float, context: float) -> float:
-        return self._through(self.times.step_ms(requests, context), self.overhead)
-
-    def prompts_ms(self, prompts: float, tokens: float) -> float:
-        return self._through(self.times.prompts_ms(prompts, tokens), self.cutting)
-
-    def _through(self, ms: float, overhead: float) -> float:
-        return ms if self.stages == 1 else ms * (1 + overhead) + self.hop_ms * self.stages
-
-
 def forecast(
-    asked: Requests, serving: Serving, times: StepTimes, limits: LatencyLimits
+    asked: Requests,
+    serving: Serving,
+    times: StepTimes,
+    limits: LatencyLimits,
+    by_share: LimitsByShare = (),
 ) -> Forecast:
-    """Play it through, from now until all that are there and expected have ended."""
+    """Play it through, from now until all that are there and expected have ended.
+
+    Whose turn it is goes by `limits`. Answers are held against these too, or against those that
+    parts of the requests have.
+    """
     pipeline = PipelineTimes(times=times, stages=serving.stages)
-    return _Play(asked, serving, pipeline, limits).through()
+    return _Play(asked, serving, pipeline, limits, by_share or ((1.0, limits),)).through()
 
 
 class _Play:
     def __init__(
-        self, asked: Requests, serving: Serving, pipeline: PipelineTimes, limits: LatencyLimits
+        self,
+        asked: Requests,
+        serving: Serving,
+        pipeline: PipelineTimes,
+        limits: LatencyLimits,
+        by_share: LimitsByShare,
     ) -> None:
         self._asked = asked
         self._serving = serving
         self._pipeline = pipeline
-        self._limits = limits
+        self._by_share = by_share
         self._first_token = FirstTokenLimit(ms=limits.ttft_ms)
         self._now = 0.0
         self._peak = 0.0
@@ -233,7 +223,7 @@ class _Play:
             since = -past * self._asked.token_ms if began else part.first
             each = (part.end - since) / output if part.end < float("inf") else float("inf")
             waited = 0.0 if began else part.first - part.arrived
-            sure = _within(each, self._limits.tpot_ms) * _within(waited, self._limits.ttft_ms)
+            sure = _kept(waited, each, self._by_share)
             requests += part.count
             within += part.count * sure
             tokens += part.count * (self._asked.left if began else output)
@@ -282,6 +272,16 @@ def _in_parts(asked: Requests, count: float, start_ms: float, lasts_ms: float) -
         for i in range(parts)
         if count > 0
     ]
+
+
+def _kept(ttft_ms: float, tpot_ms: float, by_share: LimitsByShare) -> float:
+    """The share of requests with these times that are within their limits."""
+    return sum(
+        [
+            share * _within(tpot_ms, limits.tpot_ms) * _within(ttft_ms, limits.ttft_ms)
+            for share, limits in by_share
+        ]
+    )
 
 
 def _within(ms: float, limit: float) -> float:

@@ -174,7 +174,7 @@ def with_held(
             )
             s = msgspec.structs.replace(s, load=load)
         seen.append(s)
-    return ClusterState(instances=tuple(seen))
+    return ClusterState(instances=tuple(seen), wanted=state.wanted)
 
 
 def _prompt(load: Load) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -27,6 +28,10 @@ class LatencyLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     ttft_ms: float
     tpot_ms: float
+
+
+LimitsByShare = tuple[tuple[float, LatencyLimits], ...]
+"""Limits that parts of the requests have, with the share of each; together they are all of them."""
 
 
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,3 +128,29 @@ class ServiceLevel(msgspec.Struct, frozen=True, kw_only=True):
             ttft_ms=LONE_FACTOR * lone.ttft_ms if self.ttft_ms is None else self.ttft_ms,
             tpot_ms=LONE_FACTOR * lone.tpot_ms if self.tpot_ms is None else self.tpot_ms,
         )
+
+
+UNNAMED = ServiceLevel()
+"""Of a request that names no limits."""
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """So many `requests` are under way for which these limits were named, or none."""
+
+    level: ServiceLevel
+    requests: int
+
+
+def limits_by_share(
+    wanted: Iterable[Wanted], usual: ServiceLevel, times: StepTimes, prompt: float, output: float
+) -> LimitsByShare:
+    """Those of requests of these lengths: what they name themselves, else the `usual` ones.
+
+    All have the usual ones where nobody is under way.
+    """
+    counts: Counter[LatencyLimits] = Counter()
+    for each in wanted:
+        counts[each.level.over(usual).limits(times, prompt, output)] += each.requests
+    if not (total := counts.total()):
+        return ((1.0, usual.limits(times, prompt, output)),)
+    return tuple((count / total, limits) for limits, count in counts.items())

@@ -9,6 +9,7 @@ import msgspec
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.layout import LayerRange, Layout, MemoryProfile
 from kunserve_sglang.core.load import Load
+from kunserve_sglang.policy.service_level import Wanted
 
 
 class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,9 +45,13 @@ class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """Looking anything up costs the same in a cluster of any size."""
+    """Looking anything up costs the same in a cluster of any size.
+
+    `wanted` is what requests want that are under way, at whatever instance; empty if nobody says.
+    """
 
     instances: tuple[InstanceState, ...]
+    wanted: tuple[Wanted, ...] = ()
 
     @cached_property
     def _by_number(self) -> dict[int, InstanceState]:

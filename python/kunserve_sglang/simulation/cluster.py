@@ -54,7 +54,9 @@ class SimulatedCluster:
         """Serve all requests to their end; raises `ConfigurationError` if none could fit."""
         started, cpu = time.perf_counter(), time.process_time()
         result = self._result
-        jobs = [Job(i, r.arrival_s, r.prompt_len, r.output_len) for i, r in enumerate(rows)]
+        jobs = [
+            Job(i, r.arrival_s, r.prompt_len, r.output_len, r.level) for i, r in enumerate(rows)
+        ]
         result.jobs = [job for job in jobs if self._fits(job)]
         result.refused = len(jobs) - len(result.jobs)
         if not result.jobs:

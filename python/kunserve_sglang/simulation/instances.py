@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from kunserve_sglang.core.choices import MicroBatches
@@ -11,6 +12,7 @@ from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.first_token import FirstTokenLimit
 from kunserve_sglang.core.layout import LayerRange, Layout, Member
 from kunserve_sglang.core.load import Load
+from kunserve_sglang.policy.service_level import UNNAMED, Wanted
 from kunserve_sglang.policy.state import ClusterState, InstanceState
 from kunserve_sglang.simulation.cluster_profile import Profile
 from kunserve_sglang.simulation.costs import Costs
@@ -46,6 +48,7 @@ class Instances:
         self._states: list[InstanceState | None] = [None] * count
         self._heap: list[tuple[float, int, Runner]] = []
         self._sequence = 0
+        self._naming: list[Job] = []
         for owner in self.owners:
             self._dispatch.update(owner.number, 0, 0, owner.capacity)
 
@@ -77,6 +80,8 @@ class Instances:
     def arrive(self, job: Job, now: float) -> None:
         """A request goes to the instance that the router chooses."""
         self._host.arrived(now)
+        if job.level.named:
+            self._naming.append(job)
         number = self._dispatch.choose()
         runner = self._runners[number]
         owner = self.owners[number]
@@ -141,7 +146,16 @@ class Instances:
                     costs=self._profile.cost,
                 )
             states.append(state)
-        return ClusterState(instances=tuple(states))
+        return ClusterState(instances=tuple(states), wanted=self._wanted(loads))
+
+    def _wanted(self, loads: Sequence[Load]) -> tuple[Wanted, ...]:
+        """What requests under way want, as the router counts it."""
+        if not self._naming:
+            return ()
+        self._naming = [job for job in self._naming if not job.done]
+        counts = Counter(job.level for job in self._naming)
+        counts[UNNAMED] = sum(load.running + load.waiting for load in loads) - len(self._naming)
+        return tuple(Wanted(level=level, requests=n) for level, n in counts.items() if n > 0)
 
     def limit(self, most: Mapping[int, int], first_token: FirstTokenLimit) -> None:
         """How many requests may run at once, any number where nothing is said; and who is next."""

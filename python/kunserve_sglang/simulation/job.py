@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+from kunserve_sglang.policy.service_level import UNNAMED, ServiceLevel
+
 
 class Job:
     """A request: its lengths in tokens, how far it is, and when it got where (seconds).
 
     `computed` counts the tokens whose KV exists or is being computed, `produced` the output tokens;
     while it decodes in an independent instance, both are kept by the owner for all together. Of
-    `output` tokens in the end, its owner expects `expected`.
+    `output` tokens in the end, its owner expects `expected`. `level` are the limits that it names.
     """
 
     __slots__ = (
@@ -22,14 +24,23 @@ class Job:
         "first",
         "index",
         "instance",
+        "level",
         "output",
         "produced",
         "prompt",
         "retractions",
     )
 
-    def __init__(self, index: int, arrival: float, prompt: int, output: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        arrival: float,
+        prompt: int,
+        output: int,
+        level: ServiceLevel = UNNAMED,
+    ) -> None:
         self.index = index
+        self.level = level
         self.arrival = arrival
         self.prompt = prompt
         self.output = output

@@ -14,15 +14,21 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from kunserve_sglang.policy.service_level import UNNAMED, ServiceLevel
+
 
 @dataclass(frozen=True, slots=True)
 class TraceRow:
-    """One request of a trace. Equal leading `blocks` mean a shared prefix, a block a number."""
+    """One request of a trace. Equal leading `blocks` mean a shared prefix, a block a number.
+
+    `level` are the limits that it names itself.
+    """
 
     arrival_s: float
     prompt_len: int
     output_len: int
     blocks: tuple[int, ...] = ()
+    level: ServiceLevel = UNNAMED
 
 
 def load_trace(path: Path) -> list[TraceRow]:

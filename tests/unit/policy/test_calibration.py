@@ -8,7 +8,7 @@ import pytest
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.policy.calibration import Calibration
-from kunserve_sglang.policy.forecast import PipelineTimes
+from kunserve_sglang.policy.pipeline_times import PipelineTimes
 from kunserve_sglang.policy.planner import plan_drop
 from kunserve_sglang.policy.service_level import times_of
 from kunserve_sglang.policy.state import ClusterState

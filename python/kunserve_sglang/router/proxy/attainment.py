@@ -7,22 +7,32 @@ from collections.abc import Iterator, Mapping
 
 from kunserve_sglang.api.service import AttainmentSummary, ClassAttainment
 from kunserve_sglang.core.service_classes import DEFAULT_CLASS, ClassLimits
-from kunserve_sglang.policy.service_level import USUAL_TOKENS, ServiceLevel, StepTimes
+from kunserve_sglang.policy.service_level import (
+    UNNAMED,
+    USUAL_TOKENS,
+    ServiceLevel,
+    StepTimes,
+    Wanted,
+)
 from kunserve_sglang.router.http.answers import RequestError
 from kunserve_sglang.router.proxy.latency import WINDOW_S, Clock
 from kunserve_sglang.router.proxy.slo_headers import CLASS_HEADER
+
+_MOST_LEVELS = 8
+"""Each costs every forecast some time, and anybody may name limits of their own."""
 
 
 class ServiceClass:
     """Requests of one name, with the limits that were given for them, and how many kept theirs.
 
     `total` counts from the start, by whether they did; of the last minute the counts of each second
-    are there.
+    are there. `under_way` are those that have no answer yet and name no limits of their own.
     """
 
     def __init__(self, name: str, level: ServiceLevel) -> None:
         self.name = name
         self.level = level
+        self.under_way = 0
         self.total: Counter[bool] = Counter({True: 0, False: 0})
         self._recent: deque[tuple[int, Counter[bool]]] = deque(maxlen=int(WINDOW_S))
 
@@ -49,11 +59,12 @@ class Attainment:
 
     def __init__(self, classes: Mapping[str, ClassLimits], clock: Clock) -> None:
         self.clock = clock
-        self._classes = {DEFAULT_CLASS: ServiceClass(DEFAULT_CLASS, ServiceLevel())}
+        self._classes = {DEFAULT_CLASS: ServiceClass(DEFAULT_CLASS, UNNAMED)}
         for name, limits in classes.items():
             level = ServiceLevel(ttft_ms=limits.ttft_ms, tpot_ms=limits.tpot_ms)
             self._classes[name] = ServiceClass(name, level)
-        self.decided_by(ServiceLevel(), None)
+        self._own: Counter[ServiceLevel] = Counter()
+        self.decided_by(UNNAMED, None)
 
     def decided_by(self, level: ServiceLevel, times: StepTimes | None) -> None:
         """The limits that were named for all, and what a lone request takes, if that is known."""
@@ -68,6 +79,31 @@ class Attainment:
             message = f"{CLASS_HEADER}: one of {known} is expected"
             raise RequestError(400, "unknown_class", message, CLASS_HEADER)
         return found
+
+    def begins(self, each: ServiceClass, own: ServiceLevel) -> None:
+        """A request of this class is under way from now on; `own` are the limits that it names."""
+        if own.named:
+            self._own[own.over(each.level)] += 1
+        else:
+            each.under_way += 1
+
+    def ends(self, each: ServiceClass, own: ServiceLevel) -> None:
+        """The same request is not any more."""
+        if not own.named:
+            each.under_way -= 1
+            return
+        level = own.over(each.level)
+        self._own[level] -= 1
+        if not self._own[level]:
+            del self._own[level]
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        """What requests under way want, by how many; of many kinds, the most common ones."""
+        counts = self._own.copy()
+        for each in self._classes.values():
+            counts[each.level] += each.under_way
+        common = counts.most_common(_MOST_LEVELS)
+        return tuple(Wanted(level=level, requests=count) for level, count in common if count)
 
     def limits(self, level: ServiceLevel, prompt: float = 0.0, output: float = 0.0) -> ServiceLevel:
         """Of a request of these lengths for which `level` was named, as far as they are known."""

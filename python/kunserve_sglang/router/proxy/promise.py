@@ -30,16 +30,27 @@ class Promise:
     about the number of tokens in the request.
     """
 
-    __slots__ = ("_attainment", "_class", "_level", "_open", "prompt", "timer", "whole")
+    __slots__ = (
+        "_attainment",
+        "_class",
+        "_counts",
+        "_level",
+        "_open",
+        "_own",
+        "prompt",
+        "timer",
+        "whole",
+    )
 
     def __init__(self, attainment: Attainment, request: ClientRequest) -> None:
         """Raises `RequestError` where the request names limits that are none."""
         scope = request.scope
-        name, level = read_slo(request)
+        name, self._own = read_slo(request)
         self._attainment = attainment
         self._class = attainment.of(name)
-        self._level = level.over(self._class.level)
+        self._level = self._own.over(self._class.level)
         self._open = scope["path"] in _JUDGED and scope["method"] != "OPTIONS"
+        self._counts = False
         self.prompt = 0
         self.timer: StreamTimer | None = None
         self.whole = b""
@@ -58,10 +69,19 @@ class Promise:
         if limit is not None and 1e3 * ttft_s > limit:
             self._judge(kept=False)
 
+    def begins(self) -> None:
+        """The request has been taken: what it wants counts in decisions until it has ended."""
+        if self._open:
+            self._counts = True
+            self._attainment.begins(self._class, self._own)
+
     def ended(self, request: ClientRequest) -> None:
         """The answer has ended, however it did, or none will come."""
         if self.timer is not None:
             self.timer.end()
+        if self._counts:
+            self._counts = False
+            self._attainment.ends(self._class, self._own)
         if not self._open or not self._attainment.promises(self._level):
             return
         if (kept := self._kept(request)) is not None:

@@ -99,6 +99,7 @@ class Proxy:
             request.answer(error.answer())
             self.stats.answers[request.status] += 1
             return
+        promise.begins()
         try:
             await self._serve(request, promise, keyed)
         except asyncio.CancelledError:

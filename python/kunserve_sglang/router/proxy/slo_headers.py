@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kunserve_sglang.core.service_classes import DEFAULT_CLASS, read_limit
-from kunserve_sglang.policy.service_level import ServiceLevel
+from kunserve_sglang.policy.service_level import UNNAMED, ServiceLevel
 from kunserve_sglang.router.http.answers import RequestError
 from kunserve_sglang.router.http.client_request import ClientRequest
 
@@ -12,7 +12,7 @@ TTFT_HEADER = "X-KunServe-SLO-TTFT-MS"
 TPOT_HEADER = "X-KunServe-SLO-TPOT-MS"
 
 _NAMES = {name.lower().encode(): name for name in (CLASS_HEADER, TTFT_HEADER, TPOT_HEADER)}
-_NOTHING = DEFAULT_CLASS, ServiceLevel()
+_NOTHING = DEFAULT_CLASS, UNNAMED
 
 
 def read_slo(request: ClientRequest) -> tuple[str, ServiceLevel]:

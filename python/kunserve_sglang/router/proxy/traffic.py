@@ -12,7 +12,7 @@ from kunserve_sglang.core.cluster_config import ClusterConfig
 from kunserve_sglang.core.messages import CacheReport
 from kunserve_sglang.core.service_classes import read_classes
 from kunserve_sglang.core.tenants import Tenants
-from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes
+from kunserve_sglang.policy.service_level import ServiceLevel, StepTimes, Wanted
 from kunserve_sglang.router.proxy.attainment import Attainment
 from kunserve_sglang.router.proxy.latency import Latency
 from kunserve_sglang.router.proxy.moves import Moves
@@ -47,6 +47,9 @@ class Traffic:
 
     def short(self) -> Collection[int]:
         return self.queue.short()
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        return self.attainment.wanted()
 
     def latency_summary(self) -> LatencySummary:
         return self.latency.summary()
