@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 TYPED := python/kunserve_sglang scripts $(if $(wildcard benchmark/*.py),benchmark)
 
 .DEFAULT_GOAL := help
-.PHONY: help env wheels manifests demo test browser lint types format freeze clean
+.PHONY: help env wheels manifests site demo test browser lint types format freeze clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ wheels: env ## build into dist/ what installs without a checkout
 
 manifests: env ## write deploy/kubernetes anew from the Helm chart
 	@$(RUN) scripts/render_manifests.py
+
+site: env ## build the documents as a site into build/site
+	@$(RUN) -m mkdocs build --quiet
 
 demo: env ## a burst on two instances, with and without KunServe
 	@$(RUN) -m benchmark.demo $(ARGS)

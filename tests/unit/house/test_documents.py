@@ -1,4 +1,4 @@
-"""What documents, docstrings and comments name is there."""
+"""What documents, docstrings and comments name is there. Where links lead: `test_site.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from documents import pages, without_blocks
 from tests.support.places import ROOT
 from tests.support.repository import (
     PACKAGE,
@@ -20,12 +21,10 @@ from tests.support.repository import (
     sources,
 )
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("patches/*.md")])
+DOCUMENTS = pages(ROOT)
 INVARIANTS = ROOT / "docs" / "invariants.md"
 
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-_LINK = re.compile(r"\]\(([^)\s]+)\)")
-_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"[\w.-]+\.(?:py|md|toml|js|css|html)")
 _PATH = re.compile(r"(?:[\w.*-]+/)+[\w.*-]*")
 _CLASS = re.compile(r"(?:[a-z_]+\.)*([A-Z]\w*[a-z]\w*)(?:\.(\w+))?(?:\(\))?")
@@ -95,31 +94,12 @@ def _comments(path: Path) -> Iterator[str]:
                 yield token.string
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_what_a_document_names_exists(document: Path) -> None:
-    text = _FENCE.sub("", document.read_text())
+    text = without_blocks(document.read_text())
     ours = document.stem in OURS
     names = _CODE.findall(text)
     assert [n for n in names if missing(n, document.parent, ours=ours)] == []
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    dead = []
-    for link in _LINK.findall(_FENCE.sub("", document.read_text())):
-        if "://" in link:
-            continue
-        path, _, anchor = link.partition("#")
-        target = (document.parent / path).resolve() if path else document
-        if not target.exists() or (anchor and anchor not in _anchors(target)):
-            dead.append(link)
-    assert dead == []
-
-
-def _anchors(document: Path) -> set[str]:
-    """The anchors of a document's headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.+)$", _FENCE.sub("", document.read_text()), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_what_comments_name_exists() -> None:
