@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import promql_parser
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ from tests.support.waiting import until
 from tests.unit.router.test_metrics import Samples, scrape
 
 EXAMPLES = ROOT / "examples"
+GUIDE = ROOT / "docs" / "operating" / "alerts.md"
 DASHBOARD = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
 RULES = [
     rule
@@ -88,6 +90,13 @@ def matching(samples: Samples, name: str, matchers: str) -> list[dict[str, str]]
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_expressions_are_promql(expression: str) -> None:
+    """But for what is Grafana's own: how long a point of a panel is, and `label_values`."""
+    asked = re.sub(r"^label_values\((.*), \w+\)$", r"\1", expression)
+    promql_parser.parse(re.sub(r"\$__\w+", "1m", asked))
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_every_selector_selects_something(samples: Samples, expression: str) -> None:
     selectors = _SELECTOR.findall(expression)
     assert selectors
@@ -143,6 +152,11 @@ def test_panels_neither_overlap_nor_leave_the_grid() -> None:
         assert not cells & taken, panel["title"]
         assert max(x for x, _ in cells) < 24
         taken |= cells
+
+
+def test_the_guide_has_every_alert_in_order() -> None:
+    told = re.findall(r"^## (KunServe\w+)\n\n\*(\w+)\.\*", GUIDE.read_text(), re.MULTILINE)
+    assert told == [(r["alert"], r["labels"]["severity"].capitalize()) for r in RULES]
 
 
 def test_alerts_say_what_to_do() -> None:
