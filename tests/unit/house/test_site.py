@@ -7,6 +7,7 @@ the site and in the repository, so a link that holds here holds on a forge too.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -116,7 +117,10 @@ def test_a_browser_loads_nothing_from_elsewhere(site: Path) -> None:
     assert not re.search(r"(?:url\(|@import )[\"']?(?:\w+:)?//", styles)
 
 
-def test_the_search_knows_the_pages(site: Path) -> None:
+def test_the_search_is_at_hand_and_knows_the_pages(site: Path) -> None:
+    settings = re.search(r'id="__config"[^>]*>(.*?)</script>', (site / "index.html").read_text())
+    assert settings
+    assert (site / json.loads(settings[1])["search"]).is_file()
     index = (site / "search" / "search_index.json").read_text()
     assert "docs/operating/alerts.html#kunservegone" in index
     assert "docs/features.html#draining" in index
