@@ -21,7 +21,7 @@ manifests: env ## write deploy/kubernetes anew from the Helm chart
 	@$(RUN) scripts/render_manifests.py
 
 site: env ## build the documents as a site into build/site
-	@$(RUN) -m mkdocs build --quiet
+	@$(RUN) -m mkdocs build
 
 demo: env ## a burst on two instances, with and without KunServe
 	@$(RUN) -m benchmark.demo $(ARGS)
