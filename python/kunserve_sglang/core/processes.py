@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from kunserve_sglang.core.control_groups import cpu_shares
 
 STACKS_SIGNAL = signal.SIGUSR2
 """Lets a process of an instance write the stacks of its threads to the log, even if it hangs."""
+
+_SCHEDULER = "sglang::scheduler"
+"""How SGLang calls its processes."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -104,6 +107,18 @@ def granted_cpus() -> list[int]:
     granted = max(1, int(min(cpu_shares(), default=len(cpus))))
     begin = random.randrange(max(0, len(cpus) - granted) + 1)
     return cpus[begin : begin + granted]
+
+
+def schedulers_on(cpus: Collection[int]) -> list[int]:
+    """The process ids of SGLang's schedulers on this host that may use some of these cores."""
+    wanted, found = set(cpus), []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, IndexError):
+            if not process.cmdline()[0].startswith(_SCHEDULER):
+                continue
+            if not wanted.isdisjoint(process.cpu_affinity()):
+                found.append(process.pid)
+    return found
 
 
 def this_host() -> str:

@@ -15,13 +15,7 @@ from kunserve_sglang.api.types import InstanceStatus, JoinBody, Membership, Work
 from kunserve_sglang.core.addresses import address_towards, bracketed, http_url
 from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.instance_config import InstanceConfig
-from kunserve_sglang.core.processes import (
-    divide_cpus,
-    free_port,
-    granted_cpus,
-    this_host,
-    within_reach,
-)
+from kunserve_sglang.core.processes import free_port, this_host, within_reach
 from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.launch.life import Life
 from kunserve_sglang.launch.options import JoinOptions
@@ -65,7 +59,8 @@ class Joiner(Life):
         body = JoinBody(model=identity_of(server_args))
         count, budget = self._options.num_instances, self._options.memory_budget
         gpus = server.gpus_for(server_args, count, budget)
-        for cpus, gpu in zip(divide_cpus(count, granted_cpus()), gpus, strict=True):
+        cores = self._cores(count, server_args.device)
+        for cpus, gpu in zip(cores, gpus, strict=True):
             membership = self._router.call("join", body).read(Membership)
             check_transport(membership.transport, server_args.device)
             instance = self._instance(membership, cpus, gpu)

@@ -14,7 +14,12 @@ from kunserve_sglang.api.errors import CallError
 from kunserve_sglang.api.service import ServiceStatus
 from kunserve_sglang.api.types import ClusterStatus, InstanceStatus
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, fault_file, faults_in
-from kunserve_sglang.core.processes import clean_up_after
+from kunserve_sglang.core.processes import (
+    clean_up_after,
+    divide_cpus,
+    granted_cpus,
+    schedulers_on,
+)
 from kunserve_sglang.launch.console import Console, Step
 from kunserve_sglang.launch.ending import GRACE_S, StopSignals
 from kunserve_sglang.launch.fleet import Fleet
@@ -107,6 +112,17 @@ class Life(ABC):
         self._fleet.end()
 
     # -- what both do ----------------------------------------------------------------------------
+
+    def _cores(self, instances: int, device: str) -> list[tuple[int, ...]]:
+        """Those of each instance; says so if others use them, on CPUs."""
+        cpus = granted_cpus()
+        if device == "cpu" and (others := schedulers_on(cpus)):
+            self._console.error(
+                f"schedulers that may use the same cores run already (processes "
+                f"{', '.join(map(str, others))}): they and these will wait for one another at "
+                "every step, many times as long; give each launcher cores of its own (taskset -c)"
+            )
+        return divide_cpus(instances, cpus)
 
     def _wait_until_ready(self, keeper: Keeper) -> bool:
         """False after a signal, a failure (which is told), or too long a time.

@@ -19,7 +19,7 @@ from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.identity import ModelIdentity
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.keys import ClusterKeys
-from kunserve_sglang.core.processes import divide_cpus, free_port, granted_cpus
+from kunserve_sglang.core.processes import free_port
 from kunserve_sglang.core.prompt_format import PromptFormat
 from kunserve_sglang.core.sglang_flags import wanted_device
 from kunserve_sglang.core.tenants import read_tenants
@@ -104,7 +104,7 @@ class Supervisor(Life):
             prompts = server.prompt_format(server_args)
         identity = identity_of(server_args)
         self._start_router(self._router_config(server_args.api_key, prompts, identity))
-        cpus = divide_cpus(self._config.num_instances, granted_cpus())
+        cpus = self._cores(self._config.num_instances, server_args.device)
         for number in range(self._config.num_instances):
             self._fleet.start(server_args, self._instance(number, cpus[number], gpus[number]))
 
