@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -11,6 +12,7 @@ from playwright.sync_api import expect
 from tests.browser.conftest import Visit
 from tests.support.dashboard_page import ask_for, instance
 from tests.support.router_harness import RouterCluster
+from tests.support.tenants import FILE, A, streams
 
 Start = Callable[..., RouterCluster]
 Open = Callable[..., Visit]
@@ -56,6 +58,31 @@ def test_text_can_be_read_in_both_schemes(start_router: Start, visit: Open, sche
         assert contrast(text, ground) >= 4.5, (text, ground)
     light_on_dark = luminance(colours[0][0]) > luminance(colours[0][1])
     assert light_on_dark == (scheme == "dark")
+
+
+def test_tenants_are_shown_with_what_they_have(
+    start_router: Start, visit: Open, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(FILE.format(a="weight = 3\nmax_requests = 2", b=""))
+    router = start_router(1, tenants=str(file))
+    seen = visit(router, viewport={"width": 320, "height": 640})
+    table = seen.page.get_by_role("region", name="Tenants").get_by_role("table")
+    of_a = table.get_by_role("row").filter(
+        has=seen.page.get_by_role("rowheader", name="a", exact=True)
+    )
+    expect(of_a.get_by_role("cell")).to_have_text(["3", "0 of 2", "0", "0", "0", "0", "0"])
+    with streams(router) as asked:
+        asked.run(A, "x", sampling_params={"max_new_tokens": 7})
+        expect(of_a.get_by_role("cell").nth(1)).to_have_text("1 of 2")
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 320
+    assert seen.complaints == []
+
+
+def test_without_tenants_nothing_is_said_of_them(start_router: Start, visit: Open) -> None:
+    page = visit(start_router(1)).page
+    expect(instance(page, 0)).to_be_visible()
+    expect(page.get_by_role("heading", name="Tenants")).to_be_hidden()
 
 
 def test_a_phone_needs_no_sideways_scrolling(start_router: Start, visit: Open) -> None:

@@ -10,6 +10,7 @@ import { History } from "./history.js";
 import { showMap } from "./map.js";
 import { Poller } from "./poll.js";
 import { SignIn } from "./signin.js";
+import { showTenants } from "./tenants.js";
 
 const EVENTS_SHOWN = 50;
 
@@ -20,15 +21,16 @@ const signIn = new SignIn(() => poller.now());
 const confirmation = new Confirmation(() => poller.now());
 
 async function ask() {
-  const [status, { events }, past] = await Promise.all([
+  const [status, { events }, { tenants }, past] = await Promise.all([
     read("kunserve/status"),
     read(`kunserve/events?limit=${EVENTS_SHOWN}`),
+    read("kunserve/tenants"),
     history.complete ? null : read("kunserve/history"),
   ]);
-  return { status, events, past };
+  return { status, events, tenants, past };
 }
 
-function show({ status, events, past }) {
+function show({ status, events, tenants, past }) {
   byId("unreachable").hidden = true;
   signIn.done();
   byId("main").removeAttribute("aria-busy");
@@ -41,6 +43,7 @@ function show({ status, events, past }) {
   history.add(status, events);
   history.show();
   showMap(status.instances);
+  showTenants(tenants);
   showEvents(running ? [...events, running] : events);
   setActions(status.instances.some((instance) => instance.group));
 }
