@@ -74,13 +74,8 @@ def carried_out(state: ClusterState, plan: Plan) -> ClusterState:
 def with_load(
     state: InstanceState, *, used: int = 0, waiting: int = 0, demand: int = 0
 ) -> InstanceState:
-    return InstanceState(
-        instance=state.instance,
-        address=state.address,
-        memory=state.memory,
-        layout=state.layout,
-        load=_load(state.load.slots.capacity, used, waiting, demand),
-    )
+    load = _load(state.load.slots.capacity, used, waiting, demand)
+    return msgspec.structs.replace(state, load=load)
 
 
 def _moved(state: InstanceState, layout: Layout) -> InstanceState:

@@ -10,7 +10,7 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     `weighed`: drops and restores are decided by them. `slowness`: how many times as long as
     instances have measured decode steps have lately taken; `slowness_together`: in groups, when
-    there last was one.
+    there last was one, and `slowness_across`: in those across hosts.
     """
 
     ttft_ms: float
@@ -18,6 +18,7 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     weighed: bool
     slowness: float
     slowness_together: float
+    slowness_across: float
 
 
 class ClassAttainment(msgspec.Struct, frozen=True, kw_only=True):

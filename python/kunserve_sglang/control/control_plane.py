@@ -190,6 +190,7 @@ class ControlPlane:
             weighed=self.controller.weighs,
             slowness=slowness.alone,
             slowness_together=slowness.together,
+            slowness_across=slowness.across,
         )
 
     def status(self) -> ClusterStatus:

@@ -238,6 +238,7 @@ class Registry:
                     layout=i.status.layout,
                     load=i.status.load,
                     costs=i.hello.costs,
+                    host=i.hello.host,
                 )
                 for i in self.instances.values()
                 if i.hello is not None and i.status is not None and not i.liveness.lost

@@ -83,7 +83,10 @@ class TransitionStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """First message of an instance: its memory, what its steps cost; `process` never recurs."""
+    """First message of an instance: its memory, what its steps cost; `process` never recurs.
+
+    Instances with the same `host` share memory.
+    """
 
     version: int
     instance: InstanceNumber
@@ -95,6 +98,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     capacity: Count
     costs: CostModel | None = None
     process: Count = 0
+    host: str = ""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):

@@ -7,20 +7,22 @@ is seen in what instances report: requests that run, and tokens that come of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.load import Load
 from kunserve_sglang.policy.pipeline_times import PipelineTimes
 from kunserve_sglang.policy.service_level import Slowness, times_of
-from kunserve_sglang.policy.state import ClusterState, InstanceState
+from kunserve_sglang.policy.state import ClusterState, InstanceState, spans_hosts
 
 _WINDOW_S = 10.0
 
 _ENOUGH_TOKENS = 64.0
 """So many tokens of history weigh as much as what is usual."""
 
-_LEAST, _MOST = 0.7, 2.0
+_LEAST, _MOST, _MOST_ACROSS = 0.7, 2.0, 20.0
+"""Factors beyond these are something else than slowness; a network may be slow indeed."""
 
 _LOOKED_AT = 64
 """Instances; all are of one model, and mostly of one kind."""
@@ -33,6 +35,7 @@ class _Kind:
     took: float = 0.0
     expected: float = 0.0
     answered: float = 0.0
+    most: float = _MOST
 
     def fade(self, seconds: float) -> None:
         fading = math.exp(-seconds / _WINDOW_S)
@@ -46,14 +49,15 @@ class _Kind:
             return usual
         known = self.answered / (self.answered + _ENOUGH_TOKENS)
         seen = math.pow(self.took / self.expected, known) * math.pow(usual, 1 - known)
-        return min(_MOST, max(_LEAST, seen))
+        return min(self.most, max(_LEAST, seen))
 
 
 class Calibration:
     """Follows the ratio of the time that tokens took to the time that they should have taken.
 
     What groups were seen to take is not forgotten while there are none, since that is when it is
-    asked for. Before the first, they are taken to be as slow as instances alone.
+    asked for. Before the first, they are taken to be as slow as instances alone, and those across
+    hosts as slow as those of one host.
     """
 
     def __init__(self) -> None:
@@ -61,14 +65,17 @@ class Calibration:
         self._seen: dict[int, Load] = {}
         self._alone = _Kind()
         self._together = _Kind()
+        self._across = _Kind(most=_MOST_ACROSS)
 
     def observe(self, now: float, state: ClusterState) -> None:
         """A snapshot of time `now`, in seconds."""
         seconds = now - self._last
         looked_at = state.instances[:_LOOKED_AT]
-        self._alone.fade(seconds)
-        if any(s.layout.cooperative for s in looked_at):
-            self._together.fade(seconds)
+        hosts = {s.instance: s.host for s in state.instances}
+        kinds = {s.instance: self._kind(s, hosts) for s in looked_at}
+        for kind in (self._alone, self._together, self._across):
+            if kind is self._alone or any(each is kind for each in kinds.values()):
+                kind.fade(seconds)
         for owner in looked_at:
             before, load = self._seen.get(owner.instance), owner.load
             if before is None or owner.costs is None or not load.running:
@@ -76,7 +83,7 @@ class Calibration:
             tokens = load.tokens - before.tokens
             if tokens < 0:
                 continue  # it has begun anew
-            kind = self._together if owner.layout.cooperative else self._alone
+            kind = kinds[owner.instance]
             kind.took += 1e3 * seconds * load.running
             kind.expected += _expected_ms(owner, owner.costs, before)
             kind.answered += tokens
@@ -86,7 +93,14 @@ class Calibration:
     def slowness(self) -> Slowness:
         """What predicted times of decode steps are to be multiplied by."""
         alone = self._alone.factor(usual=1.0)
-        return Slowness(alone=alone, together=self._together.factor(usual=alone))
+        together = self._together.factor(usual=alone)
+        across = self._across.factor(usual=together)
+        return Slowness(alone=alone, together=together, across=across)
+
+    def _kind(self, owner: InstanceState, hosts: Mapping[int, str]) -> _Kind:
+        if not owner.layout.cooperative:
+            return self._alone
+        return self._across if spans_hosts(owner.layout, hosts) else self._together
 
 
 def _expected_ms(owner: InstanceState, costs: CostModel, before: Load) -> float:

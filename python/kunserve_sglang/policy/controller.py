@@ -179,7 +179,7 @@ class Controller:
                 )
 
     def _drop(self, request: DropRequest, state: ClusterState, epoch: int) -> Plan:
-        def plan(largest: int) -> Plan:
+        def plan(largest: int, across: bool) -> Plan:
             return plan_drop(
                 state,
                 epoch=epoch,
@@ -188,18 +188,19 @@ class Controller:
                 instances=request.instances,
                 tokens=request.tokens,
                 tpot_limit_ms=self._config.tpot_limit_ms,
+                across=across,
             )
 
-        def shorter(largest: int) -> Plan | None:
+        def other(largest: int, across: bool) -> Plan | None:
             try:
-                return plan(largest)
+                return plan(largest, across)
             except NoPlan:
                 return None
 
-        full = plan(self._config.max_group_size)
+        full = plan(self._config.max_group_size, True)
         if not (request.weighed and self.weighs):
             return full
-        return weighed_drop(state, full, shorter, self._expected())
+        return weighed_drop(state, full, other, self._expected())
 
     def in_steps(self, plan: Plan, state: ClusterState) -> Plan:
         """The plan as members carry it out, `state` being what it was made of."""

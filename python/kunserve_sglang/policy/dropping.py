@@ -11,7 +11,7 @@ from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPl
 from kunserve_sglang.policy.mean_owner import known_times
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.service_level import LimitsByShare
-from kunserve_sglang.policy.state import ClusterState
+from kunserve_sglang.policy.state import ClusterState, spans_hosts
 from kunserve_sglang.policy.weighing import (
     SAME,
     Expected,
@@ -27,19 +27,19 @@ SOON_ENOUGH = "requests that queue keep their limits, so nothing is dropped for 
 def weighed_drop(
     state: ClusterState,
     full: Plan,
-    shorter: Callable[[int], Plan | None],
+    other: Callable[[int, bool], Plan | None],
     expected: Expected,
 ) -> Plan:
-    """`full`, the same with shorter pipelines, or neither.
+    """`full`, the same with shorter pipelines or within hosts, or none of them.
 
-    `shorter` makes the plan with pipelines of at most so many stages, if there is one. Raises
-    `NoPlan`, with all that was weighed, if it is best to let requests queue. Where costs are not
-    known, or somebody could never be served as things are, it is `full`.
+    `other` makes the plan with pipelines of at most so many stages, across hosts or not, if there
+    is one. Raises `NoPlan`, with all that was weighed, if it is best to let requests queue. Where
+    costs are not known, or somebody could never be served as things are, it is `full`.
     """
     stuck = any(s.load.longest > s.load.slots.capacity for s in state.instances)
     if stuck or not _known(state, full):
         return full
-    looks = [_Look(state, plan, expected) for plan in _candidates(full, shorter)]
+    looks = [_Look(state, plan, expected) for plan in _candidates(state, full, other)]
     worth_it = [look for look in looks if look.then.better_than(look.now)]
     if not worth_it:
         why = SOON_ENOUGH if looks[0].now.forecast.attainment >= 1 - SAME else SHORT_OF_COMPUTING
@@ -66,11 +66,13 @@ class _Look:
     def __init__(self, state: ClusterState, plan: Plan, expected: Expected) -> None:
         self.plan = plan
         self._prospects = Prospects(state, plan.instances, expected)
-        after = plan.transition.after
-        stages = max(len(layout.members) for layout in after)
+        after, stages = plan.transition.after, _stages(plan)
         drops = plan.transition.kind is TransitionKind.DROP
         self.now = self._prospects.as_it_is("let requests queue" if drops else "stay as it is")
         what = f"pipelines of up to {stages} stages" if stages > 1 else "full replicas"
+        hosts = {s.instance: s.host for s in state.instances}
+        if any(spans_hosts(layout, hosts) for layout in after):
+            what += ", some across hosts"
         self.then = self._prospects.after(what, after)
 
     @property
@@ -120,17 +122,28 @@ def _choice(prospect: Prospect, *, chosen: bool) -> Choice:
     return prospect.choice(verdict, chosen=chosen)
 
 
-def _candidates(full: Plan, shorter: Callable[[int], Plan | None]) -> list[Plan]:
-    """`full` first, then ever shorter pipelines."""
+def _candidates(
+    state: ClusterState, full: Plan, other: Callable[[int, bool], Plan | None]
+) -> list[Plan]:
+    """`full` first, then ever shorter pipelines; if some are across hosts, those that are not."""
     plans = [full]
-    stages = max(len(layout.members) for layout in full.transition.after) - 1
+    stages = _stages(full) - 1
     while stages > 1:
-        plan = shorter(stages)
+        plan = other(stages, True)
         if plan is None:
             break
         plans.append(plan)
-        stages = min(stages, max(len(layout.members) for layout in plan.transition.after)) // 2
+        stages = min(stages, _stages(plan)) // 2
+    hosts = {s.instance: s.host for s in state.instances}
+    if any(spans_hosts(layout, hosts) for layout in full.transition.after):
+        near = other(_stages(full), False)
+        if near is not None and all(near.transition.after != p.transition.after for p in plans):
+            plans.append(near)
     return plans
+
+
+def _stages(plan: Plan) -> int:
+    return max(len(layout.members) for layout in plan.transition.after)
 
 
 def _known(state: ClusterState, plan: Plan) -> bool:

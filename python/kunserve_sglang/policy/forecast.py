@@ -60,11 +60,15 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """A way to serve: token slots of the owner, stages of its pipeline, and the most that run."""
+    """A way to serve: token slots of the owner, stages of its pipeline, and the most that run.
+
+    `across`: some of the stages are on other hosts.
+    """
 
     capacity: float
     stages: int = 1
     most: float = float("inf")
+    across: bool = False
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kunserve_sglang.core.layout import Layout
+from kunserve_sglang.policy.placement import (
+    Heat,
+    Makeup,
+    Place,
+    Set,
+    heat_of,
+    hosts_of,
+    place_of,
+    placed,
+)
 from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState
-
-
-@dataclass(frozen=True, slots=True)
-class Set:
-    """Groups that become one, all named; `shape` is that of all of them together."""
-
-    groups: list[Layout]
-    shape: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +49,46 @@ class Grouping:
     stops: list[Stop]
 
 
-_Heat = tuple[float, int, Layout]
-"""Less for more demand by slot, lowest id, group."""
-
-
 def group_up(
-    state: ClusterState, shapes: Shapes, tokens: int, largest: int, groups: Sequence[Layout]
+    state: ClusterState,
+    shapes: Shapes,
+    tokens: int,
+    largest: int,
+    groups: Sequence[Layout],
 ) -> Grouping:
     """Merge `groups` until they have `tokens` more slots, or as many as sets of `largest` allow.
 
     More tokens never free less: the steps of a way are the same whatever is asked for, and the
-    first that brings enough is the last. Where groups are hot and cold, the hot ones are merged.
+    first that brings enough is the last. Who is in which set: `policy.placement`.
     """
-    units: defaultdict[tuple[int, int], list[_Heat]] = defaultdict(list)
+    units: defaultdict[tuple[int, int], list[Heat]] = defaultdict(list)
     for group in groups:
-        demand = slots = 0
-        first = group.members[0].instance
-        for member in group.members:
-            demand += state.instance(member.instance).load.demand
-            slots += member.capacity
-            first = min(first, member.instance)
-        units[shapes.of(group), slots].append((-demand / max(1, slots), first, group))
+        slots = sum(member.capacity for member in group.members)
+        units[shapes.of(group), slots].append((*heat_of(state, group), group))
     kinds = _Kinds(shapes, list(units))
     start = Counter({kinds.single(i): len(units[unit]) for i, unit in enumerate(units)})
     ways = [_search(kinds, start, tokens, largest, apart) for apart in (True, False)]
     best = min(ways, key=lambda way: way.price(tokens))
-    hottest_first = [[group for *_, group in sorted(of)] for of in units.values()]
-    return Grouping(list(_name(best.merged(), hottest_first)), best.gained, best.stops)
+    made = {Makeup(kind.units, kind.shape): n for kind, n in best.merged().items()}
+    hosts = hosts_of(state, groups)
+    return Grouping(list(placed(made, list(units.values()), hosts)), best.gained, best.stops)
+
+
+def group_up_within_hosts(
+    state: ClusterState, shapes: Shapes, tokens: int, largest: int, groups: Sequence[Layout]
+) -> Grouping:
+    """As `group_up`, but no set is of groups on different hosts; the hottest hosts come first."""
+    hosts = hosts_of(state, groups)
+    by_place: defaultdict[Place, list[Layout]] = defaultdict(list)
+    for group in groups:
+        by_place[place_of(group, hosts)].append(group)
+    found = Grouping([], 0, [])
+    for there in sorted(by_place.values(), key=lambda of: min(heat_of(state, g) for g in of)):
+        if found.gained >= tokens:
+            break
+        more = group_up(state, shapes, tokens - found.gained, largest, there)
+        found = Grouping([*found.sets, *more.sets], found.gained + more.gained, [])
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,23 +267,3 @@ def _spread(
             return None
         heapq.heapreplace(heap, (joined.order(), i, joined))
     return [kind for *_, kind in heap]
-
-
-def _name(merged: Mapping[_SetKind, int], units: Sequence[Sequence[Layout]]) -> Iterator[Set]:
-    """Who is in the sets: the hottest groups of each kind, dealt so that sets are equally hot."""
-    sets = [Set([], kind.shape) for kind, n in merged.items() for _ in range(n)]
-    made = [kind for kind, n in merged.items() for _ in range(n)]
-    seats: defaultdict[int, list[list[Set]]] = defaultdict(list)
-    for named, kind in zip(sets, made, strict=True):
-        for unit, n in Counter(kind.units).items():
-            rounds = seats[unit]
-            while len(rounds) < n:
-                rounds.append([])
-            for turn in rounds[:n]:
-                turn.append(named)
-    for unit, rounds in seats.items():
-        groups = iter(units[unit])
-        for i, turn in enumerate(rounds):
-            for named in reversed(turn) if i % 2 else turn:
-                named.groups.append(next(groups))
-    yield from sets

@@ -51,13 +51,15 @@ def plan_drop(
     instances: Collection[int] | None = None,
     tokens: int | None = None,
     tpot_limit_ms: float | None = None,
+    across: bool = True,
 ) -> Plan:
     """Merge groups until enough memory is free, with pipelines as short as that allows.
 
     With `instances`, the groups of exactly these are merged into one. With `tokens`, groups are
     merged until the capacity has grown by that many slots, or as far as possible; with neither,
-    one merge is done. No plan lets an output token take longer than `tpot_limit_ms`, as far as
-    instances have measured what they cost. Raises `NoPlan` if nothing can be done within all that.
+    one merge is done. Without `across` these are within a host. No plan lets an output token take
+    longer than `tpot_limit_ms`, as far as instances have measured what they cost. Raises `NoPlan`
+    if nothing can be done within all that.
     """
     search = DropSearch(state, epoch, max_group_size, tpot_limit_ms, tokens)
     if instances is not None:
@@ -66,7 +68,7 @@ def plan_drop(
             raise NoPlan(f"instances {sorted(instances)} already share their parameters")
         found = search.named(groups)
     else:
-        found = search.cheapest(tokens or 1)
+        found = search.cheapest(tokens or 1, across=across)
     plan = _plan(TransitionKind.DROP, epoch, reason, found, search.decision())
     if plan.capacity_after <= plan.capacity_before:
         raise NoPlan(

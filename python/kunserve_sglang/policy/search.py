@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from kunserve_sglang.core.layout import Layout, Member
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
-from kunserve_sglang.policy.grouping import Grouping, group_up
+from kunserve_sglang.policy.grouping import Grouping, group_up, group_up_within_hosts
 from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState
 from kunserve_sglang.policy.tpot import predicted_tpot_ms
@@ -69,11 +69,15 @@ class DropSearch:
         self._note(what, size, gained, tpot_ms, "as asked for", chosen=True)
         return Change(groups, after, self._shapes.freed_bytes(shape))
 
-    def cheapest(self, tokens: int) -> Change:
-        """The shortest pipelines that bring `tokens` more slots within the limits."""
-        largest = self._largest
+    def cheapest(self, tokens: int, *, across: bool = True) -> Change:
+        """The shortest pipelines that bring `tokens` more slots within the limits.
+
+        Without `across`, only those that are within a host, and as many slots as these bring.
+        """
+        largest, groups = self._largest, self._state.groups()
+        group = group_up if across else group_up_within_hosts
         while True:
-            found = group_up(self._state, self._shapes, tokens, largest, self._state.groups())
+            found = group(self._state, self._shapes, tokens, largest, groups)
             if not found.sets:
                 break
             before = [g for s in found.sets for g in s.groups]

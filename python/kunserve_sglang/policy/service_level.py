@@ -63,18 +63,22 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Slowness(msgspec.Struct, frozen=True, kw_only=True):
-    """How many times as long as costs predict decode steps take, of instances alone and in groups.
+    """How many times as long as costs predict decode steps take: of instances alone, of groups on
+    one host, and of groups across hosts.
 
     They differ: a group adds hops and turns, and its members wait for each other, on one machine
-    more than on another.
+    more than on another, and over a network more than on either.
     """
 
     alone: float = 1.0
     together: float = 1.0
+    across: float = 1.0
 
-    def of(self, stages: int) -> float:
-        """Where a step goes through so many stages."""
-        return self.alone if stages == 1 else self.together
+    def of(self, stages: int, *, across: bool) -> float:
+        """Where a step goes through so many stages, on one host or `across` several."""
+        if stages == 1:
+            return self.alone
+        return self.across if across else self.together
 
 
 def times_of(costs: Sequence[CostModel], layers: int) -> StepTimes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import msgspec
@@ -15,7 +16,8 @@ from kunserve_sglang.policy.service_level import Wanted
 class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
     """One live instance; `layout` is the group it runs in (a group of one if independent).
 
-    `costs` is what micro-batches take there, if it has measured that.
+    Those of one `host` share memory; it is empty if an instance does not say where it is. `costs`
+    is what micro-batches take there, if it has measured that.
     """
 
     instance: int
@@ -24,6 +26,7 @@ class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
     layout: Layout
     load: Load
     costs: CostModel | None = None
+    host: str = ""
 
     @property
     def layers(self) -> LayerRange:
@@ -42,6 +45,11 @@ class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
         """Requests wait there and demand is above this fraction of its slots."""
         load = self.load
         return load.waiting > 0 and load.demand > threshold * load.slots.capacity
+
+
+def spans_hosts(layout: Layout, hosts: Mapping[int, str]) -> bool:
+    """Whether its members are on several; `hosts` are those of instances."""
+    return len({hosts.get(i) for i in layout.ids}) > 1
 
 
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True, dict=True):

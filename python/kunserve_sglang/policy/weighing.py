@@ -109,8 +109,8 @@ class Prospects:
         self._slowness = expected.slowness
         here = expected.arrivals_per_s * len(self._owners) / max(1, len(state.instances))
         self._now = serving(self._owners, {s.instance: s.layout for s in self._owners})
-        stages = self._now.stages
-        self.requests = requests_of(self._owners, self._times(stages), stages, here)
+        times, stages = self._times(self._now), self._now.stages
+        self.requests = requests_of(self._owners, times, stages, here)
         lengths = self.requests.prompt, self.requests.output
         self.limits = expected.level.limits(self._measured, *lengths)
         self.by_share = limits_by_share(state.wanted, expected.level, self._measured, *lengths)
@@ -127,16 +127,14 @@ class Prospects:
     def bound(self) -> float:
         """How many requests each owner is to run as things are; infinite: as many as it can."""
         there = self.requests.running + self.requests.waiting
-        bounds = self._bounds(self._now.stages, below=there)
-        return (
-            self._bounded(self._prospect("", self._now), self._now, bounds)[1]
-            if bounds
-            else math.inf
-        )
+        bounds = self._bounds(self._now, below=there)
+        if not bounds:
+            return math.inf
+        return self._bounded(self._prospect("", self._now), self._now, bounds)[1]
 
     def _best(self, what: str, way: Serving) -> Prospect:
         free = self._prospect(what, way)
-        return self._bounded(free, way, self._bounds(way.stages, below=free.forecast.running))[0]
+        return self._bounded(free, way, self._bounds(way, below=free.forecast.running))[0]
 
     def _bounded(
         self, free: Prospect, way: Serving, bounds: Iterable[float]
@@ -149,20 +147,20 @@ class Prospects:
                 best, chosen = bounded, most
         return best, chosen
 
-    def _bounds(self, stages: int, *, below: float) -> list[float]:
+    def _bounds(self, way: Serving, *, below: float) -> list[float]:
         """So many may run for the tokens of some of the requests to keep their limits.
 
         The loosest first: each that is tighter has to be worth it.
         """
-        times = self._times(stages)
+        times = self._times(way)
         found = {
-            most_running(self._owners, self.requests, times, stages, limits.tpot_ms)
+            most_running(self._owners, self.requests, times, way.stages, limits.tpot_ms)
             for _, limits in self.by_share
         }
         return sorted((most for most in found if most < below), reverse=True)
 
-    def _times(self, stages: int) -> StepTimes:
-        return self._measured.slower(self._slowness.of(stages))
+    def _times(self, way: Serving) -> StepTimes:
+        return self._measured.slower(self._slowness.of(way.stages, across=way.across))
 
     def _prospect(self, what: str, way: Serving) -> Prospect:
         gained = len(self._owners) * (way.capacity - self._now.capacity)
@@ -170,9 +168,7 @@ class Prospects:
             what=what,
             stages=way.stages,
             slots=round(gained),
-            forecast=forecast(
-                self.requests, way, self._times(way.stages), self.limits, self.by_share
-            ),
+            forecast=forecast(self.requests, way, self._times(way), self.limits, self.by_share),
         )
 
 

@@ -14,6 +14,7 @@ from kunserve_sglang.core.cost_model import CostModel, Work
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import MemoryProfile
 from kunserve_sglang.core.messages import PROTOCOL_VERSION, Hello
+from kunserve_sglang.core.processes import this_host
 from kunserve_sglang.execution.profile import shapes, timing
 from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.parts.control import ControlLink
@@ -112,6 +113,7 @@ def build_agent(scheduler: Scheduling, engine: SglangEngine) -> Agent:
         capacity=scheduler.max_total_num_tokens,
         costs=scheduler.costs.model,
         process=process,
+        host=instance.host or this_host(),
     )
 
     def link() -> ControlLink:

@@ -76,3 +76,20 @@ def test_a_group_is_remembered_until_the_next() -> None:
         watch(learnt, alone, 1.0, since=3600.0 * hours)
     assert learnt.slowness.alone == pytest.approx(1.0, rel=0.05)
     assert learnt.slowness.together == pytest.approx(1.5, rel=0.05)
+
+
+def test_groups_across_hosts_are_learnt_apart() -> None:
+    learnt = Calibration()
+    group = in_a_group(busy())
+    first, second = group.instances
+    across = ClusterState(
+        instances=(
+            msgspec.structs.replace(first, host="a"),
+            msgspec.structs.replace(second, host="b"),
+        )
+    )
+    watch(learnt, group, 1.2, since=0)
+    assert learnt.slowness.across == learnt.slowness.together
+    watch(learnt, across, 4.0, since=SECONDS)
+    assert learnt.slowness.across == pytest.approx(4.0, rel=0.15)
+    assert learnt.slowness.together == pytest.approx(1.2, rel=0.05)
