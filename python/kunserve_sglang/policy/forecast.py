@@ -280,12 +280,8 @@ def _in_parts(asked: Requests, count: float, start_ms: float, lasts_ms: float) -
 
 def _kept(ttft_ms: float, tpot_ms: float, by_share: LimitsByShare) -> float:
     """The share of requests with these times that are within their limits."""
-    return sum(
-        [
-            share * _within(tpot_ms, limits.tpot_ms) * _within(ttft_ms, limits.ttft_ms)
-            for share, limits in by_share
-        ]
-    )
+    kept = [_within(ttft_ms, of.ttft_ms) * _within(tpot_ms, of.tpot_ms) for _, of in by_share]
+    return sum([share * each for (share, _), each in zip(by_share, kept, strict=True)])
 
 
 def _within(ms: float, limit: float) -> float:
