@@ -107,7 +107,7 @@ REGIMES = (
     Regime("compute-bound", "slow cpu", "320MiB", 96, 192, 0.1, 1.0, 30),
     Regime("prompt-heavy", "cpu", "288MiB", 400, 24, 0.1, 1.5, 30),
     Regime("slow ramp", "cpu", "276MiB", 32, 128, 0.3, 2.0, 90, ramp=True),
-    Regime("two classes", "slow cpu", "276MiB", 32, 128, 0.2, 1.2, 60, patient=0.7),
+    Regime("two classes", "cpu", "288MiB", 64, 128, 0.2, 2.0, 60, patient=0.7),
     Regime("fits", "gpu", "36GiB", 500, 200, 1, 1),
     Regime("memory-bound, short", "gpu", "30GiB", 200, 200, 0.5, 12, 60, memory_bound=True),
     Regime("memory-bound, long", "gpu", "32GiB", 200, 800, 0.2, 5, 60, memory_bound=True),
