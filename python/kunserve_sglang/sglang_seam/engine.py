@@ -21,7 +21,6 @@ from kunserve_sglang.core.layout import LayerRange
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.execution.output_length import OutputLengths
-from kunserve_sglang.execution.stage_graphs import batch_sizes, first_drop_ranges
 from kunserve_sglang.instance.parts.cache_log import CacheLog
 from kunserve_sglang.instance.parts.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.sglang_seam.batches import described
@@ -30,8 +29,8 @@ from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
 from kunserve_sglang.sglang_seam.progress import Progress
 from kunserve_sglang.sglang_seam.scheduling import Scheduling
-from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
-from kunserve_sglang.sglang_seam.stages import DeviceStages, HostStages, Stages
+from kunserve_sglang.sglang_seam.stages import stages_for
+from kunserve_sglang.sglang_seam.trial import try_parts
 from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
 _CAPACITY_COPIES = (
@@ -56,6 +55,7 @@ class SglangEngine:
         self._decoder = LayeredDecoder(self._runner.model)
         self._torch_device: torch.device = self._runner.torch_device
         self._stages = stages_for(self._runner, self._decoder)
+        try_parts(self._decoder, self._stages, self._torch_device)
         self._arrived: Hidden | None = None
         self._lengths = OutputLengths()
         self.requests_arrived = 0
@@ -288,13 +288,3 @@ class SglangEngine:
             return time.thread_time()
         self.settle()
         return time.perf_counter()
-
-
-def stages_for(runner: Any, decoder: LayeredDecoder) -> Stages:
-    """Stage work on the runner's device; on a GPU with the graphs that a first drop needs."""
-    if runner.torch_device.type == "cpu":
-        return HostStages(runner, decoder)
-    sizes = batch_sizes(runner.instance.stage_graph_max_bs)
-    ranges = first_drop_ranges(runner.kv_cache_configurator.profile)
-    graphs = StageGraphs(runner, decoder, ranges=ranges, sizes=sizes) if sizes else None
-    return DeviceStages(runner, decoder, graphs)

@@ -189,7 +189,7 @@ class StageGraph:
         batch = ForwardBatch(
             forward_mode=ForwardMode.DECODE,
             batch_size=size,
-            input_ids=None,
+            input_ids=buffers.positions[:size],  # some layers ask how many there are
             req_pool_indices=buffers.rows[:size],
             seq_lens=buffers.seq_lens[:size],
             out_cache_loc=buffers.out_rows[:size],

@@ -21,6 +21,7 @@ from sglang.srt.model_executor.model_runner_components.attention_backend_setup i
 
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.execution.stage_graphs import batch_sizes, first_drop_ranges
 from kunserve_sglang.instance.parts.engine import Hidden, StageBatch
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.stage_graphs import StageGraphs
@@ -64,7 +65,7 @@ class HostStages:
     ) -> Hidden:
         backend = self._backend(batch.owner, table)
         total = int(batch.seq_lens.sum())
-        forward_batch = _forward_batch(batch, batch.rows, batch.out_slots + base, total)
+        forward_batch = forward_batch_of(batch, batch.rows, batch.out_slots + base, total)
         with forward_context(ForwardContext(attn_backend=backend)):
             backend.init_forward_metadata(forward_batch)
             return self._decoder.layers(layers, batch.positions, forward_batch, hidden)
@@ -119,7 +120,7 @@ class DeviceStages:
         there = on_device(batch, self._device)
         total = int(batch.seq_lens.sum())  # of what is on the host: nobody waits for the device
         out_rows = there.out_slots + base
-        forward_batch = _forward_batch(there, self._rows[:requests], out_rows, total)
+        forward_batch = forward_batch_of(there, self._rows[:requests], out_rows, total)
         forward_batch.seq_lens_cpu = batch.seq_lens
         if batch.prefix_lens is not None and batch.extend_lens is not None:
             forward_batch.extend_prefix_lens_cpu = batch.prefix_lens.tolist()
@@ -153,6 +154,16 @@ class DeviceStages:
         self._table[: len(rows), :width].copy_(rows, non_blocking=True)
 
 
+def stages_for(runner: Any, decoder: LayeredDecoder) -> Stages:
+    """Stage work on the runner's device; on a GPU with the graphs that a first drop needs."""
+    if runner.torch_device.type == "cpu":
+        return HostStages(runner, decoder)
+    sizes = batch_sizes(runner.instance.stage_graph_max_bs)
+    ranges = first_drop_ranges(runner.kv_cache_configurator.profile)
+    graphs = StageGraphs(runner, decoder, ranges=ranges, sizes=sizes) if sizes else None
+    return DeviceStages(runner, decoder, graphs)
+
+
 class RunnerView:
     """A model runner as an attention backend sees it, with another request table."""
 
@@ -181,14 +192,14 @@ def on_device(batch: StageBatch, device: torch.device) -> StageBatch:
     )
 
 
-def _forward_batch(
+def forward_batch_of(
     batch: StageBatch, rows: torch.Tensor, out_rows: torch.Tensor, total: int
 ) -> ForwardBatch:
     """`total`: of all sequences' lengths."""
     forward_batch = ForwardBatch(
         forward_mode=ForwardMode.DECODE if batch.decode else ForwardMode.EXTEND,
         batch_size=len(batch.rows),
-        input_ids=None,
+        input_ids=batch.positions,  # which tokens they are nobody asks; some ask how many
         req_pool_indices=rows,
         seq_lens=batch.seq_lens,
         out_cache_loc=out_rows,

@@ -42,7 +42,7 @@ def measure(
     clock = clock_of(ranks)
     deadline = clock() + timing.budget_s
     # Once over everything: the first touch of a page costs more than computing on it.
-    batch, table = _probe(max(work, key=lambda w: w.context))
+    batch, table = probe(max(work, key=lambda w: w.context))
     everything = LayerRange(0, engine.layer_count)
     engine.forget_owners()
     engine.run_stage(batch, table, 0, everything, engine.blank_hidden(len(batch.positions)))
@@ -98,7 +98,7 @@ def _cache_folder() -> Path:
 
 def _measure(engine: Engine, work: Work, timing: Timing) -> float:
     """Milliseconds per layer."""
-    batch, table = _probe(work)
+    batch, table = probe(work)
     engine.forget_owners()
     hidden = engine.blank_hidden(len(batch.positions))
     # What graphs exist for is going to run by graph.
@@ -118,7 +118,7 @@ def _windows(layers: int) -> Sequence[LayerRange]:
     return [LayerRange(n * width, (n + 1) * width) for n in range(layers // width)]
 
 
-def _probe(work: Work) -> tuple[StageBatch, torch.Tensor]:
+def probe(work: Work) -> tuple[StageBatch, torch.Tensor]:
     """A batch of that shape on slots 1, 2, ..., and the request table that goes with it."""
     if work.decodes:
         length = max(1, work.context // work.decodes)
