@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
 
 from kunserve_sglang.core.errors import ConfigurationError
-from kunserve_sglang.sglang_seam.stacks import stack_of
+from kunserve_sglang.sglang_seam.stacks import Stack, stack_of
 
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
@@ -45,7 +45,7 @@ class LayeredDecoder:
         self.layer_count = len(decoder_layers(model))
         self._decoder: Any = model.get_submodule("model")
         self._forward: Any = self._decoder.forward
-        stack: Any = stack_of(self._decoder)
+        stack = cast(Stack, stack_of(self._decoder))
         self.embed, self.layers, self.finish = stack.embed, stack.layers, stack.finish
 
     def install(self, forward: Any) -> None:

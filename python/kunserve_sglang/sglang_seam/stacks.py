@@ -119,7 +119,7 @@ def _proxy(hidden: Hidden) -> PPProxyTensors:
     return PPProxyTensors({"hidden_states": hidden[0], "residual": hidden[1]})
 
 
-class _Arrived(nn.Module):
+class _LayersBefore(nn.Module):
     """Stands for all layers before those that run: returns what came out of them."""
 
     def __init__(self) -> None:
@@ -130,8 +130,8 @@ class _Arrived(nn.Module):
         return self.hidden
 
 
-class _Leaving(nn.Module):
-    """Stands for the final norm: keeps what the layers have come to, as it is."""
+class _LayersAfter(nn.Module):
+    """Stands for all layers after those that run: keeps what these have come to, as it is."""
 
     def __init__(self, *, pairs: bool) -> None:
         super().__init__()
@@ -157,15 +157,15 @@ class LoopedStack:
         self._layers: Any = stack.layers
         self._norm: Any = stack.norm
         self._pairs = "residual" in inspect.signature(type(stack.layers[0]).forward).parameters
-        self._parts: dict[LayerRange, tuple[_Arrived, nn.ModuleList]] = {}
+        self._parts: dict[LayerRange, tuple[_LayersBefore, nn.ModuleList]] = {}
 
     def embed(self, input_ids: Any, positions: Any, batch: Any, input_embeds: Any) -> Hidden:
-        leaving = _Leaving(pairs=self._pairs)
+        leaving = _LayersAfter(pairs=self._pairs)
         self._run(nn.ModuleList(), leaving, input_ids, positions, batch, input_embeds)
         return _left(leaving)
 
     def layers(self, layers: LayerRange, positions: Any, batch: Any, hidden: Hidden) -> Hidden:
-        leaving = _Leaving(pairs=self._pairs)
+        leaving = _LayersAfter(pairs=self._pairs)
         self._go_on(layers, leaving, positions, batch, hidden)
         return _left(leaving)
 
@@ -183,9 +183,9 @@ class LoopedStack:
         finally:
             arrived.hidden = None
 
-    def _part(self, layers: LayerRange) -> tuple[_Arrived, nn.ModuleList]:
+    def _part(self, layers: LayerRange) -> tuple[_LayersBefore, nn.ModuleList]:
         if layers not in self._parts:
-            arrived = _Arrived()
+            arrived = _LayersBefore()
             before = [arrived] if self._pairs else []
             own = self._layers[layers.lo : layers.hi]
             self._parts[layers] = arrived, nn.ModuleList([*before, *own])
@@ -200,7 +200,7 @@ class LoopedStack:
             stack.layers, stack.norm = self._layers, self._norm
 
 
-def _left(leaving: _Leaving) -> Hidden:
+def _left(leaving: _LayersAfter) -> Hidden:
     if leaving.left is None:
         raise ConfigurationError("it does not end with its norm")
     return leaving.left

@@ -33,7 +33,7 @@ def try_parts(decoder: LayeredDecoder, stages: Stages, device: torch.device) -> 
         amiss = _amiss(decoder, stages, device)
     except (*_CANNOT, ConfigurationError) as error:
         raise ConfigurationError(
-            f"{decoder.name}: KunServe cannot run it in parts: {error or type(error).__name__}"
+            f"{decoder.name}: KunServe cannot run it in parts: {str(error) or type(error).__name__}"
         ) from error
     if amiss:
         raise ConfigurationError(f"{decoder.name}: {amiss}; KunServe cannot run it in parts")
