@@ -19,6 +19,9 @@ _OFF = {
     "enable_dp_attention": "DP attention",
     "enable_hisparse": "hierarchical sparse attention",
     "enable_pdmux": "PD multiplexing",
+    "enable_eplb": "experts that move between ranks",
+    "enable_two_batch_overlap": "two-batch overlap",
+    "enable_single_batch_overlap": "single-batch overlap",
     "enable_torch_compile": "torch.compile",
     "enable_mixed_chunk": "mixed chunks",
     "elastic_ep_backend": "elastic expert parallelism",
@@ -38,6 +41,7 @@ _FIXED = {
     "attn_cp_size": 1,
     "dcp_size": 1,
     "moe_dp_size": 1,
+    "moe_a2a_backend": "none",
     "nnodes": 1,
     "page_size": 1,
     "tokenizer_worker_num": 1,
@@ -75,6 +79,36 @@ def check_server_args(server_args: Any) -> None:
         )
     if server_args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
         raise ConfigurationError("--kv-cache-dtype: KunServe does not support quantized KV yet")
+
+
+def check_model(config: Any, *, recurrent: bool) -> None:
+    """Raises `ConfigurationError` for a kind of model that cannot be served, known before it loads.
+
+    `config` is SGLang's `ModelConfig`; `recurrent` says whether some of its layers keep a state.
+    """
+    for amiss, why in (
+        (
+            config.attention_arch.name != "MHA",
+            "it caches one latent vector a token (MLA), and KunServe's pages hold keys and values",
+        ),
+        (recurrent, "its layers keep a state for each request, and KunServe moves KV of tokens"),
+        (
+            config.is_hybrid_swa,
+            "SGLang keeps what its sliding windows see in a pool of its own, and KunServe has one "
+            "pool; give --disable-hybrid-swa-memory",
+        ),
+        (config.is_encoder_decoder, "KunServe runs decoders, and it has an encoder beside"),
+        (
+            config.is_multimodal,
+            "it takes pictures or sound, and KunServe embeds nothing but text",
+        ),
+        (
+            not config.is_generation,
+            "it answers with vectors or scores, and KunServe serves models that generate",
+        ),
+    ):
+        if amiss:
+            raise ConfigurationError(f"{config.hf_config.architectures[0]}: {why}")
 
 
 def _check_gpu_args(server_args: Any) -> None:
@@ -151,6 +185,7 @@ def check_heads(config: Any, ranks: int) -> None:
         # Fewer heads than ranks are held by several of them.
         ("key-value heads", max(key_value, ranks) if ranks % key_value == 0 else key_value),
         ("columns in each MLP", getattr(config.hf_text_config, "intermediate_size", ranks)),
+        ("columns in each expert", getattr(config.hf_text_config, "moe_intermediate_size", ranks)),
     ):
         if count % ranks:
             raise ConfigurationError(

@@ -9,6 +9,7 @@ import torch
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, _set_kv_buffer_impl
 
+from kunserve_sglang.core.errors import ConfigurationError
 from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
 from kunserve_sglang.instance.store.budget import Memory, build_kv, profile_of
@@ -114,8 +115,13 @@ class ElasticConfigurator(KVCacheConfigurator):
         )
 
     def _build_token_to_kv_pool_allocator(
-        self, *, sizes: Any, token_to_kv_pool: ElasticKVPool, **_: Any
+        self, *, sizes: Any, token_to_kv_pool: Any, **_: Any
     ) -> ElasticSlotAllocator:
+        if not isinstance(token_to_kv_pool, ElasticKVPool):
+            raise ConfigurationError(
+                f"{self.model_config.hf_config.architectures[0]}: SGLang keeps its KV in a "
+                f"{type(token_to_kv_pool).__name__}, which KunServe cannot drop layers beside"
+            )
         return ElasticSlotAllocator(
             sizes.max_total_num_tokens,
             dtype=self.kv_cache_dtype,

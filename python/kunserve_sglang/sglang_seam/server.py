@@ -31,6 +31,7 @@ from kunserve_sglang.sglang_seam.access import guard_admin_calls
 from kunserve_sglang.sglang_seam.answers import mend_answers
 from kunserve_sglang.sglang_seam.compatibility import (
     check_heads,
+    check_model,
     check_server_args,
     place_on_gpus,
     with_defaults,
@@ -87,6 +88,7 @@ def parse_server_args(argv: list[str], budget: int, say: Callable[[str], None]) 
     that SGLang does not know.
     """
     from sglang.srt import server_args as upstream
+    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import ModelConfig
 
     upstream.logger.addFilter(_not_about_cuda_graphs)
@@ -102,11 +104,17 @@ def parse_server_args(argv: list[str], budget: int, say: Callable[[str], None]) 
             server_args = upstream.prepare_server_args(
                 [*with_defaults(argv), "--dtype", choice.dtype]
             )
-    except (ValueError, OSError) as error:
+    except (
+        AssertionError,
+        ValueError,
+        OSError,
+    ) as error:  # SGLang's refusals
         raise ConfigurationError(str(error)) from error
     check_server_args(server_args)
+    config = ModelConfig.from_server_args(server_args)
+    check_model(config, recurrent=mambaish_config(config) is not None)
     if server_args.tp_size > 1:
-        check_heads(ModelConfig.from_server_args(server_args), server_args.tp_size)
+        check_heads(config, server_args.tp_size)
     return server_args
 
 
