@@ -23,6 +23,7 @@ def register() -> None:
     os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.utils.common import is_cpu
 
     from kunserve_sglang.sglang_seam import logprobs, penalties
     from kunserve_sglang.sglang_seam.admission import next_chunk_within_pool
@@ -31,6 +32,7 @@ def register() -> None:
         text_only_anthropic,
         text_only_messages,
     )
+    from kunserve_sglang.sglang_seam.cpu_experts import gate_shared_expert
     from kunserve_sglang.sglang_seam.scheduler import KunServeScheduler
 
     for target, hook, kind in (
@@ -81,6 +83,9 @@ def register() -> None:
         ("utils.common.set_ulimit", _raise_file_limit, HookType.REPLACE),
     ):
         HookRegistry.register(f"sglang.srt.{target}", hook, kind)
+    if is_cpu():  # where the model's module is imported in any case, once for all instances
+        target = "models.qwen2_moe.fused_gate_sigmoid_mul_add"
+        HookRegistry.register(f"sglang.srt.{target}", gate_shared_expert, HookType.AROUND)
 
 
 def _fork_children(_result: Any, server_args: Any, *_: Any, **__: Any) -> None:
