@@ -22,14 +22,20 @@ PAIR_GATES = ("drop 0,1", "restore 0,1", "drop 0,1", "restore 0,1")
 
 
 def small_cluster(
-    folder: Path, size: int, model: Path, *, memory_budget: int = 2_830_000, **server: object
+    folder: Path,
+    size: int,
+    model: Path,
+    *,
+    memory_budget: int = 2_830_000,
+    page_bytes: int = PAGE,
+    **server: object,
 ) -> ScriptedCluster:
     """Budgets so small that requests queue and are retracted without a drop."""
     return ScriptedCluster(
         folder,
         size,
         memory_budget=memory_budget,
-        page_bytes=PAGE,
+        page_bytes=page_bytes,
         model_path=str(model),
         chunked_prefill_size=64,
         max_running_requests=16,
