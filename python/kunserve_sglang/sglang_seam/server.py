@@ -104,11 +104,7 @@ def parse_server_args(argv: list[str], budget: int, say: Callable[[str], None]) 
             server_args = upstream.prepare_server_args(
                 [*with_defaults(argv), "--dtype", choice.dtype]
             )
-    except (
-        AssertionError,
-        ValueError,
-        OSError,
-    ) as error:  # SGLang's refusals
+    except (AssertionError, ValueError, OSError) as error:  # SGLang refuses by all of them
         raise ConfigurationError(str(error)) from error
     check_server_args(server_args)
     config = ModelConfig.from_server_args(server_args)
