@@ -70,8 +70,8 @@ def group_up(
     ways = [_search(kinds, start, tokens, largest, apart) for apart in (True, False)]
     best = min(ways, key=lambda way: way.price(tokens))
     made = {Makeup(kind.units, kind.shape): n for kind, n in best.merged().items()}
-    hosts = hosts_of(state, groups)
-    return Grouping(list(placed(made, list(units.values()), hosts)), best.gained, best.stops)
+    sets = list(placed(state, made, list(units.values())))
+    return Grouping(sets, best.gained, best.stops)
 
 
 def group_up_within_hosts(

@@ -2,15 +2,16 @@
 
 Within a host a hop takes microseconds and KV moves through memory; between hosts both go through a
 network. So sets are put where one host has all groups for them, and only what fits nowhere is made
-of groups of several.
+of groups of several. But where requests wait and no neighbour is left to share with, others help.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kunserve_sglang.core.layout import Layout
 from kunserve_sglang.policy.state import ClusterState
@@ -28,6 +29,32 @@ class Set:
 
     groups: list[Layout]
     shape: int
+
+
+@dataclass(slots=True)
+class _There:
+    """The groups on some hosts by kind, the hottest first, and the sets that are made of them."""
+
+    groups: list[list[Heat]]
+    sets: list[Makeup]
+    taken: Counter[int]
+    left: Counter[int]
+
+    def fits(self, needed: Counter[int]) -> bool:
+        return all(self.taken[unit] + n <= len(self.groups[unit]) for unit, n in needed.items())
+
+    def next_heat(self, needed: Counter[int], waits: Callable[[Layout], bool]) -> float:
+        """Of the hottest group that a set would take from here; infinite if it had better not.
+
+        If there are too few for a set, that is one where requests wait, to be `left` to others.
+        """
+        fits, found = self.fits(needed), float("inf")
+        for unit in needed:
+            begin = self.taken[unit] + (0 if fits else self.left[unit])
+            for heat, _, group in self.groups[unit][begin : begin + 1]:
+                if fits or waits(group):
+                    found = min(found, heat)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,62 +82,61 @@ def place_of(group: Layout, hosts: Mapping[int, str]) -> Place:
 
 
 def placed(
-    made: Mapping[Makeup, int], units: Sequence[Sequence[Heat]], hosts: Mapping[int, str]
+    state: ClusterState, made: Mapping[Makeup, int], units: Sequence[Sequence[Heat]]
 ) -> Iterator[Set]:
-    """All sets, named. `units` are the groups there are by kind, `hosts` those of instances."""
-    by_place: defaultdict[Place, list[list[Heat]]] = defaultdict(lambda: [[] for _ in units])
+    """All sets, named. `units` are the groups that there are, by kind."""
+    hosts = hosts_of(state, [group for of in units for *_, group in of])
+    by_place: dict[Place, _There] = {}
     for kind, all_groups in enumerate(units):
         for heat in sorted(all_groups):
-            by_place[place_of(heat[2], hosts)][kind].append(heat)
-    there, left = _spread(made, by_place)
-    for place, groups in by_place.items():
-        yield from _dealt(there[place], [[g for *_, g in of] for of in groups])
-    used = {place: Counter(u for m in there[place] for u in m.units) for place in by_place}
+            place = place_of(heat[2], hosts)
+            if place not in by_place:
+                by_place[place] = _There([[] for _ in units], [], Counter(), Counter())
+            by_place[place].groups[kind].append(heat)
+    across = _spread(made, list(by_place.values()), partial(_waits, state))
+    for there in by_place.values():
+        yield from _dealt(there.sets, there.groups)
     rest = [
-        sorted(h for place, of in by_place.items() for h in of[kind][used[place][kind] :])
+        sorted(h for there in by_place.values() for h in there.groups[kind][there.taken[kind] :])
         for kind in range(len(units))
     ]
-    yield from _dealt(left, [[g for *_, g in of] for of in rest])
+    yield from _dealt(across, rest)
+
+
+def _waits(state: ClusterState, group: Layout) -> bool:
+    return any(state.instance(i).load.waiting for i in group.ids)
 
 
 def _spread(
-    made: Mapping[Makeup, int], by_place: Mapping[Place, Sequence[Sequence[Heat]]]
-) -> tuple[dict[Place, list[Makeup]], list[Makeup]]:
-    """Which sets are made where, and those for which no place has all groups.
+    made: Mapping[Makeup, int], places: Sequence[_There], waits: Callable[[Layout], bool]
+) -> list[Makeup]:
+    """Say at each place which sets are made there; returns those that are made across places.
 
     Sets of many groups first: they fit in few places. The next set of a kind goes to where the
     hottest group is that is in none yet.
     """
-    there: dict[Place, list[Makeup]] = {place: [] for place in by_place}
-    taken: dict[Place, Counter[int]] = {place: Counter() for place in by_place}
-    left: list[Makeup] = []
+    across: list[Makeup] = []
     for makeup, count in sorted(made.items(), key=lambda item: -len(item[0].units)):
         needed = Counter(makeup.units)
-
-        def heat(place: Place, needed: Counter[int] = needed) -> float:
-            """Of the hottest group that would be in; too few groups: infinite."""
-            hottest = float("inf")
-            for unit, n in needed.items():
-                groups, begin = by_place[place][unit], taken[place][unit]
-                if begin + n > len(groups):
-                    return float("inf")
-                hottest = min(hottest, groups[begin][0])
-            return hottest
-
-        heap = [(heat(place), number, place) for number, place in enumerate(by_place)]
+        heap = [(there.next_heat(needed, waits), n) for n, there in enumerate(places)]
         heapq.heapify(heap)
         for _ in range(count):
-            hottest, number, place = heap[0]
+            hottest, number = heap[0]
+            there = places[number]
             if hottest == float("inf"):
-                left.append(makeup)
+                across.append(makeup)
                 continue
-            there[place].append(makeup)
-            taken[place] += needed
-            heapq.heapreplace(heap, (heat(place), number, place))
-    return there, left
+            if there.fits(needed):
+                there.sets.append(makeup)
+                there.taken += needed
+            else:
+                across.append(makeup)
+                there.left += needed
+            heapq.heapreplace(heap, (there.next_heat(needed, waits), number))
+    return across
 
 
-def _dealt(made: Sequence[Makeup], units: Sequence[Sequence[Layout]]) -> list[Set]:
+def _dealt(made: Sequence[Makeup], units: Sequence[Sequence[Heat]]) -> list[Set]:
     """The hottest groups of each kind, dealt so that sets are equally hot."""
     sets = [Set([], makeup.shape) for makeup in made]
     seats: defaultdict[int, list[list[Set]]] = defaultdict(list)
@@ -125,5 +151,5 @@ def _dealt(made: Sequence[Makeup], units: Sequence[Sequence[Layout]]) -> list[Se
         groups = iter(units[unit])
         for i, turn in enumerate(rounds):
             for named in reversed(turn) if i % 2 else turn:
-                named.groups.append(next(groups))
+                named.groups.append(next(groups)[-1])
     return sets

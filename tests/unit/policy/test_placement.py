@@ -67,6 +67,18 @@ def test_who_is_hot_gets_the_room_of_a_neighbour_and_not_of_another_host() -> No
     assert groups(plan(state, tokens, largest=2)) == [[0, 1], [2, 3]]
 
 
+def test_where_requests_wait_and_no_neighbour_is_left_another_host_helps() -> None:
+    state = hot(on_hosts(cluster(5), *"aabbc"), 4)
+    ((lonely, _),) = [sorted(group, reverse=True) for group in groups(plan(state, 1))]
+    assert lonely == 4
+    # Two pairs: the other one is within a host again.
+    one = plan(state, 1)
+    tokens = 2 * (one.capacity_after - one.capacity_before)
+    with_four, other = sorted(groups(plan(state, tokens, largest=2)), key=lambda g: 4 not in g)
+    assert 4 in with_four
+    assert other in ([0, 1], [2, 3])
+
+
 def test_what_fits_nowhere_goes_across_hosts_if_it_may() -> None:
     state = on_hosts(cluster(3), *"abc")
     assert len(groups(plan(state, 1))) == 1
@@ -100,7 +112,8 @@ def test_a_group_across_hosts_goes_with_others_on_the_same_hosts() -> None:
 def test_where_instances_are_changes_who_and_nothing_else(
     hosts: list[str], tokens: int, largest: int, data: st.DataObject
 ) -> None:
-    somewhere = hot(cluster(len(hosts)), *data.draw(st.sets(st.integers(0, len(hosts) - 1))))
+    all_hot = st.sets(st.integers(0, len(hosts) - 1))
+    somewhere = hot(cluster(len(hosts)), *data.draw(st.just(set()) | all_hot))
     placed = on_hosts(somewhere, *hosts)
     anywhere, made = plan(somewhere, tokens, largest), plan(placed, tokens, largest)
     assert made.capacity_after - made.capacity_before == (
@@ -115,7 +128,7 @@ def test_where_instances_are_changes_who_and_nothing_else(
 
 def _no_pair_could_be_nearer(state: ClusterState, made: list[list[int]], hosts: list[str]) -> None:
     """Where all groups are pairs, at most one of each host is left for pairs across hosts."""
-    if any(len(group) != 2 for group in made):
+    if any(len(group) != 2 for group in made) or any(s.load.waiting for s in state.instances):
         return
     by_number = {s.instance: s.host for s in state.instances}
     across = [g for g in made if len({by_number[i] for i in g}) > 1]
