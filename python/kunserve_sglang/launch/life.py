@@ -48,6 +48,7 @@ class Life(ABC):
         self._console = Console()
         self._ready_file = options.ready_file
         self._folder = ""
+        self._others: list[int] = []
         self._fleet = Fleet("", self._console)
 
     def run(self) -> int:
@@ -114,15 +115,19 @@ class Life(ABC):
     # -- what both do ----------------------------------------------------------------------------
 
     def _cores(self, instances: int, device: str) -> list[tuple[int, ...]]:
-        """Those of each instance; says so if others use them, on CPUs."""
+        """Those of each instance; whether others use them matters on CPUs, once all serve."""
         cpus = granted_cpus()
-        if device == "cpu" and (others := schedulers_on(cpus)):
+        if device == "cpu":
+            self._others = schedulers_on(cpus)
+        return divide_cpus(instances, cpus)
+
+    def _tell_of_others(self) -> None:
+        if self._others:
             self._console.error(
-                f"schedulers that may use the same cores run already (processes "
-                f"{', '.join(map(str, others))}): they and these will wait for one another at "
+                f"other schedulers may use the same cores (processes "
+                f"{', '.join(map(str, self._others))}): they and these wait for one another at "
                 "every step, many times as long; give each launcher cores of its own (taskset -c)"
             )
-        return divide_cpus(instances, cpus)
 
     def _wait_until_ready(self, keeper: Keeper) -> bool:
         """False after a signal, a failure (which is told), or too long a time.
@@ -156,6 +161,7 @@ class Life(ABC):
         if status is None or serving < len(numbers):
             return False
         self._announce(ours, status.service)
+        self._tell_of_others()
         self._ready.show(True)
         return True
 
