@@ -100,6 +100,8 @@ def test_without_the_plugin_an_instance_refuses_to_serve(model: Path) -> None:
     assert "the KunServe plugin did not take effect in its main process" in stderr
 
 
+# Processes of other tests that are killed leave semaphores, which nobody could tell from its own.
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_behind(
     model: Path, tmp_path: Path, end: signal.Signals, monkeypatch: pytest.MonkeyPatch
