@@ -7,14 +7,13 @@ is seen in what instances report: requests that run, and tokens that come of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kunserve_sglang.core.cost_model import CostModel
 from kunserve_sglang.core.load import Load
 from kunserve_sglang.policy.pipeline_times import PipelineTimes
 from kunserve_sglang.policy.service_level import Slowness, times_of
-from kunserve_sglang.policy.state import ClusterState, InstanceState, spans_hosts
+from kunserve_sglang.policy.state import ClusterState, InstanceState
 
 _WINDOW_S = 10.0
 
@@ -71,8 +70,7 @@ class Calibration:
         """A snapshot of time `now`, in seconds."""
         seconds = now - self._last
         looked_at = state.instances[:_LOOKED_AT]
-        hosts = {s.instance: s.host for s in state.instances}
-        kinds = {s.instance: self._kind(s, hosts) for s in looked_at}
+        kinds = {s.instance: self._kind(s, state) for s in looked_at}
         for kind in (self._alone, self._together, self._across):
             if kind is self._alone or any(each is kind for each in kinds.values()):
                 kind.fade(seconds)
@@ -97,10 +95,10 @@ class Calibration:
         across = self._across.factor(usual=together)
         return Slowness(alone=alone, together=together, across=across)
 
-    def _kind(self, owner: InstanceState, hosts: Mapping[int, str]) -> _Kind:
+    def _kind(self, owner: InstanceState, state: ClusterState) -> _Kind:
         if not owner.layout.cooperative:
             return self._alone
-        return self._across if spans_hosts(owner.layout, hosts) else self._together
+        return self._across if state.spans_hosts(owner.layout) else self._together
 
 
 def _expected_ms(owner: InstanceState, costs: CostModel, before: Load) -> float:

@@ -11,7 +11,7 @@ from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPl
 from kunserve_sglang.policy.mean_owner import known_times
 from kunserve_sglang.policy.planner import Plan
 from kunserve_sglang.policy.service_level import LimitsByShare
-from kunserve_sglang.policy.state import ClusterState, spans_hosts
+from kunserve_sglang.policy.state import ClusterState
 from kunserve_sglang.policy.weighing import (
     SAME,
     Expected,
@@ -70,8 +70,7 @@ class _Look:
         drops = plan.transition.kind is TransitionKind.DROP
         self.now = self._prospects.as_it_is("let requests queue" if drops else "stay as it is")
         what = f"pipelines of up to {stages} stages" if stages > 1 else "full replicas"
-        hosts = {s.instance: s.host for s in state.instances}
-        if any(spans_hosts(layout, hosts) for layout in after):
+        if any(map(state.spans_hosts, after)):
             what += ", some across hosts"
         self.then = self._prospects.after(what, after)
 
@@ -134,8 +133,7 @@ def _candidates(
             break
         plans.append(plan)
         stages = min(stages, _stages(plan)) // 2
-    hosts = {s.instance: s.host for s in state.instances}
-    if any(spans_hosts(layout, hosts) for layout in full.transition.after):
+    if any(map(state.spans_hosts, full.transition.after)):
         near = other(_stages(full), False)
         if near is not None and all(near.transition.after != p.transition.after for p in plans):
             plans.append(near)

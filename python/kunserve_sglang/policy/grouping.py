@@ -18,16 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kunserve_sglang.core.layout import Layout
-from kunserve_sglang.policy.placement import (
-    Heat,
-    Makeup,
-    Place,
-    Set,
-    heat_of,
-    hosts_of,
-    place_of,
-    placed,
-)
+from kunserve_sglang.policy.placement import Heat, Makeup, Place, Set, heat_of, placed
 from kunserve_sglang.policy.shapes import Shapes
 from kunserve_sglang.policy.state import ClusterState
 
@@ -50,11 +41,7 @@ class Grouping:
 
 
 def group_up(
-    state: ClusterState,
-    shapes: Shapes,
-    tokens: int,
-    largest: int,
-    groups: Sequence[Layout],
+    state: ClusterState, shapes: Shapes, tokens: int, largest: int, groups: Sequence[Layout]
 ) -> Grouping:
     """Merge `groups` until they have `tokens` more slots, or as many as sets of `largest` allow.
 
@@ -78,10 +65,9 @@ def group_up_within_hosts(
     state: ClusterState, shapes: Shapes, tokens: int, largest: int, groups: Sequence[Layout]
 ) -> Grouping:
     """As `group_up`, but no set is of groups on different hosts; the hottest hosts come first."""
-    hosts = hosts_of(state, groups)
     by_place: defaultdict[Place, list[Layout]] = defaultdict(list)
     for group in groups:
-        by_place[place_of(group, hosts)].append(group)
+        by_place[state.hosts_of(group)].append(group)
     found = Grouping([], 0, [])
     for there in sorted(by_place.values(), key=lambda of: min(heat_of(state, g) for g in of)):
         if found.gained >= tokens:

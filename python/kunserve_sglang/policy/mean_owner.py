@@ -11,7 +11,7 @@ from kunserve_sglang.core.load import Slots
 from kunserve_sglang.policy.forecast import Requests, Serving
 from kunserve_sglang.policy.pipeline_times import PipelineTimes
 from kunserve_sglang.policy.service_level import StepTimes, times_of
-from kunserve_sglang.policy.state import InstanceState, spans_hosts
+from kunserve_sglang.policy.state import ClusterState, InstanceState
 
 _AHEAD = 2.0
 """Requests are expected to come as fast as now for so many times as long as one takes alone."""
@@ -33,12 +33,13 @@ def known_times(owners: Sequence[InstanceState]) -> StepTimes:
     return times
 
 
-def serving(owners: Sequence[InstanceState], layouts: dict[int, Layout]) -> Serving:
+def serving(
+    state: ClusterState, owners: Sequence[InstanceState], layouts: dict[int, Layout]
+) -> Serving:
     """How the mean of the owners is served by these layouts."""
     capacity = sum(layouts[s.instance].member(s.instance).capacity for s in owners)
     stages = max(len(layouts[s.instance].members) for s in owners)
-    hosts = {s.instance: s.host for s in owners}
-    across = any(spans_hosts(layout, hosts) for layout in layouts.values())
+    across = any(map(state.spans_hosts, layouts.values()))
     return Serving(capacity=capacity / len(owners), stages=stages, across=across)
 
 

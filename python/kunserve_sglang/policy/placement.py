@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,24 +72,14 @@ def heat_of(state: ClusterState, group: Layout) -> tuple[float, int]:
     return -demand / max(1, slots), min(group.ids)
 
 
-def hosts_of(state: ClusterState, groups: Iterable[Layout]) -> dict[int, str]:
-    """Of all instances in these groups."""
-    return {i: state.instance(i).host for group in groups for i in group.ids}
-
-
-def place_of(group: Layout, hosts: Mapping[int, str]) -> Place:
-    return frozenset(hosts[i] for i in group.ids)
-
-
 def placed(
     state: ClusterState, made: Mapping[Makeup, int], units: Sequence[Sequence[Heat]]
 ) -> Iterator[Set]:
     """All sets, named. `units` are the groups that there are, by kind."""
-    hosts = hosts_of(state, [group for of in units for *_, group in of])
     by_place: dict[Place, _There] = {}
     for kind, all_groups in enumerate(units):
         for heat in sorted(all_groups):
-            place = place_of(heat[2], hosts)
+            place = state.hosts_of(heat[2])
             if place not in by_place:
                 by_place[place] = _There([[] for _ in units], [], Counter(), Counter())
             by_place[place].groups[kind].append(heat)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 
 import msgspec
@@ -47,11 +46,6 @@ class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
         return load.waiting > 0 and load.demand > threshold * load.slots.capacity
 
 
-def spans_hosts(layout: Layout, hosts: Mapping[int, str]) -> bool:
-    """Whether its members are on several; `hosts` are those of instances."""
-    return len({hosts.get(i) for i in layout.ids}) > 1
-
-
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Looking anything up costs the same in a cluster of any size.
 
@@ -79,6 +73,15 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def instance(self, number: int) -> InstanceState:
         """Raises `KeyError` for an unknown or dead instance."""
         return self._by_number[number]
+
+    def hosts_of(self, layout: Layout) -> frozenset[str]:
+        """Those that its members are on, as far as these are there."""
+        known = self._by_number
+        return frozenset([known[i].host for i in layout.ids if i in known])
+
+    def spans_hosts(self, layout: Layout) -> bool:
+        """Whether they are several."""
+        return len(self.hosts_of(layout)) > 1
 
     def groups(self) -> list[Layout]:
         """Every group once, in order of its lowest id.

@@ -104,11 +104,13 @@ class Prospects:
 
     def __init__(self, state: ClusterState, instances: Iterable[int], expected: Expected) -> None:
         """Raises `ValueError` where costs are not known."""
+        self._state = state
         self._owners = [state.instance(i) for i in instances]
         self._measured = known_times(self._owners)
         self._slowness = expected.slowness
         here = expected.arrivals_per_s * len(self._owners) / max(1, len(state.instances))
-        self._now = serving(self._owners, {s.instance: s.layout for s in self._owners})
+        layouts = {s.instance: s.layout for s in self._owners}
+        self._now = serving(state, self._owners, layouts)
         times, stages = self._times(self._now), self._now.stages
         self.requests = requests_of(self._owners, times, stages, here)
         lengths = self.requests.prompt, self.requests.output
@@ -122,7 +124,7 @@ class Prospects:
     def after(self, what: str, layouts: Iterable[Layout]) -> Prospect:
         """With these layouts; with a bound if that is better."""
         by_owner = {i: layout for layout in layouts for i in layout.ids}
-        return self._best(what, serving(self._owners, by_owner))
+        return self._best(what, serving(self._state, self._owners, by_owner))
 
     def bound(self) -> float:
         """How many requests each owner is to run as things are; infinite: as many as it can."""
