@@ -14,6 +14,10 @@ from typing import NamedTuple, Self
 
 _CLONE_NEWNET = 0x40000000
 _NAMESPACES = Path("/run/netns")
+_BRIDGE = "02:00:00:00:00:01"
+"""A bridge without an address of its own takes that of one of its ports, and another as more come:
+what was sent to it then goes nowhere until neighbours ask for it again."""
+
 _numbers = itertools.count()
 
 
@@ -58,7 +62,7 @@ class Network:
         self._hosts.append(self.gateway)
         there = partial(_ip, "-n", self.gateway.name)
         there("link", "set", "lo", "up")
-        there("link", "add", "br0", "type", "bridge")
+        there("link", "add", "br0", "address", _BRIDGE, "type", "bridge")
         there("addr", "add", f"{self.gateway.address}/16", "dev", "br0")
         there("link", "set", "br0", "up")
         return self
