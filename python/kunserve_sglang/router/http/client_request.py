@@ -120,7 +120,10 @@ class ClientRequest:
 
     def write(self, chunk: bytes) -> None:
         """Nothing is split or held back; without a chunk it is the head that leaves."""
-        self._send(self._framed(chunk))
+        if not self._chunked or self._head or self.gone or not chunk:
+            self._send(self._framed(chunk))
+        else:  # most chunks of most streams
+            self._connection.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
     def end(self, last: bytes = b"") -> None:
         """`last` is what is left of the answer."""

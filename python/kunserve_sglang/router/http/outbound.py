@@ -156,8 +156,9 @@ class InstanceConnection(asyncio.Protocol):
             sink.body(self._arrived())
 
     def _arrived(self) -> bytes:
-        parts, self._parts = self._parts, []
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        arrived = b"".join(self._parts)  # of a single part this is no copy
+        self._parts.clear()
+        return arrived
 
     def _end(self, last: bytes = b"") -> None:
         assert self._sink is not None

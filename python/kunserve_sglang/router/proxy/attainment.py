@@ -99,11 +99,12 @@ class Attainment:
 
     def wanted(self) -> tuple[Wanted, ...]:
         """What requests under way want, by how many; of many kinds, the most common ones."""
-        counts = self._own.copy()
+        counts = dict(self._own)  # no `Counter`: this runs many times a second, also when idle
         for each in self._classes.values():
-            counts[each.level] += each.under_way
-        common = counts.most_common(_MOST_LEVELS)
-        return tuple(Wanted(level=level, requests=count) for level, count in common if count)
+            if each.under_way:
+                counts[each.level] = counts.get(each.level, 0) + each.under_way
+        common = sorted(counts.items(), key=lambda kind: -kind[1])[:_MOST_LEVELS]
+        return tuple([Wanted(level=level, requests=count) for level, count in common])
 
     def limits(self, level: ServiceLevel, prompt: float = 0.0, output: float = 0.0) -> ServiceLevel:
         """Of a request of these lengths for which `level` was named, as far as they are known."""

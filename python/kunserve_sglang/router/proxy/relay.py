@@ -77,7 +77,12 @@ class Relay:
             self._timer = promise.timer = StreamTimer(self._latency, arrived, promise.first_chunk)
 
     def body(self, data: bytes) -> None:
-        self._request.write(self._taken(data))
+        timer = self._timer
+        if timer is None or self._journal is not None or not data:
+            data = self._taken(data)
+        else:  # of a stream that goes on as it comes, as most chunks are
+            timer.chunk(data)
+        self._request.write(data)
 
     def end(self, last: bytes) -> None:
         last = self._taken(last)
