@@ -129,7 +129,8 @@ class ControlPlane:
 
         Raises `NoPlan` or `TransitionRunning`.
         """
-        request = RestoreRequest(instances=(instance,), reason=f"instance {instance} leaves")
+        reason = f"instance {instance} leaves"
+        request = RestoreRequest(instances=(instance,), reason=reason, urgent=True)
         return await self._carry_out(
             request, lambda: self.registry.snapshot(draining=True), lambda _: ""
         )

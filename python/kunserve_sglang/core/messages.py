@@ -44,7 +44,8 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
 
     `before` and `after` cover the same instances. With `live`, KV follows its layers while the
     members serve already. With `ahead`, they then fetch, while serving, what a transition to those
-    layouts will need. Either way a member is done when all of that has arrived.
+    layouts will need. Either way a member is done when all of that has arrived. For an `urgent` one
+    somebody waits: what moves while serving gets as much time as what is computed.
     """
 
     epoch: Count
@@ -53,6 +54,7 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
     after: tuple[Layout, ...]
     live: bool = False
     ahead: tuple[Layout, ...] = ()
+    urgent: bool = False
 
     @property
     def instances(self) -> list[int]:

@@ -170,6 +170,7 @@ class Controller:
                     reason=request.reason,
                     instances=request.instances,
                     stages=request.stages,
+                    urgent=request.urgent,
                 )
                 weighed = request.weighed and self.weighs
                 return weighed_restore(state, plan, self._expected()) if weighed else plan

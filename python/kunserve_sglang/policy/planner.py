@@ -85,11 +85,12 @@ def plan_restore(
     reason: str,
     instances: Collection[int] | None = None,
     stages: int = 1,
+    urgent: bool = False,
 ) -> Plan:
     """Split the groups of `instances`, or all, so that no pipeline has more than `stages` stages.
 
-    With 1, into full replicas. Raises `NoPlan` if there is nothing to split, or if an owner holds
-    more than would fit.
+    With 1, into full replicas. What is `urgent` takes time from requests that run. Raises `NoPlan`
+    if there is nothing to split, or if an owner holds more than would fit.
     """
     cooperative = [g for g in state.groups() if g.cooperative]
     named = cooperative if instances is None else _groups_of(state, instances)
@@ -110,7 +111,8 @@ def plan_restore(
         inputs={"demand": state.demand, "capacity": state.capacity, "groups": len(cooperative)},
         choices=_compared(state, cooperative, made),
     )
-    return _plan(TransitionKind.RESTORE, epoch, reason, Change(groups, after, 0), decision)
+    change = Change(groups, after, 0)
+    return _plan(TransitionKind.RESTORE, epoch, reason, change, decision, urgent=urgent)
 
 
 def merge(state: ClusterState, groups: Sequence[Layout], epoch: int) -> Layout:
@@ -159,10 +161,16 @@ def _groups_of(state: ClusterState, instances: Collection[int]) -> list[Layout]:
 
 
 def _plan(
-    kind: TransitionKind, epoch: int, reason: str, change: Change, decision: Decision
+    kind: TransitionKind,
+    epoch: int,
+    reason: str,
+    change: Change,
+    decision: Decision,
+    *,
+    urgent: bool = False,
 ) -> Plan:
     before, after = tuple(change.before), tuple(change.after)
-    transition = Transition(epoch=epoch, kind=kind, before=before, after=after)
+    transition = Transition(epoch=epoch, kind=kind, before=before, after=after, urgent=urgent)
     return Plan(
         transition=transition,
         steps=(transition,),

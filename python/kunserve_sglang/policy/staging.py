@@ -105,5 +105,9 @@ def _layout(layout: Layout, epoch: int, capacity: int | None = None) -> Layout:
 def _next(first: Transition, after: Sequence[Layout], later: int = 1) -> Transition:
     """A step that starts where `first` has ended."""
     return Transition(
-        epoch=first.epoch + later, kind=first.kind, before=first.after, after=tuple(after)
+        epoch=first.epoch + later,
+        kind=first.kind,
+        before=first.after,
+        after=tuple(after),
+        urgent=first.urgent,
     )

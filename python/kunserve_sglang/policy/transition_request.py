@@ -39,7 +39,8 @@ class DropRequest(msgspec.Struct, frozen=True, kw_only=True):
 class RestoreRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Split the groups of `instances`, or all, into pipelines of at most `stages` stages.
 
-    With one stage, into full replicas. If it is to be `weighed`, later may be better.
+    With one stage, into full replicas. If it is to be `weighed`, later may be better. An `urgent`
+    one takes time from requests that run, others only a little.
     """
 
     kind: ClassVar[TransitionKind] = TransitionKind.RESTORE
@@ -48,6 +49,7 @@ class RestoreRequest(msgspec.Struct, frozen=True, kw_only=True):
     stages: int = 1
     reason: str = _BY_HAND
     weighed: bool = False
+    urgent: bool = False
 
 
 class RebalanceRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ import pytest
 
 from kunserve_sglang.core.messages import Prepare, Vote
 from kunserve_sglang.testing.mock_member import CAPACITY
-from tests.support.mock_instance import MockInstance, vote_no
+from tests.support.mock_instance import MockInstance, vote_no, vote_yes
 from tests.support.router_harness import Answer, RouterCluster
 from tests.support.waiting import until
 
@@ -131,6 +131,25 @@ def test_the_group_comes_apart_first(router: RouterCluster) -> None:
     assert event["reason"] == "instance 1 leaves"
     until(lambda: router.described(0)["mode"] == "independent")
     assert router.described(0)["slots"]["capacity"] == CAPACITY
+
+
+def test_somebody_waits_for_the_group_of_one_that_leaves(router: RouterCluster) -> None:
+    """And for no other: it may take its time, and none from requests."""
+    seen: list[Prepare] = []
+
+    def vote(message: Prepare) -> Vote:
+        seen.append(message)
+        return vote_yes(message)
+
+    router.instances[0].on_prepare = vote
+    cooperate(router)
+    assert router.post("/kunserve/restore").json["status"] == "committed"
+    cooperate(router)
+    assert not any(message.transition.urgent for message in seen)
+    seen.clear()
+    assert drain(router, 1).status == 200
+    assert seen
+    assert all(message.transition.urgent for message in seen)
 
 
 def test_a_refused_restore_keeps_it(router: RouterCluster) -> None:

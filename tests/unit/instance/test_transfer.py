@@ -37,7 +37,12 @@ class Side:
     plane: LocalDataPlane
 
     def transfer(
-        self, me: int, serving: LayerRange, loads: tuple[ParameterLoad, ...] = ()
+        self,
+        me: int,
+        serving: LayerRange,
+        loads: tuple[ParameterLoad, ...] = (),
+        *,
+        urgent: bool = False,
     ) -> Transfer:
         return Transfer(
             me,
@@ -51,6 +56,7 @@ class Side:
             plane=self.plane,
             clock=time.monotonic,
             timeout_s=0.2,
+            urgent=urgent,
         )
 
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
@@ -169,6 +175,7 @@ def test_fetching_ahead_sends_again_what_is_written_meanwhile(sides: tuple[Side,
     source, target = sides
     out, into = source.transfer(0, UPPER), target.transfer(1, LOWER)
     assert not out.urgent
+    assert source.transfer(0, UPPER, urgent=True).urgent
     while out.pump(0.0):
         deliver(target, into)
     assert into.complete

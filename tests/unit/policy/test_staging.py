@@ -88,6 +88,16 @@ def test_a_restore_makes_room_fetches_and_switches() -> None:
     assert plan.undo.epoch == room.epoch + STEPS - 1
 
 
+def test_all_steps_of_an_urgent_restore_are() -> None:
+    state = cluster(2, memory=ROOMY)
+    group = used(carried_out(state, drop(state)), 100)
+    for urgent in (False, True):
+        plan = staged(plan_restore(group, epoch=9, reason="", urgent=urgent), group)
+        assert [step.urgent for step in plan.steps] == [urgent] * 2
+        assert plan.undo is not None
+        assert plan.undo.urgent == urgent
+
+
 def test_a_restore_for_which_too_much_is_used_stops_the_world() -> None:
     state = cluster(2, memory=ROOMY)
     group = carried_out(state, drop(state))

@@ -53,10 +53,12 @@ class Transfer:
         plane: DataPlane,
         clock: Callable[[], float],
         timeout_s: float,
+        urgent: bool = False,
     ) -> None:
         """`taken` are the slots of each owner that have rows to move; `serving` the layers that
-        this member runs until all is done.
+        this member runs until all is done. If it is `urgent`, somebody waits for its end.
         """
+        self._urgent = urgent
         self._epoch = epoch
         self._kv = kv
         self._clock = clock
@@ -115,8 +117,8 @@ class Transfer:
 
     @property
     def urgent(self) -> bool:
-        """Memory waits for rows to leave; otherwise there is time."""
-        return bool(self._rows.leaving_for_good)
+        """Somebody waits for it, or memory for rows to leave; otherwise there is time."""
+        return self._urgent or bool(self._rows.leaving_for_good)
 
     @property
     def unfinished(self) -> bool:

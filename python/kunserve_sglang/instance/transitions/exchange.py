@@ -217,6 +217,7 @@ class Exchange:
             plane=body.plane,
             clock=body.clock,
             timeout_s=self._timeout,
+            urgent=self._transition.urgent,
         )
 
     def _release(self, transfer: Transfer, *, keep_leaving: bool) -> int:
