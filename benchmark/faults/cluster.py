@@ -31,6 +31,7 @@ TOTAL = sum(INSTANCES.values())
 SGLANG_FLAGS = ("--dtype", "float32", "--chunked-prefill-size", "256")
 _INSTANCE_READY = re.compile(r"^KunServe instance \d+ is ready: (\S+)", re.MULTILINE)
 _READY_S = 300.0
+_LEAVE_S = 120.0
 _RESTARTS = "1000"
 
 
@@ -131,6 +132,12 @@ class FaultedCluster:
         self.launchers[host] = self._launched(host)
         self.launchers[host].start()
 
+    def renew(self, host: str) -> None:
+        """Let the instances of a host leave in good order, and start others in their place."""
+        self.launchers[host].stop()
+        self.launchers[host] = self._launched(host)
+        self.launchers[host].start()
+
     def log_sizes(self) -> dict[Path, int]:
         """How much each launcher has said so far."""
         return {log: log.stat().st_size for log in sorted(self._logs.glob("faults-*.log"))}
@@ -151,6 +158,7 @@ class FaultedCluster:
             lambda _: self._instance_command(host),
             log,
             ready_timeout_s=_READY_S,
+            stop_timeout_s=_LEAVE_S,
             environment=self._environment,
         )
         launched.count = INSTANCES[host]
@@ -179,7 +187,7 @@ class FaultedCluster:
             *(sys.executable, "-m", "benchmark.faults.launch", "instances", "--router", self.url),
             *("--host", self.hosts.address(host), "--host-id", f"faults-{host}"),
             *("--num-instances", str(count), "--memory-budget", self._budget),
-            *("--model-path", str(self._model), "--restart-limit", _RESTARTS),
+            *("--model-path", str(self._model), "--restart-limit", _RESTARTS, "--migrate"),
             *self._sglang_flags,
             *launch.FLAGS,
         ]

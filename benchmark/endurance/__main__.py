@@ -1,0 +1,120 @@
+"""`python -m benchmark.endurance`: a cluster lives through a week's worth of trouble in 20 minutes.
+
+`make endurance` gives it two hours. It writes `endurance.json` (`rows`, `checks`) and a picture.
+Exit status 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import time
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from benchmark.checks import conclude
+from benchmark.endurance.census import Census
+from benchmark.endurance.crowd import Crowd
+from benchmark.endurance.happenings import Times
+from benchmark.endurance.picture import draw
+from benchmark.endurance.report import Throughput, results
+from benchmark.endurance.soak import Soak
+from benchmark.faults.cells import LoadKind
+from benchmark.faults.cluster import HOST_NAMES, FaultedCluster
+from benchmark.faults.hosts import Hosts
+from benchmark.faults.load import Ask, Clients, asks
+from benchmark.faults.measures import expected
+from benchmark.faults.recovery import until_well
+from benchmark.faults.trial import AGAIN
+from benchmark.faults.watch import Admin
+from benchmark.program import ROOT, flags_of, run_program
+from benchmark.report import dumps
+from kunserve_sglang.core.processes import family
+from kunserve_sglang.testing import tiny_model
+
+_build_model = partial(tiny_model.build, hidden=256, intermediate=1536, layers=6)
+_KIND = LoadKind(gathered=False, seeded=True)
+_WELL_S = 240.0
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = flags_of("endurance", "What wears out in a cluster that goes through a lot.")
+    flags.add_argument("--minutes", type=float, default=20.0)
+    flags.add_argument("--seed", type=int, default=1, help="of what happens, and of the load")
+    flags.add_argument("--warm-s", type=float, default=120.0, help="of a process, not counted")
+    flags.add_argument("--rounds", type=int, default=6, help="of measuring the throughput")
+    flags.add_argument("--tokens", type=int, default=60, help="new tokens of the longest answers")
+    flags.add_argument("--answer-s", type=float, default=180.0, help="time for an answer")
+    flags.add_argument("--memory-budget", default="64MiB", help="parameters + KV an instance")
+    flags.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results")
+    flags.add_argument("--logs", type=Path, default=ROOT / "build" / "endurance")
+    return flags
+
+
+def main() -> NoReturn:
+    flags = parser().parse_args()
+    run_program("endurance", lambda console: asyncio.run(run(flags, console)))
+
+
+async def run(flags: argparse.Namespace, console: Console) -> int:
+    """Returns the exit status."""
+    model = _build_model(flags.logs / "tiny-33MB")
+    load = asks(model, flags.tokens, _KIND)
+    chance = random.Random(flags.seed)
+    load_before = os.getloadavg()
+    with (
+        Hosts(HOST_NAMES) as hosts,
+        FaultedCluster(hosts, model, flags.memory_budget, flags.logs) as cluster,
+    ):
+        admin = Admin(cluster.url, cluster.key)
+        async with Clients(cluster.url, cluster.key, flags.answer_s) as clients:
+            try:
+                wanted = (await expected(clients, {_KIND: load}))[_KIND]
+                await until_well(cluster, admin, _WELL_S)
+                crowd = Crowd(clients, load, wanted, chance, AGAIN)
+                soak = Soak(cluster, admin, crowd, Census(cluster), console.out)
+                before = await throughput(cluster, admin, clients, load, flags.rounds)
+                said = cluster.log_sizes()
+                await soak.run(Times(), 60 * flags.minutes, chance)
+                after = await throughput(cluster, admin, clients, load, flags.rounds)
+                tracebacks = cluster.said_since(said).count("Traceback")
+            finally:
+                await admin.close()
+    found = results(soak.story, crowd, soak.census, (before, after), tracebacks, load_before, flags)
+    flags.output.mkdir(parents=True, exist_ok=True)
+    (flags.output / "endurance.json").write_text(dumps(found))
+    draw(soak.story, soak.census, flags.output / "endurance.png")
+    for row in found["rows"]:
+        console.print(str(row), markup=False, soft_wrap=True)
+    return conclude(found["checks"], console)
+
+
+async def throughput(
+    cluster: FaultedCluster, admin: Admin, clients: Clients, load: list[Ask], rounds: int
+) -> list[Throughput]:
+    """All requests at once, again and again, by instances that have nothing else to do."""
+    measured = []
+    for _ in range(rounds):
+        await admin.call("POST", "/flush_cache?timeout=10")
+        began, cpu = time.perf_counter(), cpu_s(cluster)
+        answers = await clients.all(load)
+        tokens = sum(len(answer.tokens) for answer in answers)
+        took, used = time.perf_counter() - began, cpu_s(cluster) - cpu
+        measured.append(Throughput(tokens / took, tokens / used))
+    return measured
+
+
+def cpu_s(cluster: FaultedCluster) -> float:
+    """CPU seconds of all processes that are there now."""
+    launchers = [cluster.router.pid, *(launched.pid for launched in cluster.launchers.values())]
+    times = [p.cpu_times() for pid in launchers for p in family(pid)]
+    return float(sum(t.user + t.system for t in times))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What came of it as rows and checks. Pure."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmark.checks import check
+from benchmark.endurance.census import Census, Life
+from benchmark.endurance.crowd import Crowd
+from benchmark.endurance.flatness import Slope, slope
+from benchmark.endurance.soak import Story
+from benchmark.faults.verdicts import LOST, REPEATED, WRONG
+from benchmark.report import describe_machine
+
+MOST_GROWTH = 0.1
+"""Of its mean, in an hour: what memory may surely grow by; a week has a few of these hours' worth
+of transitions, and allocators keep some of what they are given back."""
+
+MOST_MORE = 1.0
+"""The same of what is counted in pieces."""
+
+LEAST_THROUGHPUT = 0.95
+
+
+class Throughput(NamedTuple):
+    """Of one round: tokens a second by the clock, and by the CPU time of the whole cluster."""
+
+    per_s: float
+    per_cpu_s: float
+
+
+Rounds = Sequence[Throughput]
+
+
+def results(
+    story: Story,
+    crowd: Crowd,
+    census: Census,
+    rounds: tuple[Rounds, Rounds],
+    tracebacks: int,
+    load_before: Sequence[float],
+    flags: argparse.Namespace,
+) -> dict[str, Any]:
+    """All that is written down."""
+    slopes = slopes_of(census.samples, flags.warm_s)
+    before, after = rounds
+    by_clock, by_cpu = (
+        median(r[i] for r in after) / median(r[i] for r in before) for i in range(2)
+    )
+    counted = {
+        "requests lost": crowd.verdicts[LOST],
+        "requests with wrong tokens": crowd.verdicts[WRONG],
+        "requests with repeated tokens": crowd.verdicts[REPEATED],
+        "times that the books did not balance": len(story.imbalances),
+        "things that were left over at the end": len(story.leftovers),
+        "tracebacks": tracebacks,
+    }
+    return {
+        "command": f"python -m benchmark.endurance --minutes {flags.minutes:g} --seed {flags.seed}",
+        "machine": describe_machine(),
+        "load_average": [round(load, 1) for load in load_before],
+        "requests": dict(crowd.verdicts),
+        "errors": crowd.errors,
+        "happened": _counted(story),
+        "slowest_return_s": round(story.slowest_return_s, 1),
+        "looks": story.looks,
+        "imbalances": story.imbalances,
+        "leftovers": story.leftovers,
+        "throughput": {"before": [*before], "after": [*after]},
+        "checks": [
+            *(check(what, value, most=0) for what, value in counted.items()),
+            *(_flat(role, measure, found) for (role, measure), found in slopes.items()),
+            check(
+                "tokens a second of CPU time, at the end against the beginning",
+                round(by_cpu, 3),
+                least=LEAST_THROUGHPUT,
+            ),
+            check(
+                "tokens a second, at the end against the beginning",
+                round(by_clock, 3),
+                least=LEAST_THROUGHPUT,
+            ),
+        ],
+        "rows": [_row(role, measure, found) for (role, measure), found in slopes.items()],
+    }
+
+
+def slopes_of(
+    samples: Mapping[str, Mapping[Life, Sequence[tuple[float, float]]]], warm_s: float
+) -> dict[tuple[str, str], Slope]:
+    """By role and measure, as far as there is enough to tell."""
+    found = {}
+    for measure, lives in samples.items():
+        roles: dict[str, dict[Life, Sequence[tuple[float, float]]]] = defaultdict(dict)
+        for life, values in lives.items():
+            roles[life.role][life] = values
+        for role, own in roles.items():
+            if (grows := slope(own, warm_s)) is not None:
+                found[role, measure] = grows
+    return found
+
+
+def _flat(role: str, measure: str, found: Slope) -> dict[str, Any]:
+    if measure.endswith("_mib"):
+        share = found.surely / found.mean if found.mean else 0.0
+        what = f"{role}: {measure.removesuffix('_mib')} memory surely grows by this part an hour"
+        return check(what, round(share, 4), most=MOST_GROWTH)
+    return check(f"{role}: {measure}, surely more an hour", round(found.surely, 2), most=MOST_MORE)
+
+
+def _row(role: str, measure: str, found: Slope) -> dict[str, Any]:
+    return {
+        "role": role,
+        "measure": measure,
+        "mean": round(found.mean, 2),
+        "per_hour": round(found.per_hour, 3),
+        "error": round(found.error, 3),
+        "lives": found.lives,
+        "blocks": found.blocks,
+    }
+
+
+def _counted(story: Story) -> dict[str, int]:
+    """How often each came, by what came of it where that is a word."""
+    return dict(
+        Counter(
+            f"{kind}: {what}" if what[0].isalpha() else str(kind) for _, kind, what in story.done
+        )
+    )

@@ -1,0 +1,173 @@
+"""One cluster, a crowd of clients, and one thing after the other that happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmark.endurance.books import imbalances, leftovers
+from benchmark.endurance.census import Census
+from benchmark.endurance.crowd import Crowd
+from benchmark.endurance.happenings import Happening, Times, happenings
+from benchmark.experiment import RunError
+from benchmark.faults.cluster import SECOND, TOTAL, FaultedCluster
+from benchmark.faults.processes import send
+from benchmark.faults.recovery import until_well
+from benchmark.faults.watch import Admin, Seen
+
+_SAMPLE_S = 5.0
+_LOOK_S = 0.25
+_SETTLED_S = 120.0
+_WELL_S = 240.0
+_KEPT_LINES = 20
+
+
+@dataclass(slots=True)
+class Story:
+    """What was done and seen: `done` are times, what, and what came of it."""
+
+    done: list[tuple[float, Happening, str]] = field(default_factory=list)
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    imbalances: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    looks: int = 0
+    slowest_return_s: float = 0.0
+    """After a death or a renewal, until all instances served again."""
+
+
+class Soak:
+    """Lets a cluster live through it; the crowd asks meanwhile."""
+
+    def __init__(
+        self,
+        cluster: FaultedCluster,
+        admin: Admin,
+        crowd: Crowd,
+        census: Census,
+        say: Callable[[str], None],
+    ) -> None:
+        self._cluster = cluster
+        self._admin = admin
+        self._crowd = crowd
+        self.census = census
+        self._say = say
+        self._began = 0.0
+        self.story = Story()
+
+    async def run(self, times: Times, seconds: float, chance: random.Random) -> None:
+        """Returns when all is as it was before. Raises `RunError` if that does not come about."""
+        self._began = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._meanwhile(self._watch))
+            await stack.enter_async_context(self._meanwhile(self._count))
+            transitions = await stack.enter_async_context(asyncio.TaskGroup())
+            await stack.enter_async_context(self._crowd.asking())
+            for at, kind in happenings(times, seconds, chance):
+                await asyncio.sleep(max(0.0, self._began + at - time.monotonic()))
+                if kind.needs_all:
+                    await self._settled(kind)
+                    await self._strike(kind, chance)
+                else:
+                    transitions.create_task(self._transition(kind))
+            await self._settled("the end")
+        await until_well(self._cluster, self._admin, _WELL_S)
+        seen = await self._admin.seen()
+        self.story.leftovers = leftovers(seen.instances or {})
+
+    # -- what happens ----------------------------------------------------------------------------
+
+    async def _transition(self, kind: Happening) -> None:
+        """Of all that are there; that it is refused is no fault."""
+        body: dict[str, Any] = {}
+        if kind is Happening.DROP:
+            seen = await self._admin.seen()
+            body = {"instances": sorted(seen.instances or ())}
+        code, event = await self._admin.call("POST", f"/kunserve/{kind}", body)
+        self._done(kind, event["status"] if code == 200 else f"refused ({code})")
+
+    async def _strike(self, kind: Happening, chance: random.Random) -> None:
+        began = time.monotonic()
+        match kind:
+            case Happening.KILL_ROUTER:
+                send([self._cluster.router_process()], signal.SIGKILL)
+            case Happening.KILL_INSTANCE:
+                urls = await self._urls_of(SECOND)
+                send(self._cluster.instance(SECOND, chance.choice(urls)), signal.SIGKILL)
+            case Happening.RENEW:
+                await asyncio.to_thread(self._cluster.renew, SECOND)
+        await self._settled(kind)
+        took = time.monotonic() - began
+        self.story.slowest_return_s = max(self.story.slowest_return_s, took)
+        self._done(kind, f"{took:.1f} s")
+
+    async def _urls_of(self, host: str) -> list[str]:
+        seen = await self._admin.seen()
+        urls = [str(i["url"]) for i in (seen.instances or {}).values()]
+        return [url for url in sorted(urls) if self._cluster.host_of(url) == host]
+
+    async def _settled(self, why: object) -> None:
+        """Until all are there, and whatever began has ended. Raises `RunError`."""
+        deadline = time.monotonic() + _SETTLED_S
+        seen = await self._admin.seen()
+        while not _is_settled(seen):
+            if time.monotonic() > deadline:
+                raise RunError(f"{why}: not all were there again after {_SETTLED_S:g} s: {seen}")
+            await asyncio.sleep(_LOOK_S)
+            seen = await self._admin.seen()
+
+    def _done(self, kind: Happening, what: str) -> None:
+        at = round(time.monotonic() - self._began, 2)
+        self.story.done.append((at, kind, what))
+        self._say(f"{at:7.1f} s: {kind}: {what}; requests: {dict(self._crowd.verdicts)}")
+
+    # -- what is seen ----------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _meanwhile(
+        self, look: Callable[[], Coroutine[Any, Any, None]]
+    ) -> AsyncIterator[None]:
+        task = asyncio.create_task(look())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        story = self.story
+        while True:
+            seen = await self._admin.seen()
+            if seen.instances is not None:
+                story.looks += 1
+                found = imbalances(seen.instances)
+                story.imbalances += found[: _KEPT_LINES - len(story.imbalances)]
+                self._note(seen)
+            await asyncio.sleep(_LOOK_S)
+
+    def _note(self, seen: Seen) -> None:
+        """For the picture: whenever a mode has changed."""
+        modes = {n: str(i["mode"]) for n, i in (seen.instances or {}).items()}
+        if not self.story.seen or self.story.seen[-1]["modes"] != modes:
+            at = round(seen.at - self._began, 2)
+            self.story.seen.append({"at": at, "modes": modes})
+
+    async def _count(self) -> None:
+        while True:
+            await asyncio.to_thread(self.census.take)
+            await asyncio.sleep(_SAMPLE_S)
+
+
+def _is_settled(seen: Seen) -> bool:
+    found = list((seen.instances or {}).values())
+    return (
+        len(found) == TOTAL
+        and not seen.transition
+        and all(i["serving"] and not i.get("lost") for i in found)
+        and all(i["mode"] in ("independent", "cooperative") for i in found)
+    )

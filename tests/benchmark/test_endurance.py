@@ -1,0 +1,166 @@
+"""What happens in a long run, what is found to grow in it, and whether books balance."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from benchmark.endurance.books import imbalances, leftovers
+from benchmark.endurance.census import Life
+from benchmark.endurance.flatness import slope
+from benchmark.endurance.happenings import Happening, Times, happenings
+from benchmark.endurance.report import slopes_of
+
+HOUR = 3600.0
+
+
+# -- what happens ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_of_twenty_minutes_has_everything_in_order_and_never_two_at_once(seed: int) -> None:
+    times = Times()
+    found = list(happenings(times, 1200.0, random.Random(seed)))
+    at = [when for when, _ in found]
+    assert at == sorted(at)
+    assert at[0] > 0
+    assert at[-1] <= 1200.0
+    assert all(later - before >= times.apart_s - 1e-9 for before, later in pairwise(at))
+    assert {kind for _, kind in found} == set(Happening)
+    transitions = sum(kind in (Happening.DROP, Happening.RESTORE) for _, kind in found)
+    assert 60 <= transitions <= 180
+
+
+def test_the_same_seed_brings_the_same() -> None:
+    first, second, other = (
+        list(happenings(Times(), 600.0, random.Random(seed))) for seed in (3, 3, 4)
+    )
+    assert first == second != other
+
+
+def test_a_drop_is_followed_by_a_restore() -> None:
+    kinds = [
+        kind for _, kind in happenings(Times(), 1200.0, random.Random(5)) if not kind.needs_all
+    ]
+    pairs = list(pairwise(kinds))
+    after_drops = [after for before, after in pairs if before is Happening.DROP]
+    assert after_drops.count(Happening.RESTORE) > 0.9 * len(after_drops)
+
+
+# -- what grows ------------------------------------------------------------------------------------
+
+
+def _life(level: float, per_hour: float, seconds: int, noise: float, seed: int) -> list[Any]:
+    chance = random.Random(seed)
+    return [
+        (float(t), level + per_hour * t / HOUR + chance.gauss(0, noise))
+        for t in range(0, seconds, 5)
+    ]
+
+
+@pytest.mark.parametrize("per_hour", [-3.0, 0.0, 40.0])
+def test_a_slope_is_found_in_lives_of_different_levels(per_hour: float) -> None:
+    lives = {n: _life(100.0 * n, per_hour, 900, 0.5, n) for n in range(1, 4)}
+    found = slope(lives, warm_s=100.0)
+    assert found is not None
+    assert abs(found.per_hour - per_hour) < 4 * found.error
+    assert found.error < 1.5
+    assert found.lives == 3
+    assert found.surely == pytest.approx(max(0.0, found.per_hour - 2 * found.error))
+
+
+def test_errors_are_as_large_as_they_should_be() -> None:
+    """A slope that is not there seems to be there by chance once in forty times on either side."""
+    sure = 0
+    for seed in range(400):
+        found = slope({0: _life(50.0, 0.0, 1200, 2.0, seed)}, warm_s=0.0)
+        assert found is not None
+        sure += found.surely > 0
+    assert 1 <= sure <= 30
+
+
+def test_what_a_process_takes_at_its_start_is_no_growth() -> None:
+    start = [(float(t), float(t)) for t in range(0, 100, 5)]
+    later = [(float(t), 100.0) for t in range(100, 400, 5)]
+    found = slope({0: start + later}, warm_s=100.0)
+    assert found is not None
+    assert found.per_hour == pytest.approx(0.0, abs=1e-6)
+    grows = slope({0: start + later}, warm_s=0.0)
+    assert grows is not None
+    assert grows.surely > 0
+
+
+@pytest.mark.parametrize("seconds", [0, 5, 45])
+def test_too_little_says_nothing(seconds: int) -> None:
+    assert slope({0: _life(1.0, 0.0, seconds, 0.1, 0)}, warm_s=0.0) is None
+    assert slope({}, warm_s=0.0) is None
+
+
+def test_slopes_are_by_role_and_measure() -> None:
+    leaks = {Life("router", 1, 0.0): _life(50.0, 600.0, 600, 0.1, 1)}
+    keeps = {Life("server", n, 0.0): _life(70.0, 0.0, 600, 0.1, n) for n in (2, 3)}
+    found = slopes_of({"private_mib": {**leaks, **keeps}, "files": {}}, warm_s=60.0)
+    assert set(found) == {("router", "private_mib"), ("server", "private_mib")}
+    assert found["router", "private_mib"].surely > 500
+    assert found["server", "private_mib"].per_hour < 10
+
+
+# -- books -----------------------------------------------------------------------------------------
+
+
+def _instance(group: tuple[int, ...], layers: tuple[int, int], **other: Any) -> Any:
+    return {
+        "mode": "cooperative" if len(group) > 1 else "independent",
+        "group": list(group),
+        "layers": list(layers),
+        "layer_count": 6,
+        "epoch": 4,
+        "pages": {"parameters": 60, "kv": 30, "free": 10, "total": 100},
+        "slots": {"used": 5, "cached": 20, "capacity": 30},
+        "in_flight": 0,
+        "running": 0,
+        "waiting": 0,
+    } | other
+
+
+def test_books_that_balance() -> None:
+    alone = _instance((0,), (0, 6))
+    pair = {1: _instance((1, 2), (0, 2)), 2: _instance((1, 2), (2, 6))}
+    assert imbalances({0: alone, **pair}) == []
+    new = {"mode": "unknown", "in_flight": 0}
+    assert imbalances({0: new}) == []
+
+
+@pytest.mark.parametrize(
+    ("amiss", "said"),
+    [
+        ({"pages": {"parameters": 60, "kv": 31, "free": 10, "total": 100}}, "pages"),
+        ({"pages": {"parameters": 60, "kv": 29, "free": 10, "total": 100}}, "pages"),
+        ({"slots": {"used": 11, "cached": 20, "capacity": 30}}, "slots"),
+        ({"slots": {"used": -1, "cached": 20, "capacity": 30}}, "slots"),
+        ({"layers": [3, 6]}, "layers"),
+        ({"layers": [1, 6]}, "layers"),
+    ],
+)
+def test_books_that_do_not_balance(amiss: dict[str, Any], said: str) -> None:
+    pair = {1: _instance((1, 2), (0, 2)), 2: _instance((1, 2), (2, 6)) | amiss}
+    (line,) = imbalances(pair)
+    assert said in line
+
+
+def test_a_group_that_is_changing_is_not_judged() -> None:
+    pair = {1: _instance((1, 2), (0, 2)), 2: _instance((1, 2), (0, 6), epoch=5)}
+    assert imbalances(pair) == []
+    del pair[1]
+    assert imbalances(pair) == []
+
+
+def test_what_is_left_over() -> None:
+    idle = _instance((0,), (0, 6), slots={"used": 0, "cached": 3, "capacity": 30})
+    assert leftovers({0: idle}) == []
+    assert leftovers({0: idle | {"in_flight": 1}}) == ["instance 0 still has 1 in_flight"]
+    (line,) = leftovers({0: _instance((0,), (0, 6))})
+    assert "5 slots" in line
