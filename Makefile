@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 TYPED := python/kunserve_sglang scripts $(if $(wildcard benchmark/*.py),benchmark)
 
 .DEFAULT_GOAL := help
-.PHONY: help env wheels manifests site demo test browser lint types format freeze clean
+.PHONY: help env wheels manifests site demo endurance test browser lint types format freeze clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ site: env ## build the documents as a site into build/site
 
 demo: env ## a burst on two instances, with and without KunServe
 	@$(RUN) -m benchmark.demo $(ARGS)
+
+endurance: env ## two hours of random load, transitions and deaths (ARGS="--minutes 20" for fewer)
+	@$(RUN) -m benchmark.endurance --minutes 120 $(ARGS)
 
 # What runs several schedulers mostly waits: for processes that start, for limits that pass. So two
 # files of it run at a time, each with the clusters that its tests share.
