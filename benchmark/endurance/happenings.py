@@ -11,8 +11,9 @@ from enum import StrEnum
 class Happening(StrEnum):
     """One thing that an operator, a policy or bad luck does."""
 
-    DROP = "drop"
-    RESTORE = "restore"
+    CHANGE = "drop or restore"
+    """Whichever there can be."""
+
     RENEW = "renew"
     """The instances of a host leave in good order, and others join."""
 
@@ -22,17 +23,17 @@ class Happening(StrEnum):
     @property
     def needs_all(self) -> bool:
         """Whether it comes only when the one before is over: two at once may cost a request."""
-        return self in (Happening.RENEW, Happening.KILL_INSTANCE, Happening.KILL_ROUTER)
+        return self is not Happening.CHANGE
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
     """How often things happen on average, in seconds, and how far apart at least.
 
-    By default 20 minutes have 60 drops and restores, and as many deaths and renewals as a week.
+    By default 20 minutes have some 120 drops and restores, and more deaths than a week.
     """
 
-    transition_s: float = 10.0
+    change_s: float = 10.0
     apart_s: float = 2.0
     renew_s: float = 240.0
     kill_instance_s: float = 100.0
@@ -40,22 +41,22 @@ class Times:
 
     def every(self, kind: Happening) -> float:
         return {
+            Happening.CHANGE: self.change_s,
             Happening.RENEW: self.renew_s,
             Happening.KILL_INSTANCE: self.kill_instance_s,
             Happening.KILL_ROUTER: self.kill_router_s,
-        }.get(kind, 2 * self.transition_s)  # each of the two kinds
+        }[kind]
 
 
 def happenings(
     times: Times, seconds: float, chance: random.Random
 ) -> Iterator[tuple[float, Happening]]:
-    """In order of time, in seconds from the start. Drops and restores take turns.
+    """In order of time, in seconds from the start.
 
-    Each kind comes at random; the first of those that are rare comes within its mean time, so that
-    a short run has one of each.
+    Each kind comes at random; the first of each comes within its mean time, so that a short run has
+    one of each.
     """
     due = {kind: chance.uniform(0.3, 1.0) * times.every(kind) for kind in Happening}
-    due[Happening.RESTORE] = due[Happening.DROP] + times.transition_s
     last = 0.0
     while True:
         kind = min(due, key=lambda each: due[each])
@@ -65,6 +66,3 @@ def happenings(
         yield at, kind
         last = at
         due[kind] = at + max(times.apart_s, chance.expovariate(1 / times.every(kind)))
-        if kind is Happening.DROP:
-            due[Happening.RESTORE] = at + chance.uniform(0.5, 1.5) * times.transition_s
-            due[Happening.DROP] = max(due[Happening.DROP], due[Happening.RESTORE] + times.apart_s)

@@ -20,7 +20,7 @@ _ROLES = {
     "server": "#5b7fa8",
     "detokenizer": "#9a7bb0",
 }
-_MARKS = {
+_MARKS: dict[str, str] = {
     Happening.KILL_ROUTER: "#c1571b",
     Happening.KILL_INSTANCE: "#222222",
     Happening.RENEW: "#f0b429",

@@ -16,9 +16,11 @@ from benchmark.endurance.census import Census
 from benchmark.endurance.crowd import Crowd
 from benchmark.endurance.happenings import Happening, Times, happenings
 from benchmark.experiment import RunError
+from benchmark.faults.cells import Transition
 from benchmark.faults.cluster import SECOND, TOTAL, FaultedCluster
 from benchmark.faults.processes import send
 from benchmark.faults.recovery import until_well
+from benchmark.faults.trial import lost_numbers
 from benchmark.faults.watch import Admin, Seen
 
 _SAMPLE_S = 5.0
@@ -32,7 +34,7 @@ _KEPT_LINES = 20
 class Story:
     """What was done and seen: `done` are times, what, and what came of it."""
 
-    done: list[tuple[float, Happening, str]] = field(default_factory=list)
+    done: list[tuple[float, str, str]] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
     imbalances: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Soak:
                     await self._settled(kind)
                     await self._strike(kind, chance)
                 else:
-                    transitions.create_task(self._transition(kind))
+                    transitions.create_task(self._change())
             await self._settled("the end")
         await until_well(self._cluster, self._admin, _WELL_S)
         seen = await self._admin.seen()
@@ -82,17 +84,19 @@ class Soak:
 
     # -- what happens ----------------------------------------------------------------------------
 
-    async def _transition(self, kind: Happening) -> None:
-        """Of all that are there; that it is refused is no fault."""
-        body: dict[str, Any] = {}
-        if kind is Happening.DROP:
-            seen = await self._admin.seen()
-            body = {"instances": sorted(seen.instances or ())}
+    async def _change(self) -> None:
+        """Groups come apart, or else all instances become one; that this is refused is no fault."""
+        seen = await self._admin.seen()
+        known = seen.instances or {}
+        grouped = any(i["mode"] == "cooperative" for i in known.values())
+        kind = Transition.RESTORE if grouped else Transition.DROP
+        body = {} if grouped else {"instances": sorted(known)}
         code, event = await self._admin.call("POST", f"/kunserve/{kind}", body)
         self._done(kind, event["status"] if code == 200 else f"refused ({code})")
 
     async def _strike(self, kind: Happening, chance: random.Random) -> None:
         began = time.monotonic()
+        before = (await self._admin.seen()).instances or {}
         match kind:
             case Happening.KILL_ROUTER:
                 send([self._cluster.router_process()], signal.SIGKILL)
@@ -101,6 +105,8 @@ class Soak:
                 send(self._cluster.instance(SECOND, chance.choice(urls)), signal.SIGKILL)
             case Happening.RENEW:
                 await asyncio.to_thread(self._cluster.renew, SECOND)
+        if kind is not Happening.KILL_ROUTER:  # which is noticed by whoever looks
+            await self._until(kind, lambda seen: bool(lost_numbers(seen, before)))
         await self._settled(kind)
         took = time.monotonic() - began
         self.story.slowest_return_s = max(self.story.slowest_return_s, took)
@@ -113,15 +119,16 @@ class Soak:
 
     async def _settled(self, why: object) -> None:
         """Until all are there, and whatever began has ended. Raises `RunError`."""
-        deadline = time.monotonic() + _SETTLED_S
-        seen = await self._admin.seen()
-        while not _is_settled(seen):
-            if time.monotonic() > deadline:
-                raise RunError(f"{why}: not all were there again after {_SETTLED_S:g} s: {seen}")
-            await asyncio.sleep(_LOOK_S)
-            seen = await self._admin.seen()
+        await self._until(why, _is_settled)
 
-    def _done(self, kind: Happening, what: str) -> None:
+    async def _until(self, why: object, is_so: Callable[[Seen], bool]) -> None:
+        deadline = time.monotonic() + _SETTLED_S
+        while not is_so(seen := await self._admin.seen()):
+            if time.monotonic() > deadline:
+                raise RunError(f"{why}: still to be waited for after {_SETTLED_S:g} s: {seen}")
+            await asyncio.sleep(_LOOK_S)
+
+    def _done(self, kind: str, what: str) -> None:
         at = round(time.monotonic() - self._began, 2)
         self.story.done.append((at, kind, what))
         self._say(f"{at:7.1f} s: {kind}: {what}; requests: {dict(self._crowd.verdicts)}")
