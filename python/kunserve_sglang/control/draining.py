@@ -7,6 +7,7 @@ import logging
 import time
 
 from kunserve_sglang.control.control_plane import ControlPlane
+from kunserve_sglang.control.coordinator import TransitionRunning
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.core.errors import TransientError
 from kunserve_sglang.policy.transition_request import Outcome
@@ -33,18 +34,20 @@ class Draining:
     async def drain(self, instance: Instance, timeout_s: float, *, migrate: bool = False) -> None:
         """Let `instance` go; its requests may take `timeout_s` seconds to end.
 
-        With `migrate` other instances go on with those that can be resumed.
+        Transitions under way may take that time as well. With `migrate` other instances go on with
+        those requests that can be resumed.
 
         Raises `NotDrained`, and `NoPlan` or `TransitionRunning` if its group cannot be taken apart;
         then it takes requests as before. One that is lost is forgotten at once.
         """
+        deadline = time.monotonic() + timeout_s
         if instance.draining:
             raise NotDrained(f"instance {instance.number} is draining already")
         instance.draining = True
         try:
             if migrate:
                 self._control.front.move(instance)
-            await self._split_group(instance)
+            await self._split_group(instance, deadline)
             await self._wait_until_idle(instance, timeout_s, migrate=migrate)
         except BaseException:
             instance.draining = False
@@ -52,16 +55,33 @@ class Draining:
         await self._control.let_go(instance)
         logger.info("instance %d at %s has left", instance.number, instance.url)
 
-    async def _split_group(self, instance: Instance) -> None:
-        """Others run with its layers, and it with theirs: everybody becomes independent first."""
-        status = instance.status
-        if instance.liveness.lost or status is None or not status.layout.cooperative:
+    async def _split_group(self, instance: Instance, deadline: float) -> None:
+        """Others run with its layers, and it with theirs: everybody becomes independent first.
+
+        It may be about to join a group, too: what is under way comes to its end.
+        """
+        while self._in_group(instance):
+            try:
+                event = await self._control.split(instance.number)
+            except TransitionRunning:
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(_POLL_INTERVAL_S)
+                continue
+            if event.status is not Outcome.COMMITTED:
+                raise NotDrained(
+                    f"the group of instance {instance.number} could not be taken apart: "
+                    f"{event.error}"
+                )
             return
-        event = await self._control.split(instance.number)
-        if event.status is not Outcome.COMMITTED:
-            raise NotDrained(
-                f"the group of instance {instance.number} could not be taken apart: {event.error}"
-            )
+
+    def _in_group(self, instance: Instance) -> bool:
+        """Whether it is in one, or in a transition that may bring it into one."""
+        if instance.liveness.lost or instance.status is None:
+            return False
+        running = self._control.coordinator.running
+        in_transition = running is not None and instance.number in running.instances
+        return in_transition or instance.status.layout.cooperative
 
     async def _wait_until_idle(
         self, instance: Instance, timeout_s: float, *, migrate: bool

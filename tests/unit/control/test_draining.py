@@ -177,11 +177,33 @@ def test_a_running_transition_goes_first(router: RouterCluster) -> None:
     cooperate(router)
     go = hold_back(router.instances[0])
     assert router.post("/kunserve/restore?wait=false").status == 202
-    answer = drain(router, 1)
+    answer = drain(router, 1, "?timeout_s=0.1")
     assert (answer.status, answer.error["code"]) == (409, "transition_running")
     assert router.described(1)["draining"] is False
+    assert drain(router, 1, "?wait=false").status == 202
+    for _ in range(3):
+        assert router.post("/v1/completions", {}).status == 200
+    assert not router.instances[1].worker.requests("/v1/completions"), "it gets no new ones"
     go.set()
-    until(lambda: router.event()["kind"] == "restore")
+    until(lambda: router.instances[1].obeyed["Leave"] >= 1)
+    assert router.event()["kind"] == "restore"
+
+
+def test_one_that_is_about_to_join_a_group_does_not_leave_it_in_the_middle(
+    router: RouterCluster,
+) -> None:
+    go = hold_back(router.instances[0])
+    assert router.post("/kunserve/drop?wait=false").status == 202
+    until(lambda: router.status()["transition"] is not None)
+    assert drain(router, 1, "?wait=false").status == 202
+    assert router.described(1)["draining"] is True
+    assert router.instances[1].obeyed["Leave"] == 0
+    router.instances[0].on_prepare = vote_yes
+    go.set()
+    until(lambda: router.instances[1].obeyed["Leave"] >= 1)
+    events = [e["kind"] for e in router.get("/kunserve/events").json["events"]]
+    assert sorted(events) == ["drop", "restore"]
+    assert router.described(0)["mode"] == "independent"
 
 
 def test_plans_leave_out_who_leaves(start_router: Start) -> None:
