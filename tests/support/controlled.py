@@ -117,9 +117,21 @@ class Controlled:
 
     def set_policy(self, auto: bool, thresholds: dict[str, float]) -> None:
         """Returns once all instances have been told what follows for large requests."""
+        self.change(lambda plane: plane.set_policy(auto, thresholds))
+
+    def set_draining(self, member: int, *, draining: bool) -> None:
+        """Others have to do without it. Returns as `set_policy` does."""
+
+        def change(plane: ControlPlane) -> None:
+            plane.registry.instances[member].draining = draining
+
+        self.change(change)
+
+    def change(self, change: Callable[[ControlPlane], None]) -> None:
+        """Returns once all instances have been told what follows for large requests."""
 
         async def work(plane: ControlPlane) -> dict[int, Attainable]:
-            plane.set_policy(auto, thresholds)
+            change(plane)
             return await plane.room.tell()
 
         told = self.control.call(work)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from kunserve_sglang.core.messages import Mode
 from tests.support.cluster import ScriptedCluster
 from tests.support.schedules import Script, request
@@ -79,8 +81,17 @@ def test_it_is_refused_where_nothing_could_make_room(pair: ScriptedCluster) -> N
     assert len(got["too long"].tokens) == capacity - 102
 
 
-def test_it_is_told_when_the_way_to_room_is_closed(pair: ScriptedCluster) -> None:
-    """The policy is switched off while it waits; others are served all the while."""
+@pytest.mark.parametrize("way", ["policy", "partner"])
+def test_it_is_told_when_the_way_to_room_is_closed(pair: ScriptedCluster, way: str) -> None:
+    """The policy is switched off while it waits, or the only partner is about to leave; others are
+    served all the while."""
+
+    def close(_: object) -> None:
+        if way == "policy":
+            pair.set_policy(False, {})
+        else:
+            pair.set_draining(1, draining=True)
+
     rng = random.Random(6)
     large = request(rng, "too large", pair.capacities[0] + 40, 5)
     script: Script = [
@@ -90,7 +101,10 @@ def test_it_is_told_when_the_way_to_room_is_closed(pair: ScriptedCluster) -> Non
         (14, request(rng, "after", 30, 6)),
     ]
     with pair.policy_on(drops=False):
-        got, _ = pair.play([script, [(0, Gate("off"))]], lambda _: pair.set_policy(False, {}))
+        try:
+            got, _ = pair.play([script, [(0, Gate("off"))]], close)
+        finally:
+            pair.set_draining(1, draining=False)
     assert "can be had for one request" in got["too large"].end["message"]
     assert len(got["beside"].tokens) == 12
     assert len(got["after"].tokens) == 6
