@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 
@@ -65,18 +66,32 @@ class _RequestFailed(Exception):
     """The server answered, but not with what was asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Api:
+    """How a request is asked for, and how many tokens an event of its stream says there are."""
+
+    path: str
+    body: Callable[[Request], dict[str, Any]]
+    tokens_so_far: Callable[[Mapping[str, Any]], int]
+
+
 class LoadGenerator:
-    """Sends a workload to one SGLang-compatible URL and measures every stream."""
+    """Sends a workload to one URL and measures every stream."""
 
     def __init__(
         self,
         url: str,
         *,
+        api: Api | None = None,
         timeout_s: float = 600.0,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        """`timeout_s` bounds one request; `on_progress` runs on the event loop at every change."""
-        self._url = f"{url}/generate"
+        """`api` is `GENERATE` unless named; `timeout_s` bounds one request.
+
+        `on_progress` runs on the event loop at every change.
+        """
+        self._api = api or GENERATE
+        self._url = url + self._api.path
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._on_progress = on_progress
         self._progress = Progress(0)
@@ -125,7 +140,7 @@ class LoadGenerator:
         started: float,
     ) -> None:
         last = started
-        async with session.post(self._url, json=_body(request)) as response:
+        async with session.post(self._url, json=self._api.body(request)) as response:
             if response.status != 200:
                 raise _RequestFailed(f"HTTP {response.status}: {(await response.text())[:200]}")
             async for line in response.content:
@@ -134,7 +149,7 @@ class LoadGenerator:
                 data = line[5:].strip()
                 if data == b"[DONE]":
                     return
-                tokens = _tokens_so_far(data) - result.output_tokens
+                tokens = self._tokens_so_far(data) - result.output_tokens
                 if tokens <= 0:
                     continue
                 now = time.perf_counter()
@@ -151,6 +166,13 @@ class LoadGenerator:
                 last = now
         raise _RequestFailed("the stream ended without [DONE]")
 
+    def _tokens_so_far(self, data: bytes) -> int:
+        """Raises for an event that reports an error."""
+        event = json.loads(data)
+        if "error" in event:
+            raise _RequestFailed(str(event["error"])[:200])
+        return self._api.tokens_so_far(event)
+
     def _finish(self, result: RequestResult, started: float) -> None:
         result.e2e_s = time.perf_counter() - started
         if result.output_tokens:
@@ -166,7 +188,7 @@ class LoadGenerator:
             self._on_progress(self._progress)
 
 
-def _body(request: Request) -> dict[str, object]:
+def _generation(request: Request) -> dict[str, Any]:
     text = isinstance(request.prompt, str)
     return {
         "text" if text else "input_ids": request.prompt if text else list(request.prompt),
@@ -179,13 +201,36 @@ def _body(request: Request) -> dict[str, object]:
     }
 
 
-def _tokens_so_far(data: bytes) -> int:
-    """Tokens that an event says were produced; raises for an event that reports an error."""
-    event = json.loads(data)
-    if "error" in event:
-        raise _RequestFailed(str(event["error"])[:200])
+def _generated(event: Mapping[str, Any]) -> int:
     meta = event.get("meta_info", {})
     reason = meta.get("finish_reason") or {}
     if reason.get("type") == "abort":
         raise _RequestFailed(f"aborted: {reason.get('message', '')}"[:200])
     return int(meta.get("completion_tokens", 0))
+
+
+def _completion(request: Request) -> dict[str, Any]:
+    prompt = request.prompt
+    return {
+        "model": MODEL_NAME,
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "max_tokens": request.output_len,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+
+
+def _completed(event: Mapping[str, Any]) -> int:
+    return int((event.get("usage") or {}).get("completion_tokens", 0))
+
+
+MODEL_NAME = "model"
+"""What servers have to call theirs that want to be asked for it by name."""
+
+GENERATE = Api("/generate", _generation, _generated)
+"""SGLang's own."""
+
+COMPLETIONS = Api("/v1/completions", _completion, _completed)
+"""OpenAI's, as SGLang and vLLM have extended it."""

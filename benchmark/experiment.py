@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmark.client import LoadGenerator, Progress, RequestResult
+from benchmark.client import GENERATE, Api, LoadGenerator, Progress, RequestResult
 from benchmark.noise import Noise
 from benchmark.timeline import Sample, StatusReader, Timeline, counters, sampling, to_sample
 from benchmark.workload import Request, Workload
@@ -60,19 +60,24 @@ async def run_workload(
     warm_up: list[Request],
     restore_timeout_s: float,
     on_progress: Callable[[Progress], None] | None = None,
+    api: Api = GENERATE,
+    flush: bool = True,
 ) -> Run:
     """Warm up, send the workload, and wait until the cluster is as it was before.
 
     `restore_timeout_s` bounds the last part (0: do not wait); a cluster that never changed is
-    through at once.
+    through at once. Without `flush` prefixes of the warm-up stay cached: not every server forgets
+    them when it is told to.
     """
     timeout = aiohttp.ClientTimeout(total=10)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         reader = StatusReader(url, session)
-        await _warm_up(url, session, warm_up)
+        await _warm_up(url, warm_up, api)
+        if flush:
+            await _forget(url, session)
         status = await reader.status()
         before, counted = to_sample(status, 0.0).slots_capacity, counters(status)
-        generator = LoadGenerator(url, on_progress=on_progress)
+        generator = LoadGenerator(url, api=api, on_progress=on_progress)
         noise = Noise()
         async with sampling(reader, time.perf_counter()) as timeline:
             results = await generator.run(workload.requests)
@@ -95,12 +100,15 @@ async def run_workload(
         )
 
 
-async def _warm_up(url: str, session: aiohttp.ClientSession, requests: list[Request]) -> None:
-    """First requests are slow and no part of the measurement; their prefixes are forgotten."""
-    for result in await LoadGenerator(url).run(requests):
+async def _warm_up(url: str, requests: list[Request], api: Api) -> None:
+    """First requests are slow and no part of the measurement."""
+    for result in await LoadGenerator(url, api=api).run(requests):
         if not result.ok:
             raise RunError(f"a warm-up request failed: {result.error}")
-    # The last answer is out a little before its request is off the books.
+
+
+async def _forget(url: str, session: aiohttp.ClientSession) -> None:
+    """What is cached. The last answer is out a little before its request is off the books."""
     async with session.post(f"{url}/flush_cache?timeout={_FLUSH_TIMEOUT_S}") as response:
         response.raise_for_status()
 

@@ -8,7 +8,7 @@ import json
 
 from aiohttp import web
 
-from benchmark.client import LoadGenerator, Progress, RequestResult
+from benchmark.client import COMPLETIONS, GENERATE, Api, LoadGenerator, Progress, RequestResult
 from benchmark.workload import Request
 from tests.support.serving import Handler, serving
 
@@ -18,14 +18,16 @@ def event(tokens: int, **fields: object) -> bytes:
     return f"data: {json.dumps(data)}\n\n".encode()
 
 
-def serve(handler: Handler, requests: list[Request]) -> tuple[list[RequestResult], list[Progress]]:
+def serve(
+    handler: Handler, requests: list[Request], api: Api = GENERATE
+) -> tuple[list[RequestResult], list[Progress]]:
     """Send `requests` to `handler`; also what the progress callback saw."""
     seen: list[Progress] = []
 
     async def run() -> list[RequestResult]:
         async with serving(handler) as url:
             generator = LoadGenerator(
-                url, timeout_s=20, on_progress=lambda p: seen.append(copy.copy(p))
+                url, api=api, timeout_s=20, on_progress=lambda p: seen.append(copy.copy(p))
             )
             return await generator.run(requests)
 
@@ -73,6 +75,29 @@ def test_requests_are_sent_in_their_order_and_measured() -> None:
     last = seen[-1]
     assert (last.total, last.sent, last.completed) == (2, 2, 2)
     assert (last.failed, last.queued, last.streaming) == (0, 0, 0)
+
+
+def test_completions_count_tokens_by_what_their_events_say() -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append((request.path, await request.json()))
+        events = [
+            {"choices": [{"text": "x"}], "usage": {"completion_tokens": tokens}}
+            for tokens in (1, 2, 4)
+        ]
+        last = {"choices": [], "usage": {"completion_tokens": 4}}
+        lines = [f"data: {json.dumps(each)}\n\n".encode() for each in (*events, last)]
+        return await stream(request, [*lines, b"data: [DONE]\n\n"])
+
+    results, _ = serve(handler, [Request(0.0, (5, 6), 2, 4)], COMPLETIONS)
+    assert results[0].ok, results[0].error
+    assert len(results[0].itl_s) == 3
+    ((path, body),) = asked
+    assert path == "/v1/completions"
+    assert body["prompt"] == [5, 6]
+    assert body["max_tokens"] == 4
+    assert body["ignore_eos"] is True
 
 
 def test_tokens_of_one_event_share_its_time() -> None:

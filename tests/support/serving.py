@@ -13,8 +13,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @asynccontextmanager
 async def serving(handler: Handler) -> AsyncIterator[str]:
-    """The address of a server that answers `POST /generate` with `handler`."""
+    """The address of a server that answers what asks for tokens with `handler`."""
     app = web.Application()
-    app.router.add_post("/generate", handler)
+    for path in ("/generate", "/v1/completions"):
+        app.router.add_post(path, handler)
     async with TestServer(app) as server:
         yield str(server.make_url("")).rstrip("/")

@@ -205,9 +205,7 @@ class UpstreamCluster:
             self._members = [*servers, stack.enter_context(router)]
             self.url = router.url
             self.server_urls = [server.url for server in servers]
-            for server in servers:
-                _call("POST", f"{router.url}/workers", {"url": server.url})
-            self._wait_until_serving()
+            put_behind(router, servers)
             self._stack = stack.pop_all()
         return self
 
@@ -227,14 +225,19 @@ class UpstreamCluster:
         inherited = os.environ.get("PYTHONPATH")
         return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), inherited)))}
 
-    def _wait_until_serving(self) -> None:
-        deadline = time.monotonic() + _SERVING_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if _call("GET", f"{self.url}/workers")["stats"]["healthy"] == self._count:
-                return
-            self.check_running()
-            time.sleep(0.1)
-        raise ClusterError("the router did not find the plain servers healthy")
+
+def put_behind(router: Cluster, servers: Sequence[Cluster]) -> None:
+    """Let a router without instances have these, and find them healthy. Raises `ClusterError`."""
+    for server in servers:
+        _call("POST", f"{router.url}/workers", {"url": server.url})
+    deadline = time.monotonic() + _SERVING_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if _call("GET", f"{router.url}/workers")["stats"]["healthy"] == len(servers):
+            return
+        for member in (router, *servers):
+            member.check_running()
+        time.sleep(0.1)
+    raise ClusterError("the router did not find the plain servers healthy")
 
 
 def upstream_installed() -> bool:
