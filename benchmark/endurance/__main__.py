@@ -20,7 +20,6 @@ from rich.console import Console
 from benchmark.checks import conclude
 from benchmark.endurance.census import Census
 from benchmark.endurance.crowd import Crowd
-from benchmark.endurance.happenings import Times
 from benchmark.endurance.picture import draw
 from benchmark.endurance.report import Throughput, results
 from benchmark.endurance.soak import Soak
@@ -80,7 +79,7 @@ async def run(flags: argparse.Namespace, console: Console) -> int:
                 soak = Soak(cluster, admin, crowd, Census(cluster), console.out)
                 before = await throughput(cluster, admin, clients, load, flags.rounds)
                 said = cluster.log_sizes()
-                await soak.run(Times(), 60 * flags.minutes, chance)
+                await soak.run(60 * flags.minutes, chance)
                 after = await throughput(cluster, admin, clients, load, flags.rounds)
                 tracebacks = cluster.said_since(said).count("Traceback")
             finally:

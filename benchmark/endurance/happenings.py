@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 
@@ -26,43 +25,32 @@ class Happening(StrEnum):
         return self is not Happening.CHANGE
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """How often things happen on average, in seconds, and how far apart at least.
+EVERY_S: Mapping[Happening, float] = {
+    Happening.CHANGE: 10.0,
+    Happening.RENEW: 240.0,
+    Happening.KILL_INSTANCE: 100.0,
+    Happening.KILL_ROUTER: 300.0,
+}
+"""How often each comes on average: in 20 minutes some 120 transitions, and more deaths than in a
+week."""
 
-    By default 20 minutes have some 120 drops and restores, and more deaths than a week.
-    """
-
-    change_s: float = 10.0
-    apart_s: float = 2.0
-    renew_s: float = 240.0
-    kill_instance_s: float = 100.0
-    kill_router_s: float = 300.0
-
-    def every(self, kind: Happening) -> float:
-        return {
-            Happening.CHANGE: self.change_s,
-            Happening.RENEW: self.renew_s,
-            Happening.KILL_INSTANCE: self.kill_instance_s,
-            Happening.KILL_ROUTER: self.kill_router_s,
-        }[kind]
+APART_S = 2.0
+"""How far apart two are at least."""
 
 
-def happenings(
-    times: Times, seconds: float, chance: random.Random
-) -> Iterator[tuple[float, Happening]]:
+def happenings(seconds: float, chance: random.Random) -> Iterator[tuple[float, Happening]]:
     """In order of time, in seconds from the start.
 
     Each kind comes at random; the first of each comes within its mean time, so that a short run has
     one of each.
     """
-    due = {kind: chance.uniform(0.3, 1.0) * times.every(kind) for kind in Happening}
+    due = {kind: chance.uniform(0.3, 1.0) * EVERY_S[kind] for kind in Happening}
     last = 0.0
     while True:
         kind = min(due, key=lambda each: due[each])
-        at = max(due[kind], last + times.apart_s)
+        at = max(due[kind], last + APART_S)
         if at > seconds:
             return
         yield at, kind
         last = at
-        due[kind] = at + max(times.apart_s, chance.expovariate(1 / times.every(kind)))
+        due[kind] = at + max(APART_S, chance.expovariate(1 / EVERY_S[kind]))

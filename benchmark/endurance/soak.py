@@ -14,7 +14,7 @@ from typing import Any
 from benchmark.endurance.books import imbalances, leftovers
 from benchmark.endurance.census import Census
 from benchmark.endurance.crowd import Crowd
-from benchmark.endurance.happenings import Happening, Times, happenings
+from benchmark.endurance.happenings import Happening, happenings
 from benchmark.experiment import RunError
 from benchmark.faults.cells import Transition
 from benchmark.faults.cluster import SECOND, TOTAL, FaultedCluster
@@ -35,7 +35,6 @@ class Story:
     """What was done and seen: `done` are times, what, and what came of it."""
 
     done: list[tuple[float, str, str]] = field(default_factory=list)
-    seen: list[dict[str, Any]] = field(default_factory=list)
     imbalances: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
     looks: int = 0
@@ -62,7 +61,7 @@ class Soak:
         self._began = 0.0
         self.story = Story()
 
-    async def run(self, times: Times, seconds: float, chance: random.Random) -> None:
+    async def run(self, seconds: float, chance: random.Random) -> None:
         """Returns when all is as it was before. Raises `RunError` if that does not come about."""
         self._began = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
@@ -70,7 +69,7 @@ class Soak:
             await stack.enter_async_context(self._meanwhile(self._count))
             transitions = await stack.enter_async_context(asyncio.TaskGroup())
             await stack.enter_async_context(self._crowd.asking())
-            for at, kind in happenings(times, seconds, chance):
+            for at, kind in happenings(seconds, chance):
                 await asyncio.sleep(max(0.0, self._began + at - time.monotonic()))
                 if kind.needs_all:
                     await self._settled(kind)
@@ -154,15 +153,7 @@ class Soak:
                 story.looks += 1
                 found = imbalances(seen.instances)
                 story.imbalances += found[: _KEPT_LINES - len(story.imbalances)]
-                self._note(seen)
             await asyncio.sleep(_LOOK_S)
-
-    def _note(self, seen: Seen) -> None:
-        """For the picture: whenever a mode has changed."""
-        modes = {n: str(i["mode"]) for n, i in (seen.instances or {}).items()}
-        if not self.story.seen or self.story.seen[-1]["modes"] != modes:
-            at = round(seen.at - self._began, 2)
-            self.story.seen.append({"at": at, "modes": modes})
 
     async def _count(self) -> None:
         while True:

@@ -128,9 +128,7 @@ class FaultedCluster:
         """
         self.abandoned |= set(numbers)
         send(self.all_of(host), signal.SIGKILL)  # what stands still hears nothing else
-        self.launchers[host].stop()
-        self.launchers[host] = self._launched(host)
-        self.launchers[host].start()
+        self.renew(host)
 
     def renew(self, host: str) -> None:
         """Let the instances of a host leave in good order, and start others in their place."""

@@ -11,7 +11,7 @@ import pytest
 from benchmark.endurance.books import imbalances, leftovers
 from benchmark.endurance.census import Life
 from benchmark.endurance.flatness import slope
-from benchmark.endurance.happenings import Happening, Times, happenings
+from benchmark.endurance.happenings import APART_S, Happening, happenings
 from benchmark.endurance.report import slopes_of
 
 HOUR = 3600.0
@@ -22,21 +22,18 @@ HOUR = 3600.0
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_run_of_twenty_minutes_has_everything_in_order_and_never_two_at_once(seed: int) -> None:
-    times = Times()
-    found = list(happenings(times, 1200.0, random.Random(seed)))
+    found = list(happenings(1200.0, random.Random(seed)))
     at = [when for when, _ in found]
     assert at == sorted(at)
     assert at[0] > 0
     assert at[-1] <= 1200.0
-    assert all(later - before >= times.apart_s - 1e-9 for before, later in pairwise(at))
+    assert all(later - before >= APART_S - 1e-9 for before, later in pairwise(at))
     assert {kind for _, kind in found} == set(Happening)
     assert 60 <= sum(kind is Happening.CHANGE for _, kind in found) <= 180
 
 
 def test_the_same_seed_brings_the_same() -> None:
-    first, second, other = (
-        list(happenings(Times(), 600.0, random.Random(seed))) for seed in (3, 3, 4)
-    )
+    first, second, other = (list(happenings(600.0, random.Random(seed))) for seed in (3, 3, 4))
     assert first == second != other
 
 
