@@ -60,15 +60,17 @@ def _with_kvcache(
     causal: bool,
     **_: Any,
 ) -> torch.Tensor:
-    """Each request's queries `(tokens, heads, dim)` to its pages of one token each."""
+    """Each request's queries `(tokens, heads, dim)` to its pages `(tokens, heads, dim)`."""
     for plan in (page_table, cache_seqlens, cu_seqlens_q):
         assert on_device(plan)
         assert plan.dtype is torch.int32
     results = []
     spans = pairwise(read(cu_seqlens_q))
     for row, length, (first, end) in zip(page_table, read(cache_seqlens), spans, strict=True):
-        rows = row[:length].long()
-        keys, values = (cache.index_select(0, rows).squeeze(1) for cache in (k_cache, v_cache))
+        pages = row[: -(-length // k_cache.shape[1])].long()
+        keys, values = (
+            cache.index_select(0, pages).flatten(0, 1)[:length] for cache in (k_cache, v_cache)
+        )
         results.append(attention(q[first:end], keys, values, softmax_scale, causal)[0])
     return torch.cat(results)
 

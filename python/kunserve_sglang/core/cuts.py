@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
 
 _NO_KV = -1
-"""Fewer slots than the dummy slot alone, so that every cut has room for them."""
+"""Not even the dummy block, so that every cut has room for it."""
 
 
 @lru_cache(maxsize=4096)
@@ -35,15 +35,17 @@ def best_cut(
         raise ValueError(f"no contiguous cut of {total} layers fits the ranges {list(held)}")
     best, slots = even, _tightest(stages, even)
     too_many = _bound(memory, total) + 1
-    # Members that are alike are done after one look: nothing beats the even cut by even one slot.
-    looked_at = slots + 1
-    while slots + 1 < too_many:
+    block = max(m.block_slots for m in memory)
+    # Members that are alike are done after one look: nothing beats the even cut by even one block.
+    looked_at = slots + block
+    while looked_at < too_many:
         if better := _place(stages, total, looked_at):
             best, slots = better, _tightest(stages, better)
         else:
             # So is every number of slots that takes as many pages.
             too_many = max(m.slots_within(m.kv_pages(looked_at) - 1) for m in memory) + 1
-        looked_at = (slots + too_many) // 2
+        middle = (slots + too_many) // 2
+        looked_at = max(slots + block, middle // block * block)
     return tuple(best), slots
 
 
@@ -87,7 +89,7 @@ class _Stage:
 
     def _weight(self, slots: int) -> Callable[[int], int]:
         """Pages of parameters and KV in all layers below one."""
-        each = self.owners * self.memory.kv_pages(slots)
+        each = 0 if slots == _NO_KV else self.owners * self.memory.kv_pages(slots)
         pages = self._pages
         return lambda layer: pages[layer] + layer * each
 

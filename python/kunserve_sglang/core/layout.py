@@ -107,6 +107,7 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
     `pages` is the budget of the page pool; `layer_pages[l]` what the parameters of layer `l` take;
     `stride` the slots reserved (virtually) for each owner in a K or V buffer; `owners` how many
     owners such a buffer has room for, which is the largest group this instance can join.
+    `block_slots` are handed out together (SGLang's `--page-size`): capacities are whole blocks.
     """
 
     page_bytes: Size
@@ -116,10 +117,15 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
     value_row_bytes: Size
     stride: Size
     owners: Size
+    block_slots: Size = 1
+
+    def whole(self, slots: int) -> int:
+        """As many of these slots as make whole blocks."""
+        return slots // self.block_slots * self.block_slots
 
     def kv_pages(self, slots: int) -> int:
-        """Pages of one layer's K and V for `slots` token slots (plus the dummy slot 0)."""
-        rows = slots + 1
+        """Pages of one layer's K and V for `slots` token slots (plus the dummy block 0)."""
+        rows = slots + self.block_slots
         return -(-rows * self.key_row_bytes // self.page_bytes) + -(
             -rows * self.value_row_bytes // self.page_bytes
         )
@@ -137,7 +143,7 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         budget = self.pages - self.parameter_pages(layers) - beside
         slots = list(capacities)
         return (
-            max(slots) < self.stride
+            max(slots) + self.block_slots <= self.stride
             and len(layers) * sum(self.kv_pages(count) for count in slots) <= budget
         )
 
@@ -147,12 +153,15 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         return self.slots_within(budget // (owners * len(layers)))
 
     def slots_within(self, pages: int) -> int:
-        """The most slots whose K and V of one layer take no more than `pages`; 0 if none fit."""
+        """The most slots whose K and V of one layer take no more than `pages`; 0 if none fit.
+
+        They are whole blocks.
+        """
         # K and V share `pages` in one proportion that fits the most rows, and whole pages of K lie
         # just below or just above it.
         below = pages * self.key_row_bytes // (self.key_row_bytes + self.value_row_bytes)
         rows = max(self._rows(below, pages - below), self._rows(below + 1, pages - below - 1))
-        return max(0, min(rows - 1, self.stride - 1))
+        return max(0, self.whole(min(rows, self.stride) - self.block_slots))
 
     def _rows(self, key_pages: int, value_pages: int) -> int:
         """Rows that have room for K in `key_pages` and for V in `value_pages`."""
@@ -163,7 +172,8 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     def idle_share(self, layers: LayerRange, owners: int) -> int:
         """Slots that an idle owner keeps, so that a new request can start at once."""
-        return self.capacity(layers, owners) // _IDLE_PART
+        share = self.capacity(layers, owners) // _IDLE_PART
+        return share + -share % self.block_slots
 
     def max_slots(self) -> int:
         """The most that one owner can ever get: nearly all of the largest group it can join."""
@@ -172,7 +182,7 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         widest = LayerRange(0, -(-count // self.owners))
         idle = [self.idle_share(widest, self.owners)] * (self.owners - 1)
         shared = largest(self.stride - 1, lambda slots: self.fits(widest, [slots, *idle]))
-        return max(self.capacity(full, 1), shared)
+        return max(self.capacity(full, 1), self.whole(shared))
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -42,4 +42,5 @@ def _for_one(state: ClusterState, group: Layout, owner: int) -> int:
         capacities = [slots if i == owner else idle for i in group.ids]
         return all(memory.fits(m.layers, capacities) for m, memory in members)
 
-    return largest(min(memory.stride for _, memory in members) - 1, fits)
+    most = largest(min(memory.stride for _, memory in members) - 1, fits)
+    return state.instance(owner).memory.whole(most)

@@ -31,14 +31,19 @@ def shares(state: ClusterState, group: Layout) -> list[int]:
     """
     owners = [state.instance(i) for i in group.ids]
     idle = min(o.memory.idle_share(o.layers, len(owners)) for o in owners)
-    floors = [max(o.load.slots.used, o.load.largest, idle) for o in owners]
+    blocks = [o.memory.block_slots for o in owners]
+    needs = [max(o.load.slots.used, o.load.largest, idle) for o in owners]
+    floors = [need + -need % block for need, block in zip(needs, blocks, strict=True)]
     wants = [max(0, o.load.demand - floor) for o, floor in zip(owners, floors, strict=True)]
     if not any(wants):
         wants = [1] * len(owners)
 
     def divided(slots: int) -> list[int]:
         whole = sum(wants)
-        return [floor + slots * want // whole for floor, want in zip(floors, wants, strict=True)]
+        return [
+            floor + slots * want // (whole * block) * block
+            for floor, want, block in zip(floors, wants, blocks, strict=True)
+        ]
 
     def fits(slots: int) -> bool:
         capacities = divided(slots)

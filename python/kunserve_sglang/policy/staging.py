@@ -58,7 +58,7 @@ def _while_leaving(state: ClusterState, parts: Sequence[Layout], after: Layout) 
                     return False
         return True
 
-    return largest(min(m.capacity for m in after.members), fits)
+    return _whole(state, after, largest(min(m.capacity for m in after.members), fits))
 
 
 def _restore_ahead(plan: Plan, state: ClusterState) -> Plan | None:
@@ -90,7 +90,12 @@ def _while_fetching(state: ClusterState, group: Layout, then: Sequence[Layout]) 
                     return False
         return True
 
-    return largest(min(m.capacity for m in group.members), fits)
+    return _whole(state, group, largest(min(m.capacity for m in group.members), fits))
+
+
+def _whole(state: ClusterState, layout: Layout, slots: int) -> int:
+    """As many of them as are whole blocks, in which members hand them out."""
+    return min(state.instance(number).memory.whole(slots) for number in layout.ids)
 
 
 def _layout(layout: Layout, epoch: int, capacity: int | None = None) -> Layout:

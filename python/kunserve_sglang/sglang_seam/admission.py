@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kunserve_sglang.sglang_seam.lengths import max_output
+from kunserve_sglang.sglang_seam.lengths import in_blocks, max_output
 
 
 def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -> Any:
@@ -23,12 +23,12 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     other, while a parked one keeps its slots from the last running request.
     """
     room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
-    running = adder.running_batch.reqs
+    running, page = adder.running_batch.reqs, adder.page_size
     rest = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
     steps = -(-rest // max(1, adder.rem_chunk_tokens))
-    if rest + steps * len(running) <= room:
+    if in_blocks(rest, page) + in_blocks(steps, page) * len(running) <= room:
         return original(adder, req)
-    room -= max(map(max_output, running), default=0)
+    room -= in_blocks(max(map(max_output, running), default=0), page)
     if room <= 0:
         adder.rem_chunk_tokens = 0
         return req

@@ -20,7 +20,7 @@ from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.parts.control import ControlLink
 from kunserve_sglang.instance.parts.instance_parts import InstanceParts
 from kunserve_sglang.instance.pipeline.faulty import FaultyPlane
-from kunserve_sglang.instance.pipeline.profiling import load_or_measure
+from kunserve_sglang.instance.pipeline.profiling import load_or_measure, slots_needed
 from kunserve_sglang.instance.pipeline.screening import Screen, ScreenedPlane
 from kunserve_sglang.instance.ranks.ranked import ranked_control, ranked_plane
 from kunserve_sglang.instance.ranks.ranks import Ranks
@@ -47,24 +47,28 @@ def cost_model(scheduler: Scheduling, engine: SglangEngine) -> CostModel:
     )
     if ranks.size > 1:
         key = (*key, ranks.size)
+    if scheduler.page_size > 1:
+        key = (*key, "page", scheduler.page_size)
     if device.type != "cpu":
         backends = scheduler.server_args.get_attention_backends()
         graphs = scheduler.instance.stage_graph_max_bs
         key = (*key, *backends, graphs, scheduler.max_running_requests)
     work, how = shapes_for(scheduler), timing(device.type)
     with torch.inference_mode():
-        return load_or_measure(engine, repr(key), work, how, ranks)
+        return load_or_measure(engine, repr(key), work, how, ranks, scheduler.page_size)
 
 
 def shapes_for(scheduler: Scheduling) -> list[Work]:
     """What a profile of this instance measures."""
-    return shapes(
+    slots, page = scheduler.max_total_num_tokens, scheduler.page_size
+    wanted = shapes(
         scheduler.tp_worker.model_runner.torch_device.type,
-        slots=scheduler.max_total_num_tokens,
+        slots=slots,
         context=scheduler.model_config.context_len,
         chunk=_largest_chunk(scheduler),
         running=scheduler.max_running_requests,
     )
+    return [work for work in wanted if slots_needed(work, page) <= slots]
 
 
 def _largest_chunk(scheduler: Scheduling) -> int:

@@ -43,7 +43,6 @@ _FIXED = {
     "moe_dp_size": 1,
     "moe_a2a_backend": "none",
     "nnodes": 1,
-    "page_size": 1,
     "tokenizer_worker_num": 1,
     "disaggregation_mode": "null",
     "cpu_offload_gb": 0,

@@ -24,7 +24,7 @@ from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.instance.parts.cache_log import CacheLog
 from kunserve_sglang.instance.parts.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.sglang_seam.batches import described
-from kunserve_sglang.sglang_seam.lengths import in_the_end
+from kunserve_sglang.sglang_seam.lengths import in_blocks, in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
 from kunserve_sglang.sglang_seam.progress import Progress
@@ -55,7 +55,7 @@ class SglangEngine:
         self._decoder = LayeredDecoder(self._runner.model)
         self._torch_device: torch.device = self._runner.torch_device
         self._stages = stages_for(self._runner, self._decoder)
-        try_parts(self._decoder, self._stages, self._torch_device)
+        try_parts(self._decoder, self._stages, self._torch_device, scheduler.page_size)
         self._arrived: Hidden | None = None
         self._lengths = OutputLengths()
         self.requests_arrived = 0
@@ -75,7 +75,7 @@ class SglangEngine:
         expected = sum(self._expected_output(r) for r in (*running, *waiting))
         prompts = sum(r.seqlen for r in waiting)
         # SGLang admits nobody for whom not even the longest possible answer would fit.
-        first = max(map(in_the_end, waiting), default=0)
+        first = max((in_the_end(r, scheduler.page_size) for r in waiting), default=0)
         return Load(
             slots=Slots(used=used, cached=cached, capacity=self._allocator.size),
             running=len(running),
@@ -151,13 +151,13 @@ class SglangEngine:
         return self._largest_of(self._scheduler.requests_with_slots())
 
     def _largest_of(self, requests: Sequence[Any]) -> int:
-        chunked = self._scheduler.chunked_req
-        largest = max((in_the_end(r) for r in requests if r is not chunked), default=0)
+        chunked, page = self._scheduler.chunked_req, self._scheduler.page_size
+        largest = max((in_the_end(r, page) for r in requests if r is not chunked), default=0)
         if chunked is None:
             return largest
         # Until its prompt is in the pool it cannot be retracted, so both have to fit.
-        beside: int = chunked.seqlen + 1 + largest
-        return max(in_the_end(chunked), beside)
+        beside = in_blocks(chunked.seqlen, page) + page + largest
+        return max(in_the_end(chunked, page), beside)
 
     def relocate(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # As long as the stride, since rows keep stale slots of larger capacities behind their end.

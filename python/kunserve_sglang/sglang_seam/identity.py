@@ -31,6 +31,7 @@ def identity_of(server_args: Any) -> ModelIdentity:
         context=config.context_len,
         requests=server_args.max_running_requests or 0,
         ranks=server_args.tp_size,
+        block_slots=server_args.page_size,
         config=hashlib.sha256(repr(sorted(hf_config.items())).encode()).hexdigest(),
         weights=_weights(server_args),
         versions={

@@ -14,7 +14,7 @@ from kunserve_sglang.core.instance_config import InstanceConfig
 from kunserve_sglang.core.layout import LayerRange, MemoryProfile
 from kunserve_sglang.instance.store.budget import Memory, build_kv, profile_of
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore
-from kunserve_sglang.sglang_seam.allocator import ElasticSlotAllocator
+from kunserve_sglang.sglang_seam.allocator import ElasticAllocator, allocator_for
 
 
 class ElasticKVPool(MHATokenToKVPool):
@@ -89,7 +89,7 @@ class ElasticConfigurator(KVCacheConfigurator):
     def __post_init__(self) -> None:
         # slots=True makes dataclass create a new class, which breaks zero-argument super().
         KVCacheConfigurator.__post_init__(self)
-        self.profile = profile_of(self.memory, self._shape(), self.instance.owners)
+        self.profile = profile_of(self.memory, self._shape(), self.instance.owners, self.page_size)
 
     def _profile_available_bytes(self, pre_model_load_memory: int) -> int:
         layers = LayerRange(0, len(self.memory.parameters))
@@ -116,13 +116,14 @@ class ElasticConfigurator(KVCacheConfigurator):
 
     def _build_token_to_kv_pool_allocator(
         self, *, sizes: Any, token_to_kv_pool: Any, **_: Any
-    ) -> ElasticSlotAllocator:
+    ) -> ElasticAllocator:
         if not isinstance(token_to_kv_pool, ElasticKVPool):
             raise ConfigurationError(
                 f"{self.model_config.hf_config.architectures[0]}: SGLang keeps its KV in a "
                 f"{type(token_to_kv_pool).__name__}, which KunServe cannot drop layers beside"
             )
-        return ElasticSlotAllocator(
+        return allocator_for(
+            self.page_size,
             sizes.max_total_num_tokens,
             dtype=self.kv_cache_dtype,
             device=self.device,

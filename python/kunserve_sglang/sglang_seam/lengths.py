@@ -13,13 +13,18 @@ def max_output(request: Any) -> int:
     return max(0, left)
 
 
-def in_the_end(request: Any) -> int:
-    """Slots it may need at most, with the one that SGLang wants free beside them."""
+def in_blocks(tokens: int, page_size: int) -> int:
+    """Slots of the blocks that hold so many tokens of one request."""
+    return tokens + -tokens % page_size
+
+
+def in_the_end(request: Any, page_size: int) -> int:
+    """Slots it may need at most, with the block that SGLang wants free beside them."""
     length: int = request.seqlen
-    return length + max_output(request) + 1
+    return in_blocks(length + max_output(request), page_size) + page_size
 
 
-def needed_to_admit(request: Any, *, cached: bool) -> int:
+def needed_to_admit(request: Any, page_size: int, *, cached: bool) -> int:
     """Slots that have to be free, or the request's own cached prefix, before SGLang admits it.
 
     It expects no answer to be longer than a certain length, unless the request says that it will be
@@ -29,4 +34,4 @@ def needed_to_admit(request: Any, *, cached: bool) -> int:
     if cached or not request.sampling_params.ignore_eos:
         output = min(output, CLIP_MAX_NEW_TOKENS)
     length: int = request.seqlen
-    return length + output + 1
+    return length + output + page_size

@@ -8,6 +8,7 @@ from typing import Any
 
 from kunserve_sglang.core.cost_model import Chunk, Work
 from kunserve_sglang.execution.formation import Outlook, chunks_ahead
+from kunserve_sglang.sglang_seam.lengths import in_blocks
 from kunserve_sglang.sglang_seam.scheduling import Scheduling
 from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 
@@ -48,10 +49,14 @@ def _prompts_left(scheduler: Scheduling, waiting: WaitingRequests) -> Iterator[C
 
 @contextlib.contextmanager
 def chunks_of(scheduler: Scheduling, outlook: Outlook) -> Iterator[None]:
-    """Let SGLang cut prompts into chunks no longer than the outlook says."""
+    """Let SGLang cut prompts into chunks no longer than the outlook says, in whole blocks.
+
+    It begins no prompt with less than a block.
+    """
     configured = scheduler.chunked_prefill_size
     if configured is not None:
-        scheduler.chunked_prefill_size = min(configured, outlook.chunk_tokens)
+        wanted = in_blocks(outlook.chunk_tokens, scheduler.page_size)
+        scheduler.chunked_prefill_size = min(configured, wanted)
     try:
         yield
     finally:

@@ -129,8 +129,12 @@ class KunServeWorker(TpModelWorker):
         return (*info[:4], longest, self.longest_input(self.max_slots), *info[6:])
 
     def longest_input(self, slots: int) -> int:
-        """Tokens of a prompt, for a request that may count on this many slots."""
-        return int(min(self.model_config.context_len, slots)) - 1 - _INPUT_MARGIN
+        """Tokens of a prompt, for a request that may count on this many slots.
+
+        SGLang rounds it up to whole blocks, and wants another one free beside it.
+        """
+        room = slots - 2 * (self._model_runner.page_size - 1)
+        return int(min(self.model_config.context_len, room)) - 1 - _INPUT_MARGIN
 
     def _init_model_runner(self) -> None:
         self._model_runner = KunServeModelRunner(

@@ -33,6 +33,7 @@ class Scheduling(Protocol):
     max_prefill_tokens: int
     max_req_input_len: int
     chunked_prefill_size: int | None
+    page_size: int
 
     model_config: Any
     server_args: Any

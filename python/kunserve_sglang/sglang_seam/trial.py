@@ -23,14 +23,16 @@ _CANNOT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
 
 
 @torch.no_grad()
-def try_parts(decoder: LayeredDecoder, stages: Stages, device: torch.device) -> None:
+def try_parts(
+    decoder: LayeredDecoder, stages: Stages, device: torch.device, page_size: int = 1
+) -> None:
     """Run a few tokens through all layers at once, and through the first and all others.
 
-    To be called while all layers are here and no slot is taken. Raises `ConfigurationError` unless
-    both come to the same.
+    To be called while all layers are here and no slot is taken; `page_size` slots are a block.
+    Raises `ConfigurationError` unless both come to the same.
     """
     try:
-        amiss = _amiss(decoder, stages, device)
+        amiss = _amiss(decoder, stages, device, page_size)
     except (*_CANNOT, ConfigurationError) as error:
         raise ConfigurationError(
             f"{decoder.name}: KunServe cannot run it in parts: {str(error) or type(error).__name__}"
@@ -39,8 +41,8 @@ def try_parts(decoder: LayeredDecoder, stages: Stages, device: torch.device) -> 
         raise ConfigurationError(f"{decoder.name}: {amiss}; KunServe cannot run it in parts")
 
 
-def _amiss(decoder: LayeredDecoder, stages: Stages, device: torch.device) -> str:
-    batch, table = probe(Work(chunks=(Chunk(0, _TOKENS),)))
+def _amiss(decoder: LayeredDecoder, stages: Stages, device: torch.device, page_size: int) -> str:
+    batch, table = probe(Work(chunks=(Chunk(0, _TOKENS),)), page_size)
     there = on_device(batch, device)
     tokens = torch.arange(1, _TOKENS + 1, device=device)
     context = forward_batch_of(there, there.rows, there.out_slots, _TOKENS)

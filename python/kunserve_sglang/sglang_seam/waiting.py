@@ -120,7 +120,7 @@ class WaitingRequests:
         """Whether SGLang would admit it if nothing else were in the pool."""
         scheduler = self._scheduler
         cached = not getattr(scheduler.tree_cache, "disable", True)  # as SGLang asks
-        needed = needed_to_admit(request, cached=cached)
+        needed = needed_to_admit(request, scheduler.page_size, cached=cached)
         return bool(needed < scheduler.token_to_kv_pool_allocator.size)
 
     def _turned_away(self, aside: set[Any]) -> set[Any]:
@@ -129,7 +129,8 @@ class WaitingRequests:
         Not at once, since it may open again: a limit is about predictions that follow the load.
         """
         scheduler, now = self._scheduler, self._scheduler.clock()
-        hopeless = {r.rid: r for r in aside if r.seqlen + 1 >= self.attainable}
+        most = self.attainable - scheduler.page_size
+        hopeless = {r.rid: r for r in aside if r.seqlen >= most}
         since = {rid: self._hopeless_since.get(rid, now) for rid in hopeless}
         gone = {r for rid, r in hopeless.items() if now - since[rid] > _PATIENCE_S}
         for request in gone:

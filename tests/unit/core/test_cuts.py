@@ -82,6 +82,7 @@ def test_no_cut_has_more_slots(data: st.DataObject) -> None:
     """Against all cuts: any budgets, any uneven layers, any ranges that members may hold."""
     layers = data.draw(st.integers(3, 10))
     members = data.draw(st.integers(2, min(4, layers)))
+    block = data.draw(st.sampled_from([1, 1, 16, 48]))
     layer_pages = tuple(data.draw(st.lists(st.integers(1, 60), min_size=layers, max_size=layers)))
     memory = [
         MemoryProfile(
@@ -90,8 +91,9 @@ def test_no_cut_has_more_slots(data: st.DataObject) -> None:
             layer_pages=layer_pages,
             key_row_bytes=data.draw(st.sampled_from([128, 192])),
             value_row_bytes=128,
-            stride=1 << 16,
+            stride=48 << 16,
             owners=8,
+            block_slots=block,
         )
         for _ in range(members)
     ]

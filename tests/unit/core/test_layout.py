@@ -34,16 +34,27 @@ def test_coverage_is_checked() -> None:
     assert not layout((0, 0, 5), (1, 5, 5), (2, 5, 9)).covers(9)
 
 
-@given(st.integers(1, 30), st.integers(1, 8), st.integers(100, 9000), st.integers(100, 9000))
-def test_capacity_is_the_most_that_fits(layers: int, owners: int, key: int, value: int) -> None:
+@given(
+    st.integers(1, 30),
+    st.integers(1, 8),
+    st.integers(100, 9000),
+    st.integers(100, 9000),
+    st.sampled_from([1, 2, 16, 100]),
+)
+def test_capacity_is_the_most_that_fits(
+    layers: int, owners: int, key: int, value: int, block: int
+) -> None:
     memory = msgspec.structs.replace(
-        profile(), key_row_bytes=key, value_row_bytes=value, stride=1 << 40
+        profile(), key_row_bytes=key, value_row_bytes=value, stride=1 << 40, block_slots=block
     )
     held = LayerRange(0, layers)
     slots = memory.capacity(held, owners)
     budget = memory.pages - memory.parameter_pages(held)
-    assert owners * layers * memory.kv_pages(slots) <= budget
-    assert owners * layers * memory.kv_pages(slots + 1) > budget
+    assert slots % block == 0
+    assert memory.idle_share(held, owners) % block == memory.max_slots() % block == 0
+    if slots:
+        assert owners * layers * memory.kv_pages(slots) <= budget
+    assert owners * layers * memory.kv_pages(slots + block) > budget
 
 
 def test_capacity_is_zero_where_not_even_the_parameters_fit() -> None:

@@ -65,3 +65,11 @@ def test_more_slots_are_welcome_though_they_are_not_all_that_is_needed() -> None
 def test_nobody_gives_up_slots_that_are_taken() -> None:
     refused = objection(member(0, taken=SLOTS - 50), GROUP, (), divided_anew(-100))
     assert "requests hold" in refused
+
+
+def test_slots_come_in_whole_blocks() -> None:
+    body = member(0)
+    body.profile = msgspec.structs.replace(body.profile, block_slots=SLOTS // 4)
+    rest = SLOTS % (SLOTS // 4)
+    refused = objection(body, GROUP, (), divided_anew(-rest - 1))
+    assert refused.endswith(f"are not whole blocks of {SLOTS // 4}")

@@ -163,6 +163,7 @@ def scheduler_on(device: torch.device, *, graphs: int = 64) -> Any:
         model_config=SimpleNamespace(
             model_path="m", hf_config="{}", dtype=torch.bfloat16, context_len=4096
         ),
+        page_size=1,
         max_total_num_tokens=10_000,
         chunked_prefill_size=None,
         max_prefill_tokens=2048,
@@ -176,7 +177,7 @@ def test_every_kind_of_device_has_profiles_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         assembly,
         "load_or_measure",
-        lambda _, key, work, timing, __: asked.append((key, work, timing)),
+        lambda _, key, work, timing, *__: asked.append((key, work, timing)),
     )
     names = iter(["NVIDIA H200", "NVIDIA L4", "NVIDIA H200"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: next(names))
@@ -195,3 +196,22 @@ def test_every_kind_of_device_has_profiles_of_its_own(monkeypatch: pytest.Monkey
     assert [timing for *_, timing in asked] == [ON_HOST, *[ON_DEVICE] * 3, ON_HOST]
     expected = shapes("cuda", slots=10_000, context=4096, chunk=2048, running=128)
     assert asked[1][1] == expected
+
+
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize(
+    "work",
+    [Work(decodes=3, context=60), Work(chunks=(Chunk(30, 7), Chunk(0, 16), Chunk(0, 1)))],
+)
+def test_each_request_of_a_probe_begins_a_block(work: Work, block: int) -> None:
+    batch, table = profiling.probe(work, block)
+    used = set()
+    for row, length in zip(batch.rows.tolist(), batch.seq_lens.tolist(), strict=True):
+        slots = table[row, :length]
+        assert int(slots[0]) % block == 0
+        blocks = {slot // block for slot in slots.tolist()}
+        assert not used & blocks
+        used |= blocks
+    assert min(used) == 1
+    assert profiling.slots_needed(work, block) == max(used) * block
+    assert set(batch.out_slots.tolist()) <= set(table.flatten().tolist())

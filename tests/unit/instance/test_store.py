@@ -19,7 +19,7 @@ from kunserve_sglang.core.errors import (
     TransientError,
 )
 from kunserve_sglang.core.instance_config import InstanceConfig
-from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.core.layout import LayerRange, MemoryProfile
 from kunserve_sglang.instance.store.budget import adopt_model, memory_budget
 from kunserve_sglang.instance.store.kv_store import KvShape, KvStore, aligned_stride
 from kunserve_sglang.instance.store.parameters import ParameterStore
@@ -239,3 +239,34 @@ def test_owners_come_and_go(kv: KvStore) -> None:
     assert kv.base(3) == kv.stride
     with pytest.raises(InternalError, match="owns no sub-range"):
         kv.base(1)
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_the_slots_of_a_capacity_lie_behind_the_dummy_block(
+    pool: PhysicalPagePool, block: int
+) -> None:
+    stride = aligned_stride(320, SHAPE, PAGE, block)
+    assert stride % block == 0
+    assert stride >= 320 + block
+    kv = KvStore(pool, SHAPE, instance=5, stride=stride, owners=2, block_slots=block)
+    profile = MemoryProfile(
+        page_bytes=PAGE,
+        pages=pool.total,
+        layer_pages=(0,) * SHAPE.layers,
+        key_row_bytes=SHAPE.key_row_bytes,
+        value_row_bytes=SHAPE.value_row_bytes,
+        stride=stride,
+        owners=2,
+        block_slots=block,
+    )
+    for capacity in (96, 320, 32):
+        kv.resize(0, 5, capacity)
+        assert kv.pages == profile.kv_pages(capacity)
+        last = torch.tensor([capacity + block - 1])
+        rows = torch.ones(1, 1, 2, 24), torch.ones(1, 1, 2, 16)
+        kv.scatter(LayerRange(0, 1), 5, last, *rows)
+        assert all(bool((x == 1).all()) for x in kv.gather(LayerRange(0, 1), 5, last))
+    with pytest.raises(InternalError, match="exceed the reserved stride"):
+        kv.resize(0, 5, stride - block + 1)
+    kv.release(0, 5)
+    assert pool.free == pool.total

@@ -35,6 +35,16 @@ def test_a_drop_could_give_one_nearly_all_of_a_group() -> None:
     assert largest(cluster(4), may_drop=True)[0] > found[0]
 
 
+def test_it_is_whole_blocks_of_slots() -> None:
+    memory = msgspec.structs.replace(profile(), block_slots=48)
+    state = cluster(2, memory=memory)
+    dropped = carried_out(state, plan_drop(state, epoch=1, reason="", max_group_size=2))
+    for now in (state, dropped):
+        for found in largest(now, may_drop=True):
+            assert found % 48 == 0
+            assert found <= memory.max_slots()
+
+
 def test_a_group_is_one_pool_whoever_made_it() -> None:
     before = cluster(2)
     state = carried_out(before, plan_drop(before, epoch=1, reason="", max_group_size=2))

@@ -11,12 +11,12 @@ from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.planner import NoPlan, plan_drop
 from kunserve_sglang.policy.shares import plan_rebalance, shares, skewed
 from kunserve_sglang.policy.state import ClusterState
-from tests.support.clusters import carried_out, cluster, with_load
+from tests.support.clusters import carried_out, cluster, profile, with_load
 
 
-def group(size: int) -> ClusterState:
-    """`size` instances that cooperate."""
-    state = cluster(size)
+def group(size: int, block_slots: int = 1) -> ClusterState:
+    """`size` instances that cooperate, and hand out so many slots together."""
+    state = cluster(size, memory=msgspec.structs.replace(profile(), block_slots=block_slots))
     plan = plan_drop(
         state, epoch=1, reason="", max_group_size=size, instances=range(size) if size else None
     )
@@ -107,9 +107,11 @@ def test_a_plan_moves_no_layer() -> None:
         plan_rebalance(moved, epoch=3, reason="")
 
 
-@given(st.integers(2, 6), st.data())
-def test_shares_hold_what_is_used_and_fill_the_pages(size: int, data: st.DataObject) -> None:
-    state = group(size)
+@given(st.integers(2, 6), st.sampled_from([1, 16, 64]), st.data())
+def test_shares_hold_what_is_used_and_fill_the_pages(
+    size: int, block: int, data: st.DataObject
+) -> None:
+    state = group(size, block)
     most = state.instance(0).load.slots.capacity
     used = [data.draw(st.integers(0, most)) for _ in range(size)]
     demand = [u + data.draw(st.integers(0, 3 * most)) for u in used]
@@ -125,6 +127,7 @@ def test_shares_hold_what_is_used_and_fill_the_pages(size: int, data: st.DataObj
     capacities = shares(state, layout)
     for owner, capacity in zip(layout.ids, capacities, strict=True):
         assert capacity >= state.instance(owner).load.slots.used
+        assert capacity % block == 0
         assert state.instance(owner).memory.fits(state.instance(owner).layers, capacities)
     equal = sum(m.capacity for m in layout.members)
     assert sum(capacities) >= 0.98 * equal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +47,7 @@ def check_memory(state: ClusterState, step: Transition) -> None:
                 if member.instance in then.ids:
                     beside = arriving_pages(memory, member.instance, layout, then)
             shares = [m.capacity for m in layout.members]
+            assert [memory.whole(slots) for slots in shares] == shares
             assert memory.fits(member.layers, shares, beside=beside)
 
 
@@ -122,9 +124,13 @@ def test_a_rebalance_is_one_step() -> None:
     st.integers(0, 400),
     st.integers(1, 60_000),
     st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 16, 100]),
 )
-def test_every_step_fits(size: int, pages: int, held: int, tokens: int, stages: int) -> None:
-    state = cluster(size, memory=profile(pages=pages))
+def test_every_step_fits(
+    size: int, pages: int, held: int, tokens: int, stages: int, block: int
+) -> None:
+    memory = msgspec.structs.replace(profile(pages=pages), block_slots=block)
+    state = cluster(size, memory=memory)
     try:
         plan = drop(state, tokens=tokens)
         group = used(carried_out(state, plan), held)

@@ -13,10 +13,20 @@ from tests.support.places import ROOT
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("page_size", [1, 4])
 @pytest.mark.parametrize("backend", ["triton", "flashinfer", "fa3"])
-def test_stages_compute_what_they_do_on_a_cpu(tiny_model: Path, backend: str) -> None:
+def test_stages_compute_what_they_do_on_a_cpu(
+    tiny_model: Path, backend: str, page_size: int
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.interpreted", str(tiny_model), backend],
+        [
+            sys.executable,
+            "-m",
+            "tests.support.interpreted",
+            str(tiny_model),
+            backend,
+            str(page_size),
+        ],
         capture_output=True,
         text=True,
         timeout=200,

@@ -41,6 +41,7 @@ class Clock:
 def queue_of(waiting: list[Request], running: int) -> tuple[WaitingRequests, Any]:
     scheduler = SimpleNamespace(
         waiting_queue=waiting,
+        page_size=1,
         max_total_num_tokens=SLOTS,
         max_req_input_len=0,
         tp_worker=SimpleNamespace(max_slots=10 * SLOTS, longest_input=lambda slots: slots),

@@ -85,7 +85,7 @@ class Engine(Protocol):
         ...
 
     def taken_slots(self) -> torch.Tensor:
-        """All slots that requests or cached prefixes hold, ascending, int64."""
+        """All slots of blocks that requests or cached prefixes hold, ascending, int64."""
         ...
 
     def watch_cache(self, log: CacheLog) -> None:
@@ -104,7 +104,7 @@ class Engine(Protocol):
         ...
 
     def set_capacity(self, slots: int) -> None:
-        """From now on, hand out slots `1..slots` only; none above is taken."""
+        """From now on, hand out the first `slots` slots only, whole blocks; none above is taken."""
         ...
 
     def limit_requests(self, told: Attainable) -> None:

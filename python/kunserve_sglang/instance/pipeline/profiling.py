@@ -31,18 +31,23 @@ _MODEL: Fact[CostModel | None] = Fact("costs", msgspec.msgpack.Decoder(CostModel
 
 
 def measure(
-    engine: Engine, work: Iterable[Work], timing: Timing = ON_HOST, ranks: Ranks = _ALONE
+    engine: Engine,
+    work: Iterable[Work],
+    timing: Timing = ON_HOST,
+    ranks: Ranks = _ALONE,
+    block_slots: int = 1,
 ) -> list[Sample]:
     """Run shapes on this instance's own layers. To be called while all slots are free.
 
     A slow machine gets through a part of them in `timing.budget_s`; it is spread over all, and has
-    at least `_LEAST` of each kind. All ranks measure together, each its own time.
+    at least `_LEAST` of each kind. All ranks measure together, each its own time. `block_slots` are
+    handed out together.
     """
     work = list(work)
     clock = clock_of(ranks)
     deadline = clock() + timing.budget_s
     # Once over everything: the first touch of a page costs more than computing on it.
-    batch, table = probe(max(work, key=lambda w: w.context))
+    batch, table = probe(max(work, key=lambda w: w.context), block_slots)
     everything = LayerRange(0, engine.layer_count)
     engine.forget_owners()
     engine.run_stage(batch, table, 0, everything, engine.blank_hidden(len(batch.positions)))
@@ -51,7 +56,7 @@ def measure(
         kinds = Counter(bool(s.work.chunks) for s in samples)
         if clock() > deadline and min(kinds[True], kinds[False]) >= _LEAST:
             break
-        samples.append(Sample(work=shape, ms=_measure(engine, shape, timing)))
+        samples.append(Sample(work=shape, ms=_measure(engine, shape, timing, block_slots)))
     return samples
 
 
@@ -61,6 +66,7 @@ def load_or_measure(
     work: Iterable[Work],
     timing: Timing = ON_HOST,
     ranks: Ranks = _ALONE,
+    block_slots: int = 1,
 ) -> CostModel:
     """The cached model for `key`, or a new one. A cache that cannot be written is no error.
 
@@ -70,7 +76,7 @@ def load_or_measure(
     known = ranks.agree(_MODEL, lambda: _read(path))
     if known is not None:
         return known
-    mine = fit(measure(engine, work, timing, ranks))
+    mine = fit(measure(engine, work, timing, ranks, block_slots))
     if ranks.rank == 0:
         _write(path, mine)
     return ranks.agree(_MODEL, lambda: mine) or mine
@@ -96,9 +102,9 @@ def _cache_folder() -> Path:
     return Path(base) / "kunserve" / "profiles"
 
 
-def _measure(engine: Engine, work: Work, timing: Timing) -> float:
+def _measure(engine: Engine, work: Work, timing: Timing, block_slots: int) -> float:
     """Milliseconds per layer."""
-    batch, table = probe(work)
+    batch, table = probe(work, block_slots)
     engine.forget_owners()
     hidden = engine.blank_hidden(len(batch.positions))
     # What graphs exist for is going to run by graph.
@@ -118,22 +124,21 @@ def _windows(layers: int) -> Sequence[LayerRange]:
     return [LayerRange(n * width, (n + 1) * width) for n in range(layers // width)]
 
 
-def probe(work: Work) -> tuple[StageBatch, torch.Tensor]:
-    """A batch of that shape on slots 1, 2, ..., and the request table that goes with it."""
-    if work.decodes:
-        length = max(1, work.context // work.decodes)
-        spans = [Chunk(length - 1, 1)] * work.decodes
-    else:
-        spans = list(work.chunks)
+def probe(work: Work, block_slots: int = 1) -> tuple[StageBatch, torch.Tensor]:
+    """A batch of that shape on the first slots, and the request table that goes with it.
+
+    Each request begins a block.
+    """
+    spans = _requests(work)
     lengths = torch.tensor([s.prefix + s.tokens for s in spans])
     table = torch.zeros((len(spans), int(lengths.max())), dtype=torch.int32)
-    positions, slots, first = [], [], 1
+    positions, slots, first = [], [], block_slots
     for row, span in enumerate(spans):
         end = span.prefix + span.tokens
         table[row, :end] = torch.arange(first, first + end)
         positions.append(torch.arange(span.prefix, end))
         slots.append(torch.arange(first + span.prefix, first + end))
-        first += end
+        first += end + -end % block_slots
     extend = not work.decodes
     batch = StageBatch(
         owner=_PROBE_OWNER,
@@ -145,3 +150,16 @@ def probe(work: Work) -> tuple[StageBatch, torch.Tensor]:
         extend_lens=torch.tensor([s.tokens for s in spans], dtype=torch.int32) if extend else None,
     )
     return batch, table
+
+
+def slots_needed(work: Work, block_slots: int) -> int:
+    """Slots of the blocks that `probe` takes for such work."""
+    ends = (s.prefix + s.tokens for s in _requests(work))
+    return sum(end + -end % block_slots for end in ends)
+
+
+def _requests(work: Work) -> list[Chunk]:
+    if not work.decodes:
+        return list(work.chunks)
+    length = max(1, work.context // work.decodes)
+    return [Chunk(length - 1, 1)] * work.decodes

@@ -88,9 +88,10 @@ def adopt_model(
     return Memory(pool, parameters, resident, windows)
 
 
-def profile_of(memory: Memory, shape: KvShape, owners: int) -> MemoryProfile:
+def profile_of(memory: Memory, shape: KvShape, owners: int, block_slots: int = 1) -> MemoryProfile:
     """The memory profile that the instance reports; its `capacity` sizes the KV pool.
 
+    `block_slots` are handed out together.
     Raises `ConfigurationError` if hardly any KV would fit.
     """
     page = memory.pool.page_bytes
@@ -104,8 +105,9 @@ def profile_of(memory: Memory, shape: KvShape, owners: int) -> MemoryProfile:
         layer_pages=memory.parameters.layer_pages(),
         key_row_bytes=shape.key_row_bytes,
         value_row_bytes=shape.value_row_bytes,
-        stride=aligned_stride(memory.pool.total * page // (fewest * row), shape, page),
+        stride=aligned_stride(memory.pool.total * page // (fewest * row), shape, page, block_slots),
         owners=owners,
+        block_slots=block_slots,
     )
     capacity = profile.capacity(LayerRange(0, layers), 1)
     if capacity < _MIN_CAPACITY:
@@ -119,7 +121,12 @@ def profile_of(memory: Memory, shape: KvShape, owners: int) -> MemoryProfile:
 def build_kv(memory: Memory, shape: KvShape, profile: MemoryProfile, instance: int) -> KvStore:
     """The KV store at full-replica capacity, all layers mapped for the instance itself."""
     kv = KvStore(
-        memory.pool, shape, instance=instance, stride=profile.stride, owners=profile.owners
+        memory.pool,
+        shape,
+        instance=instance,
+        stride=profile.stride,
+        owners=profile.owners,
+        block_slots=profile.block_slots,
     )
     capacity = profile.capacity(LayerRange(0, shape.layers), 1)
     for layer in range(shape.layers):

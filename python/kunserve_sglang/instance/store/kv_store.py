@@ -41,23 +41,38 @@ class KvShape:
         return self.layers * (self.key_row_bytes + self.value_row_bytes)
 
 
-def aligned_stride(slots: int, shape: KvShape, page_bytes: int) -> int:
-    """The least number of rows >= `slots + 1` whose K and V both end on a page boundary."""
-    unit = 1
+def aligned_stride(slots: int, shape: KvShape, page_bytes: int, block_slots: int = 1) -> int:
+    """The least number of whole blocks of rows for `slots` slots, and the dummy block.
+
+    Its K and V both end on a page boundary.
+    """
+    unit = block_slots
     for row in (shape.key_row_bytes, shape.value_row_bytes):
         step = page_bytes // gcd(page_bytes, row)
         unit = unit * step // gcd(unit, step)
-    return -(-(slots + 1) // unit) * unit
+    return -(-(slots + block_slots) // unit) * unit
 
 
 class KvStore:
-    """Elastic K and V buffers of all layers. Row 0 of every sub-range is SGLang's dummy slot."""
+    """Elastic K and V buffers of all layers.
+
+    The first `block_slots` rows of every sub-range are SGLang's dummy, so `n` slots are the next
+    `n` rows, a whole number of blocks.
+    """
 
     def __init__(
-        self, pool: PhysicalPagePool, shape: KvShape, *, instance: int, stride: int, owners: int
+        self,
+        pool: PhysicalPagePool,
+        shape: KvShape,
+        *,
+        instance: int,
+        stride: int,
+        owners: int,
+        block_slots: int = 1,
     ) -> None:
         self.shape = shape
         self.stride = stride
+        self._block_slots = block_slots
         self.rows = stride * owners
         """Of each buffer, mapped or not."""
         self._owners: list[int | None] = [instance] + [None] * (owners - 1)
@@ -122,17 +137,17 @@ class KvStore:
         return self._slots.get((layer, owner), 0)
 
     def resize(self, layer: int, owner: int, slots: int) -> None:
-        """Make exactly `slots` slots (and the dummy) usable.
+        """Make exactly `slots` slots (and the dummy block) usable.
 
         Raises `OutOfPages` or `MappingRefused`; as many as before are usable then, or `slots` if
         these are fewer. It can be asked for again.
         """
-        if slots >= self.stride:
+        if slots + self._block_slots > self.stride:
             raise InternalError(f"{slots} slots exceed the reserved stride of {self.stride}")
         base = self.base(owner)
         try:
             for buffer, row in zip(self._buffers[layer], self._row_bytes, strict=True):
-                buffer.map(base * row, (base + slots + 1) * row)
+                buffer.map(base * row, (base + slots + self._block_slots) * row)
         except TransientError:
             self._unmap_above(layer, owner)
             raise
@@ -143,17 +158,18 @@ class KvStore:
     def _unmap_above(self, layer: int, owner: int, slots: int | None = None) -> None:
         """Give back what lies above `slots`; by default, above what is usable."""
         if slots is None:
-            slots = self._slots.get((layer, owner), -1)
+            slots = self._slots.get((layer, owner), -self._block_slots)
         base = self.base(owner)
+        first = base + slots + self._block_slots
         for buffer, row in zip(self._buffers[layer], self._row_bytes, strict=True):
-            buffer.unmap((base + slots + 1) * row, (base + self.stride) * row)
+            buffer.unmap(first * row, (base + self.stride) * row)
 
     def release(self, layer: int, owner: int) -> None:
         """Unmap everything `owner` has in `layer`.
 
         Raises `MappingRefused`; it can be asked for again then.
         """
-        self._unmap_above(layer, owner, -1)
+        self._unmap_above(layer, owner, -self._block_slots)
         self._slots.pop((layer, owner), None)
 
     def buffers(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:

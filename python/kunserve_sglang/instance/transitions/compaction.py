@@ -15,26 +15,34 @@ class SlotChange:
 
     source: torch.Tensor
     target: torch.Tensor
+    block_slots: int = 1
 
     @property
     def highest(self) -> int:
-        return int(self.target.max()) if len(self.target) else 0
+        """The least capacity that has them all."""
+        return int(self.target.max()) - self.block_slots + 1 if len(self.target) else 0
 
     @property
     def moved(self) -> int:
         return int((self.source != self.target).sum())
 
 
-def compact(taken: torch.Tensor, capacity: int) -> SlotChange:
-    """Move slots above `capacity` to the lowest free ones; raises `InternalError` if too many."""
-    high = taken > capacity
-    low = taken[~high]
-    used = torch.zeros(capacity + 1, dtype=torch.bool)
-    used[low] = True
+def compact(taken: torch.Tensor, capacity: int, block_slots: int = 1) -> SlotChange:
+    """Move blocks of slots above `capacity` to the lowest free ones.
+
+    `taken` are whole blocks, ascending, and stay whole: their tokens keep their places in them.
+    Raises `InternalError` if there are too many.
+    """
+    blocks = taken[::block_slots] // block_slots
+    most = capacity // block_slots
+    high = blocks > most
+    used = torch.zeros(most + 1, dtype=torch.bool)
+    used[blocks[~high]] = True
     used[0] = True
     room = torch.nonzero(~used).flatten()[: int(high.sum())]
     if len(room) < int(high.sum()):
         raise InternalError(f"{len(taken)} slots cannot be compacted into {capacity}")
-    target = taken.clone()
-    target[high] = room
-    return SlotChange(taken, target)
+    places = blocks.clone()
+    places[high] = room
+    target = places[:, None] * block_slots + torch.arange(block_slots)
+    return SlotChange(taken, target.flatten(), block_slots)

@@ -143,7 +143,8 @@ class Exchange:
 
     def _barrier(self, packets: list[Packet], deadline: float) -> None:
         taken = self._body.engine.taken_slots()
-        mine = compact(taken, self.after.member(self._me).capacity)
+        block = self._body.profile.block_slots
+        mine = compact(taken, self.after.member(self._me).capacity, block)
         self._changes[self._me] = mine
         header = wire.encode(wire.TakenSlots(sender=self._me, epoch=self._transition.epoch))
         for peer in self._participants:
@@ -166,9 +167,8 @@ class Exchange:
                     continue  # said again, or by somebody who takes no part
                 missing.remove(received.sender)
                 # Copies: what arrived lies in memory that the sender wants back.
-                self._changes[received.sender] = SlotChange(
-                    *(t.clone().cpu() for t in packet.tensors)
-                )
+                source, target = (t.clone().cpu() for t in packet.tensors)
+                self._changes[received.sender] = SlotChange(source, target, block)
             else:
                 # A faster member is past its barrier already; its data waits its turn.
                 self._early.append(packet)

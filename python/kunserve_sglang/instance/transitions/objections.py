@@ -50,6 +50,8 @@ def _does_not_fit(
     if transition.ahead:
         beside = arriving_pages(profile, me, after, layout_of(transition.ahead, me))
     shares = [m.capacity for m in after.members]
+    if any(profile.whole(slots) != slots for slots in shares):
+        return f"{shares} slots are not whole blocks of {profile.block_slots}"
     if not profile.fits(after.member(me).layers, shares, beside=beside):
         return f"{shares} slots for {owners} owners do not fit the memory budget"
     dropped = before.member(me).layers.minus(after.member(me).layers)
