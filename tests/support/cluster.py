@@ -195,6 +195,12 @@ class ScriptedCluster(Controlled):
         numbers: tuple[int, int] = self._expect(self._links[member], "numbers")
         return numbers
 
+    def mixed(self, member: int) -> tuple[int, int]:
+        """Prefills that have taken a decode step along: while independent, and cooperative."""
+        self._links[member].send(("mixed", None))
+        mixed: tuple[int, int] = self._expect(self._links[member], "mixed")
+        return mixed
+
     def failures(self) -> int:
         """How often a step has failed in any member, whether or not anybody has noticed it."""
         for link in self._links:

@@ -89,6 +89,7 @@ class Member:
         self._playing = False
         self.largest_slot = 0
         self.retracted = 0
+        self.mixed = [0, 0]
 
     def wake_for(self, pipe: Connection) -> None:
         """While it idles, a word of the test is an event like any other."""
@@ -248,8 +249,10 @@ class Member:
         return KunServeScheduler.wait_for_events(self.scheduler, 0 if idle else timeout_ms)
 
     def _run_batch(self, batch: Any, *arguments: Any) -> Any:
-        """SGLang's, and a note of the slots it writes."""
+        """SGLang's, and a note of the slots it writes, and of prefills that decode along."""
         self.largest_slot = max(self.largest_slot, int(batch.out_cache_loc.max()))
+        if batch.forward_mode.is_mixed():
+            self.mixed[self.scheduler.engine.cooperating] += 1
         return KunServeScheduler.run_batch(self.scheduler, batch, *arguments)
 
     def _step(self) -> bool:

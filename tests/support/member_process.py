@@ -43,6 +43,8 @@ def serve(
             link.send(("played", member.play(argument, link)))
         elif verb == "numbers":
             link.send(("numbers", (member.largest_slot, member.retracted)))
+        elif verb == "mixed":
+            link.send(("mixed", tuple(member.mixed)))
         elif verb == "failures":
             link.send(("failures", member.scheduler.containment.failures))
         elif verb == "cached":

@@ -25,10 +25,13 @@ def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -
     room = adder.token_to_kv_pool_allocator.available_size() + adder.tree_cache.evictable_size()
     running, page = adder.running_batch.reqs, adder.page_size
     rest = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
-    steps = -(-rest // max(1, adder.rem_chunk_tokens))
+    if adder.rem_chunk_tokens <= 0:  # those that decode along take all that a step may have
+        return req
+    steps = -(-rest // adder.rem_chunk_tokens)
     if in_blocks(rest, page) + in_blocks(steps, page) * len(running) <= room:
         return original(adder, req)
-    room -= in_blocks(max(map(max_output, running), default=0), page)
+    along = adder.cur_rem_token_offset  # what those need that decode in the very same step
+    room -= max(along, in_blocks(max(map(max_output, running), default=0), page))
     if room <= 0:
         adder.rem_chunk_tokens = 0
         return req

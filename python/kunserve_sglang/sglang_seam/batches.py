@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,6 +50,18 @@ def split(batch: Any, size: int) -> tuple[Any, Any]:
     batch.filter_batch(keep_indices=list(range(size)))
     rest.filter_batch(keep_indices=list(range(size, count)))
     return batch, rest
+
+
+def with_slots(batches: Iterable[Any], chunked: Any) -> list[Any]:
+    """The requests in `batches` that hold token slots, and the one in chunks, each once."""
+    found: dict[str, Any] = {}
+    for batch in batches:
+        for request in batch.reqs if batch is not None else ():
+            if request.req_pool_idx is not None and not request.finished():
+                found[request.rid] = request
+    if chunked is not None:
+        found[chunked.rid] = chunked
+    return list(found.values())
 
 
 def described(batch: Any, owner: int) -> StageBatch:

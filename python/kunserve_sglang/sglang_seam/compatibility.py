@@ -23,7 +23,6 @@ _OFF = {
     "enable_two_batch_overlap": "two-batch overlap",
     "enable_single_batch_overlap": "single-batch overlap",
     "enable_torch_compile": "torch.compile",
-    "enable_mixed_chunk": "mixed chunks",
     "elastic_ep_backend": "elastic expert parallelism",
     "dllm_algorithm": "diffusion language models",
     "smg_grpc_mode": "gRPC mode",

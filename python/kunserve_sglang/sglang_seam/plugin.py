@@ -25,7 +25,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.utils.common import is_cpu
 
-    from kunserve_sglang.sglang_seam import logprobs, penalties
+    from kunserve_sglang.sglang_seam import logprobs, mixed_chunks, penalties
     from kunserve_sglang.sglang_seam.admission import next_chunk_within_pool
     from kunserve_sglang.sglang_seam.answers import (
         ollama_answer,
@@ -41,6 +41,16 @@ def register() -> None:
             "managers.schedule_policy.PrefillAdder.add_chunked_req",
             next_chunk_within_pool,
             HookType.AROUND,
+        ),
+        (
+            "managers.schedule_policy.PrefillAdder.__init__",
+            mixed_chunks.reserve_blocks,
+            HookType.AFTER,
+        ),
+        (
+            "managers.schedule_batch.ScheduleBatch.mix_with_running",
+            mixed_chunks.exact_prefixes,
+            HookType.AFTER,
         ),
         (
             "managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",

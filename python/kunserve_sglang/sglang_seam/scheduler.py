@@ -25,10 +25,11 @@ from kunserve_sglang.instance.agent.agent import Agent
 from kunserve_sglang.instance.ranks.ranked import clock_of
 from kunserve_sglang.instance.ranks.ranks import Fact, open_ranks
 from kunserve_sglang.sglang_seam.assembly import build_agent, cost_model
-from kunserve_sglang.sglang_seam.batches import no_requests, settled
+from kunserve_sglang.sglang_seam.batches import no_requests, settled, with_slots
 from kunserve_sglang.sglang_seam.containment import Containment
 from kunserve_sglang.sglang_seam.cooperation import Cooperation
 from kunserve_sglang.sglang_seam.engine import SglangEngine
+from kunserve_sglang.sglang_seam.mixed_chunks import decoding_along
 from kunserve_sglang.sglang_seam.model_runner import KunServeWorker
 from kunserve_sglang.sglang_seam.penalties import counted
 from kunserve_sglang.sglang_seam.progress import Progress
@@ -163,8 +164,9 @@ class KunServeScheduler(upstream.Scheduler):
 
     def get_new_batch_prefill(self, running_batch: Any) -> Any:
         """Admit from the queue; who is too large for now stays there and holds up nobody."""
+        along = decoding_along(self, running_batch)
         with self.waiting.admissible(running_batch):
-            ahead = [r for r in (self.chunked_req, *self.waiting_queue) if r is not None]
+            ahead = [r for r in (self.chunked_req, *self.waiting_queue, *along) if r is not None]
             with self.containment.doing("forming a batch", ahead):
                 return super().get_new_batch_prefill(running_batch)
 
@@ -282,14 +284,7 @@ class KunServeScheduler(upstream.Scheduler):
 
     def requests_with_slots(self) -> list[Any]:
         """All requests that hold token slots, each once."""
-        found: dict[str, Any] = {}
-        for batch in (self.running_batch, self.last_batch):
-            for request in batch.reqs if batch is not None else ():
-                if request.req_pool_idx is not None and not request.finished():
-                    found[request.rid] = request
-        if self.chunked_req is not None:
-            found[self.chunked_req.rid] = self.chunked_req
-        return list(found.values())
+        return with_slots((self.running_batch, self.last_batch), self.chunked_req)
 
     def _build_idle_poller(self) -> zmq.Poller:
         poller = zmq.Poller()

@@ -28,6 +28,7 @@ class Scheduling(Protocol):
     chunked_req: Any
     cur_batch_for_debug: Any
     enable_overlap: bool
+    is_mixed_chunk: bool
     max_total_num_tokens: int
     max_running_requests: int
     max_prefill_tokens: int
