@@ -10,7 +10,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `name` is for people. `config` and `weights` are digests: of the model's configuration, and of
     samples of its checkpoint. `requests` is `--max-running-requests`, 0 for SGLang's own choice;
-    `ranks` is `--tp-size`, `block_slots` is `--page-size`.
+    `ranks` is `--tp-size`, `block_slots` is `--page-size`, `kv_dtype` is `--kv-cache-dtype`.
     """
 
     name: str
@@ -24,6 +24,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     versions: dict[str, str]
     ranks: int = 1
     block_slots: int = 1
+    kv_dtype: str = "auto"
 
     def difference(self, other: ModelIdentity) -> str:
         """The first thing in which `other` differs, in words; empty if they go together."""
@@ -49,4 +50,5 @@ _COMPARED = (
     ("requests", "--max-running-requests"),
     ("ranks", "--tp-size"),
     ("block_slots", "--page-size"),
+    ("kv_dtype", "--kv-cache-dtype"),
 )

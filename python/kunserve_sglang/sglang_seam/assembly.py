@@ -49,6 +49,8 @@ def cost_model(scheduler: Scheduling, engine: SglangEngine) -> CostModel:
         key = (*key, ranks.size)
     if scheduler.page_size > 1:
         key = (*key, "page", scheduler.page_size)
+    if (kv := scheduler.tp_worker.model_runner.kv_cache_dtype) != config.dtype:
+        key = (*key, str(kv))
     if device.type != "cpu":
         backends = scheduler.server_args.get_attention_backends()
         graphs = scheduler.instance.stage_graph_max_bs

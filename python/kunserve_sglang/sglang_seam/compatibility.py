@@ -42,10 +42,11 @@ _FIXED = {
     "moe_dp_size": 1,
     "moe_a2a_backend": "none",
     "nnodes": 1,
-    "tokenizer_worker_num": 1,
     "disaggregation_mode": "null",
     "cpu_offload_gb": 0,
 }
+
+_KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e5m2", "fp8_e4m3")
 
 _GPU_ATTENTION = ("flashinfer", "triton", "fa3")
 """Attention backends of which a second one may run beside SGLang's own."""
@@ -69,14 +70,22 @@ def check_server_args(server_args: Any) -> None:
             raise ConfigurationError(
                 f"{_flag(name)} {actual}: KunServe supports only {value} so far"
             )
+    if getattr(server_args, "tokenizer_worker_num", 1) > 1:
+        raise ConfigurationError(
+            "--tokenizer-worker-num: in several web servers of one instance SGLang checks no key, "
+            "and each would keep answers of its own; KunServe supports only 1"
+        )
     if server_args.device == "cuda":
         _check_gpu_args(server_args)
     elif server_args.device != "cpu":
         raise ConfigurationError(
             f"--device {server_args.device}: KunServe has no pages there; use cpu or cuda"
         )
-    if server_args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
-        raise ConfigurationError("--kv-cache-dtype: KunServe does not support quantized KV yet")
+    if server_args.kv_cache_dtype not in _KV_DTYPES:
+        raise ConfigurationError(
+            f"--kv-cache-dtype {server_args.kv_cache_dtype}: KunServe moves rows of keys and "
+            "values, and no scales beside them; use auto, bf16, fp8_e5m2 or fp8_e4m3"
+        )
 
 
 def check_model(config: Any, *, recurrent: bool) -> None:

@@ -32,6 +32,7 @@ def identity_of(server_args: Any) -> ModelIdentity:
         requests=server_args.max_running_requests or 0,
         ranks=server_args.tp_size,
         block_slots=server_args.page_size,
+        kv_dtype=server_args.kv_cache_dtype,
         config=hashlib.sha256(repr(sorted(hf_config.items())).encode()).hexdigest(),
         weights=_weights(server_args),
         versions={

@@ -102,7 +102,7 @@ class ElasticConfigurator(KVCacheConfigurator):
         return ElasticKVPool(
             max_total_num_tokens,
             page_size=self.page_size,
-            dtype=shape.dtype,
+            dtype=self.kv_cache_dtype,
             head_num=shape.heads,
             head_dim=shape.key_dim,
             v_head_dim=shape.value_dim,
@@ -137,5 +137,10 @@ class ElasticConfigurator(KVCacheConfigurator):
             heads=self.model_config.get_num_kv_heads(self.ps.attn_tp_size),
             key_dim=self.model_config.head_dim,
             value_dim=self.model_config.v_head_dim,
-            dtype=self.kv_cache_dtype,
+            dtype=stored_as(self.kv_cache_dtype),
         )
+
+
+def stored_as(dtype: torch.dtype) -> torch.dtype:
+    """What SGLang writes KV of this dtype to: bytes, where torch cannot index it."""
+    return torch.uint8 if dtype in (torch.float8_e5m2, torch.float8_e4m3fn) else dtype

@@ -62,6 +62,8 @@ VALUES = {
     "auto": "a value of --kv-cache-dtype",
     "bfloat16": "a value of --kv-cache-dtype",
     "bf16": "a value of --kv-cache-dtype",
+    "fp8_e5m2": "a value of --kv-cache-dtype",
+    "fp8_e4m3": "a value of --kv-cache-dtype",
     "cpu": "a device",
     "cuda": "a device",
     "shm": "a way between instances, in a message",
