@@ -284,7 +284,8 @@ class KunServeScheduler(upstream.Scheduler):
 
     def requests_with_slots(self) -> list[Any]:
         """All requests that hold token slots, each once."""
-        return with_slots((self.running_batch, self.last_batch), self.chunked_req)
+        pending = [batch for batch, _ in self.result_queue] if self.enable_overlap else []
+        return with_slots((self.running_batch, self.last_batch, *pending), self.chunked_req)
 
     def _build_idle_poller(self) -> zmq.Poller:
         poller = zmq.Poller()

@@ -103,3 +103,14 @@ def test_a_request_that_breaks_in_mid_answer(pair: ScriptedCluster) -> None:
     assert got["bad"].reason == "failed"
     assert 0 < len(got["bad"].tokens) < 40
     assert same(expected["good"], got["good"])
+
+
+def test_whoever_has_just_been_launched_is_kept(pair: ScriptedCluster) -> None:
+    """With overlap scheduling a result fails when the next step, of others, is under way."""
+    rng = random.Random(9)
+    good: Script = [(1, request(rng, "launched", 30, 20)), (1, request(rng, "too", 20, 20))]
+    expected, _ = pair.play([good, []])
+    bad: Script = [(0, Break("end looked for", "bad")), (0, request(rng, "bad", 25, 5))]
+    got, _ = pair.play([[*bad, *good], []])
+    assert got.pop("bad").reason == "failed"
+    assert all(same(expected[rid], got[rid]) for rid in expected)
