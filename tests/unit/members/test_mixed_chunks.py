@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from kunserve_sglang.core.messages import TransitionKind
 from kunserve_sglang.policy.transition_request import Outcome
 from tests.support.cluster import ScriptedCluster
 from tests.support.greedy_reference import greedy
-from tests.support.identity import PAIR_GATES, play_both, small_cluster
-from tests.support.schedules import random_scripts
-from tests.support.script import Add
+from tests.support.identity import PAIR_GATES, play_both, same, small_cluster
+from tests.support.schedules import Script, random_scripts, request
+from tests.support.script import Add, Break
 from tests.unit.members.test_penalties import check, penalized
 
 SEEDS = range(800, 806)
@@ -85,3 +86,19 @@ def test_penalties_count_every_token(mixing: ScriptedCluster, tiny_model: Path) 
         check(script, tiny_model, got)
         if kind is not None:
             assert mixing.transition(kind).status is Outcome.COMMITTED
+
+
+@pytest.mark.parametrize("point", ["step prepared", "layers and sampling"])
+def test_the_others_go_on_where_one_fails(mixing: ScriptedCluster, point: str) -> None:
+    """It decodes along with prompts of others, or they with its own."""
+    rng = random.Random(12)
+    good: Script = [
+        (0, request(rng, "decodes", 30, 40)),
+        (4, request(rng, "in chunks", 150, 20)),
+        (9, request(rng, "later", 12, 10)),
+    ]
+    expected, _ = mixing.play([good, []])
+    bad: Script = [(3, request(rng, "bad", 25, 30)), (5, Break(point, "bad"))]
+    got, _ = mixing.play([sorted([*good, *bad], key=lambda entry: entry[0]), []])
+    assert got.pop("bad").reason == "failed"
+    assert all(same(expected[rid], got[rid]) for rid in expected)
