@@ -113,6 +113,37 @@ def test_whoever_is_retracted_goes_on(paged: Paged, tiny_model: Path) -> None:
         assert paged.cluster.transition(kind).status is Outcome.COMMITTED
 
 
+def test_blocks_follow_the_load_of_one_owner(paged: Paged, tiny_model: Path) -> None:
+    """All load on one owner of a group, which gets nearly all slots there are."""
+    cluster = paged.cluster
+    assert cluster.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+    equal = cluster.status()[0]["slots"]["capacity"]
+    rng = random.Random(9)
+    busy: Script = [(0, request(rng, f"small{i}", 60, 30)) for i in range(12)]
+    busy += [(5, request(rng, "large", 200, equal - 150))]
+    got, _ = cluster.play([busy, []])
+    for _, add in busy:
+        assert isinstance(add, Add)
+        assert got[add.rid].tokens == greedy(tiny_model, add.prompt, add.new_tokens)
+    capacities = [i["slots"]["capacity"] for i in cluster.status()]
+    assert capacities[0] > 1.4 * equal
+    assert all(capacity % paged.size == 0 for capacity in capacities)
+    cluster.wait_until(lambda instances: all(i["slots"]["used"] == 0 for i in instances))
+    assert cluster.transition(TransitionKind.RESTORE).status is Outcome.COMMITTED
+    assert [i["slots"]["capacity"] for i in cluster.status()] == cluster.capacities
+
+
+def test_a_survivor_goes_on_alone(tiny_model: Path, tmp_path: Path) -> None:
+    scripts = random_scripts(SEEDS[2], 2, ())
+    with small_cluster(tmp_path, 2, tiny_model, page_size=SIZES[0]) as cluster:
+        expected = cluster.play(scripts)
+        assert cluster.transition(TransitionKind.DROP).status is Outcome.COMMITTED
+        cluster.kill(1)
+        cluster.wait_until(lambda now: now[0]["mode"] == Mode.INDEPENDENT)
+        got = cluster.play(scripts)
+    assert differences(expected[:1], got[:1]) == []
+
+
 def test_pressure_was_real(paged: Paged) -> None:
     if missing := set(SEEDS) - paged.played:
         pytest.skip(f"{len(missing)} of {len(SEEDS)} schedules were not played in this session")
