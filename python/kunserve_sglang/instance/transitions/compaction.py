@@ -33,16 +33,18 @@ def compact(taken: torch.Tensor, capacity: int, block_slots: int = 1) -> SlotCha
     `taken` are whole blocks, ascending, and stay whole: their tokens keep their places in them.
     Raises `InternalError` if there are too many.
     """
-    blocks = taken[::block_slots] // block_slots
-    most = capacity // block_slots
-    high = blocks > most
-    used = torch.zeros(most + 1, dtype=torch.bool)
-    used[blocks[~high]] = True
+    if block_slots > 1:
+        places = compact(taken[::block_slots] // block_slots, capacity // block_slots).target
+        slots = places[:, None] * block_slots + torch.arange(block_slots)
+        return SlotChange(taken, slots.flatten(), block_slots)
+    high = taken > capacity
+    low = taken[~high]
+    used = torch.zeros(capacity + 1, dtype=torch.bool)
+    used[low] = True
     used[0] = True
     room = torch.nonzero(~used).flatten()[: int(high.sum())]
     if len(room) < int(high.sum()):
-        raise InternalError(f"{len(taken)} slots cannot be compacted into {capacity}")
-    places = blocks.clone()
-    places[high] = room
-    target = places[:, None] * block_slots + torch.arange(block_slots)
-    return SlotChange(taken, target.flatten(), block_slots)
+        raise InternalError(f"{len(taken)} slots or blocks cannot be compacted into {capacity}")
+    target = taken.clone()
+    target[high] = room
+    return SlotChange(taken, target)
