@@ -20,12 +20,21 @@ MEMBERS = (0, 1)
 GATES = ("drop 0,1", "restore 0,1")
 
 
-@pytest.fixture(scope="module")
-def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedCluster]:
-    """Budgets so small that prefixes are evicted and requests retracted."""
+@pytest.fixture(scope="module", params=[1, 12], ids=["slots", "blocks of slots"])
+def pair(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ScriptedCluster]:
+    """Budgets so small that prefixes are evicted and requests retracted.
+
+    SGLang caches whole blocks of slots, which end elsewhere than those that are reported.
+    """
     folder = tmp_path_factory.mktemp("reports")
     with small_cluster(
-        folder, len(MEMBERS), tiny_model, dispatch=DispatchPolicy.LMETRIC
+        folder,
+        len(MEMBERS),
+        tiny_model,
+        dispatch=DispatchPolicy.LMETRIC,
+        page_size=request.param,
     ) as cluster:
         yield cluster
 
