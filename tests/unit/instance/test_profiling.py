@@ -159,7 +159,9 @@ def scheduler_on(device: torch.device, *, graphs: int = 64) -> Any:
         ranks=OneRank(),
         instance=SimpleNamespace(stage_graph_max_bs=graphs),
         server_args=SimpleNamespace(get_attention_backends=lambda: ("triton", "triton")),
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(torch_device=device)),
+        tp_worker=SimpleNamespace(
+            model_runner=SimpleNamespace(torch_device=device, kv_cache_dtype=torch.bfloat16)
+        ),
         model_config=SimpleNamespace(
             model_path="m", hf_config="{}", dtype=torch.bfloat16, context_len=4096
         ),
