@@ -11,7 +11,17 @@ import numpy as np
 from benchmark.checks import Check, at_least, at_most
 from benchmark.faults.cells import Cause, Cell, Phase, Target, matrix
 from benchmark.faults.trial import Trial, lost_numbers
-from benchmark.faults.verdicts import LOST, OK, REPEATED, WRONG, counts, in_flight, waits
+from benchmark.faults.verdicts import (
+    LOST,
+    OK,
+    REPEATED,
+    WRONG,
+    Answer,
+    counts,
+    first_difference,
+    in_flight,
+    waits,
+)
 
 KUNSERVE, UPSTREAM = "kunserve", "upstream"
 DETECTED_PROCESS_S = 2.0
@@ -57,8 +67,17 @@ def row_of(trial: Trial, expected: Sequence[Sequence[object]]) -> Row:
     }
     if trial.unwell:
         row["unwell"] = trial.unwell
+    if parted := _parted(trial.answers, expected):
+        row["parted"] = parted
     errors = sorted({a.error for a in trial.answers if a.error})
     return row | ({"errors": errors[:5]} if errors else {})
+
+
+def _parted(answers: Sequence[Answer], expected: Sequence[Sequence[object]]) -> list[list[int]]:
+    """Whole answers that are not as expected: number of the request, and where it parts."""
+    both = enumerate(zip(answers, expected, strict=True))
+    found = ((n, first_difference(a, e)) for n, (a, e) in both if a.whole)
+    return [[n, at] for n, at in found if at is not None][:5]
 
 
 def detected_s(trial: Trial) -> float | None:

@@ -54,6 +54,15 @@ def counts(answers: Iterable[Answer], expected: Iterable[Sequence[object]]) -> C
     return Counter(verdict(a, e) for a, e in zip(answers, expected, strict=True))
 
 
+def first_difference(answer: Answer, expected: Sequence[object]) -> int | None:
+    """Where an answer parts from what is expected, in tokens or characters; None if it does not."""
+    got, wanted = _joined(answer.tokens), _joined(expected)
+    if got == wanted:
+        return None
+    pairs = enumerate(zip(got, wanted, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(got), len(wanted)))
+
+
 def _joined(tokens: Sequence[object]) -> Sequence[object]:
     """Text is the same however it was cut into pieces."""
     if tokens and all(isinstance(t, str) for t in tokens):

@@ -16,6 +16,7 @@ from benchmark.faults.verdicts import (
     WRONG,
     Answer,
     counts,
+    first_difference,
     in_flight,
     verdict,
     waits,
@@ -88,6 +89,9 @@ def test_text_is_the_same_however_it_is_cut() -> None:
     assert verdict(answered("ab", "c"), ("a", "bc")) == OK
     assert verdict(answered("ab", "b", "c"), ("a", "bc")) == REPEATED
     assert verdict(answered("ab", "d"), ("a", "bc")) == WRONG
+    assert first_difference(answered("ab", "c"), ("a", "bc")) is None
+    assert first_difference(answered("ab", "d"), ("a", "bc")) == 2
+    assert first_difference(answered(1, 2), (1, 2, 3)) == 2
 
 
 def test_all_requests_are_counted() -> None:
