@@ -86,6 +86,10 @@ class Network:
             _ip("-n", host.name, "link", "set", name, "up")
         return host
 
+    def silence(self, host: Host) -> None:
+        """What it is sent arrives, and what it sends is lost."""
+        _ip("-n", host.name, "rule", "add", "blackhole", "to", self.gateway.address)
+
     def threads(self, count: int) -> ThreadPoolExecutor:
         """Threads whose sockets are the gateway's."""
         return ThreadPoolExecutor(count, initializer=self.gateway.enter)

@@ -9,7 +9,9 @@ Three kinds of silence look alike to a program, and only one of them is a loss w
 - A process that *computes*: a long prefill. ZMQ answers heartbeats from a thread of its own.
 
 A connection that has ended is opened again by the instance as soon as it can, and says nothing
-about an instance that still takes HTTP connections (`control.losses`).
+about an instance that still takes HTTP connections (`control.losses`). An attempt to open it gets
+little time: the kernel would make longer and longer pauses, so that a host that was away for a
+minute would be so for another one.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from kunserve_sglang.core.sockets import AnySocket
 
 HOST_SILENT_S = 4
 """A host that has not answered for so long is gone, as far as its connections go."""
+
+_CONNECT_S = 2
+"""A kernel answers at once, and a first packet that gets lost is sent again after 1 s."""
 
 _DATA_SILENT_S = 10
 _PROCESS_SILENT_S = 30
@@ -32,6 +37,7 @@ def watch_other_end(control: AnySocket) -> None:
     import zmq  # not above: the proxy watches hosts, and has no such sockets
 
     _ask_host(control, _KEEPALIVE_INTERVAL_S, HOST_SILENT_S - 1, HOST_SILENT_S)
+    control.setsockopt(zmq.CONNECT_TIMEOUT, 1000 * _CONNECT_S)
     control.setsockopt(zmq.HEARTBEAT_IVL, 1000 * _HEARTBEAT_INTERVAL_S)
     control.setsockopt(zmq.HEARTBEAT_TIMEOUT, 1000 * _PROCESS_SILENT_S)
     control.setsockopt(zmq.HEARTBEAT_TTL, 1000 * _PROCESS_SILENT_S)
