@@ -13,11 +13,15 @@ from typing import Any
 
 import aiohttp
 
+from benchmark.experiment import RunError
 from benchmark.faults.cells import LoadKind
 from benchmark.faults.verdicts import Answer
 from benchmark.prompts import PromptSource, load_tokenizer
 
 STREAMS, PLAIN = 24, 24
+_PROMPTS = 13
+"""The seed of prompts to which the tiny model has no two answers that are all but equally likely."""
+
 _PROMPT_TOKENS = (16, 48)
 _COMMON_TOKENS = 320
 """A common prefix keeps requests together: nobody else has it cached."""
@@ -50,6 +54,28 @@ class Ask:
     def completed(self) -> bool:
         return self.path == "/v1/completions"
 
+    @property
+    def drawn(self) -> bool:
+        """Whether its tokens are drawn by a seed; else they are greedy."""
+        return "seed" in self.body or "sampling_seed" in self._sampling
+
+    @property
+    def weighed(self) -> dict[str, Any]:
+        """The same for `/generate`, with the two likeliest of the tokens at each place."""
+        body = self.body
+        tokens = body.get("max_tokens") or self._sampling["max_new_tokens"]
+        sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        return {
+            "input_ids": body.get("prompt") or body["input_ids"],
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "top_logprobs_num": 2,
+        }
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        return dict(self.body.get("sampling_params", {}))
+
 
 def asks(model: Path, tokens: int, kind: LoadKind, *, completions: bool = True) -> list[Ask]:
     """The requests of every cell, the same each time.
@@ -60,7 +86,7 @@ def asks(model: Path, tokens: int, kind: LoadKind, *, completions: bool = True) 
     """
     gathered, seeded = kind
     most = tokens * 2 // 3 if gathered else tokens  # steps of so large a batch are long
-    source = PromptSource(load_tokenizer(model), seed=7)
+    source = PromptSource(load_tokenizer(model), seed=_PROMPTS)
     common = source.tokens(_COMMON_TOKENS) if gathered else ()
     made = []
     for number in range(STREAMS + PLAIN):
@@ -139,6 +165,18 @@ class Clients:
         sent = self.send(asked)
         await asyncio.gather(*(s.task for s in sent))
         return [s.answer for s in sent]
+
+    async def margin(self, ask: Ask) -> float:
+        """By how much the likeliest token of a greedy answer leads, in nats, where it is least.
+
+        Raises `RunError` if there is no answer.
+        """
+        assert self._session is not None
+        async with self._session.post(self._url + "/generate", json=ask.weighed) as response:
+            if response.status != 200:
+                raise RunError(f"no logprobs: {response.status} {(await response.text())[:200]}")
+            places = (await response.json())["meta_info"]["output_top_logprobs"]
+        return min(float(first[0]) - float(second[0]) for first, second in places)
 
     async def _answer(self, ask: Ask, answer: Answer, again: int) -> None:
         named = {"Idempotency-Key": uuid.uuid4().hex} if again else {}

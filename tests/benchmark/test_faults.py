@@ -109,6 +109,16 @@ def test_events_of_a_stream_that_go_back_are_repeats() -> None:
     assert "aborted" in answer.error
 
 
+def test_of_whatever_kind_an_answer_its_likeliest_tokens_are_asked_for_alike() -> None:
+    completion = Ask("/v1/completions", {"prompt": [1, 2], "max_tokens": 9, "stream": True})
+    plain = Ask("/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 9}})
+    assert completion.weighed == plain.weighed
+    assert not completion.drawn
+    assert not plain.drawn
+    assert Ask("/v1/completions", {"prompt": [1], "max_tokens": 9, "seed": 0}).drawn
+    assert Ask("/generate", {"sampling_params": {"sampling_seed": 0}}).drawn
+
+
 def stream(*times: float) -> Answer:
     return Answer(0.0, events=[(at, n) for n, at in enumerate(times)], ended=times[-1])
 
