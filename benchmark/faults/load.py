@@ -20,7 +20,7 @@ from benchmark.prompts import PromptSource, load_tokenizer
 
 STREAMS, PLAIN = 24, 24
 _PROMPTS = 13
-"""The seed of prompts to which the tiny model has no two answers that are all but equally likely."""
+"""The seed of prompts to which the tiny model has no two answers that are about equally likely."""
 
 _PROMPT_TOKENS = (16, 48)
 _COMMON_TOKENS = 320
