@@ -169,7 +169,8 @@ class _Work:
             began = time.monotonic()
             trial = await conductor.run(cell)
             row = made.row_of(trial, wanted[cell.load])
-            if cell.phase is Phase.COOPERATING and not cell.seed and not trial.why_not:
+            shown = cell.phase is Phase.COOPERATING and not cell.seed and not trial.why_not
+            if shown or made.failed(row):
                 row["story"] = story(trial)
             self._tell(row, cell, time.monotonic() - began)
             if trial.well_s is None:

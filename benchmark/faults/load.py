@@ -249,6 +249,6 @@ def _take(ask: Ask, answer: Answer, event: dict[str, Any]) -> None:
         return
     now = tuple(event["output_ids"])
     if len(now) <= len(before) or now[: len(before)] != before:
-        answer.repeats += 1
+        answer.repeats.append((len(before), len(now), str(reason.get("type", ""))))
     answer.tokens = now
     answer.events.append((time.monotonic(), len(now)))

@@ -28,6 +28,9 @@ DETECTED_PROCESS_S = 2.0
 DETECTED_HOST_S = 5.0
 REQUESTS = 48
 
+_LONG_S = 60.0
+"""A cluster that is not well by then was kept from it by something."""
+
 Row = dict[str, Any]
 
 
@@ -69,8 +72,17 @@ def row_of(trial: Trial, expected: Sequence[Sequence[object]]) -> Row:
         row["unwell"] = trial.unwell
     if parted := _parted(trial.answers, expected):
         row["parted"] = parted
+    if repeats := [[n, *r] for n, a in enumerate(trial.answers) for r in a.repeats]:
+        row["repeats"] = repeats[:5]
     errors = sorted({a.error for a in trial.answers if a.error})
     return row | ({"errors": errors[:5]} if errors else {})
+
+
+def failed(row: Row) -> bool:
+    """Whether a client or the cluster has suffered by it."""
+    return "why_not" not in row and (
+        row["ok"] < row["requests"] or row["well_s"] is None or row["well_s"] > _LONG_S
+    )
 
 
 def _parted(answers: Sequence[Answer], expected: Sequence[Sequence[object]]) -> list[list[int]]:

@@ -14,15 +14,16 @@ class Answer:
     """What came of one request; times are seconds of one clock.
 
     `tokens` is what is compared: token ids, or pieces of text of a stream that has no ids. `events`
-    are the times at which more came, with how much there was then; `repeats` counts events that
-    brought nothing, or less than there was. An answer is `whole` if the server has ended it in good
-    order; `cut` says that its connection ended before, and `error` what the server said instead.
+    are the times at which more came, with how much there was then; `repeats` are those that brought
+    nothing, or less than there was: how much there was, is now, and why it ended, if it did. An
+    answer is `whole` if the server has ended it in good order; `cut` says that its connection ended
+    before, and `error` what the server said instead.
     """
 
     sent: float
     tokens: tuple[object, ...] = ()
     events: list[tuple[float, int]] = field(default_factory=list)
-    repeats: int = 0
+    repeats: list[tuple[int, int, str]] = field(default_factory=list)
     whole: bool = False
     cut: bool = False
     error: str = ""
@@ -31,7 +32,7 @@ class Answer:
 
     def begins_again(self) -> None:
         """Its client asks once more, and forgets what it has got."""
-        self.tokens, self.events, self.repeats = (), [], 0
+        self.tokens, self.events, self.repeats = (), [], []
         self.cut, self.error = False, ""
         self.asked += 1
 

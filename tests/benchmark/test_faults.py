@@ -75,7 +75,7 @@ def answered(*tokens: object, **more: Any) -> Answer:
         (answered(1, 2, 2, 3, 4), REPEATED),
         (answered(1, 2, 1, 2, 3, 4), REPEATED),
         (answered(1, 2, 3, 4, 3, 4), REPEATED),
-        (answered(1, 2, 3, 4, repeats=1), REPEATED),
+        (answered(1, 2, 3, 4, repeats=[(4, 4, "")]), REPEATED),
         (answered(1, 2, 3, 4, error="stream_lost"), LOST),
         (answered(1, 2, 3, 4, cut=True), LOST),
         (Answer(0.0, (1, 2, 3, 4)), LOST),
@@ -103,7 +103,7 @@ def test_events_of_a_stream_that_go_back_are_repeats() -> None:
     ask, answer = Ask("/generate", {"stream": True}), Answer(0.0)
     for tokens in ([7], [7, 8], [7, 8], [7, 9, 8], [7, 9, 8, 1]):
         _take(ask, answer, {"output_ids": tokens, "meta_info": {}})
-    assert answer.repeats == 2
+    assert answer.repeats == [(2, 2, ""), (2, 3, "")]
     assert answer.tokens == (7, 9, 8, 1)
     _take(ask, answer, {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}}})
     assert "aborted" in answer.error
