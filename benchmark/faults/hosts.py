@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import Self
 
 _NET = "198.18"
-"""Set apart for benchmarks of networks (RFC 2544); nobody else uses it."""
+"""Set apart for benchmarks of networks (RFC 2544). Each run takes a part of it: others may run."""
+
+_PARTS, _LEGS = 16, 16
 
 _PRIORITY = 100
 _CLIENTS = "clients"
@@ -26,12 +28,14 @@ class Hosts:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
         self._tag = f"kf{os.getpid()}"
+        self._part = os.getpid() % _PARTS
         self.why_not = _why_not()
         """Why there are no hosts of their own; empty if there are."""
 
     def __enter__(self) -> Self:
         if self.why_not:
             return self
+        self._part = _free_part(self._part)
         try:
             self._make()
         except BaseException:
@@ -104,7 +108,7 @@ class Hosts:
         for where, device, address in ((("-n", switch), far, 1), (inside, near, 2)):
             _ip(*where, "addr", "add", f"{_NET}.{leg}.{address}/24", "dev", device)
             _ip(*where, "link", "set", device, "up")
-        way = "default" if space else f"{_NET}.0.0/16"
+        way = "default" if space else _network(self._part)
         _ip(*inside, "route", "add", way, "via", f"{_NET}.{leg}.1")
 
     def _remove(self) -> None:
@@ -113,10 +117,28 @@ class Hosts:
         _ip("link", "del", f"{self._tag}n{self._leg(_CLIENTS)}", check=False)
 
     def _leg(self, name: str) -> int:
-        return 1 + (*self._names, _CLIENTS).index(name)
+        return self._part * _LEGS + 1 + (*self._names, _CLIENTS).index(name)
 
     def _space(self, name: str) -> str:
         return f"{self._tag}-{name}"
+
+
+def _network(part: int) -> str:
+    return f"{_NET}.{part * _LEGS}.0/20"
+
+
+def _free_part(wanted: int) -> int:
+    """One to which no way leads yet; raises `OSError` if none is left."""
+    for part in (*range(wanted, _PARTS), *range(wanted)):
+        said = subprocess.run(
+            ["ip", "route", "show", "root", _network(part)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if not said.stdout:
+            return part
+    raise OSError(f"all parts of {_NET}.0.0/16 are in use")
 
 
 def _why_not() -> str:
