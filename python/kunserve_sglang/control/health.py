@@ -26,9 +26,12 @@ _INTERVAL_S = 5.0
 _PRESENCE_CONNECT_S = 1.25
 """A kernel answers at once; that a first packet was lost is noticed after 1 s."""
 
-_PRESENCE_TIMEOUT_S = 1.5
-"""For connection and answer: while one waits for a busy process, its host may vanish, which only
-the next connection shows. What is answered later says that it is there to `/health`."""
+_PRESENCE_READ_S = 1.0
+"""From the connection to the answer: while one waits for a busy process, its host may vanish, which
+only the next connection shows. What is answered later says that it is there to `/health`."""
+
+_PRESENCE_TIMEOUT_S = 5.0
+"""Above both together: a router that is slow itself must not take one for the other."""
 
 _PRESENCE_TRIES = 2
 """A router that stands still for a moment itself takes answers that have come for missing ones."""
@@ -127,7 +130,12 @@ class HealthWatch:
         instance = watch.instance
         for _ in range(_PRESENCE_TRIES):
             reply = await ask(
-                self._fresh, instance, self._presence, _PRESENCE_TIMEOUT_S, _PRESENCE_CONNECT_S
+                self._fresh,
+                instance,
+                self._presence,
+                _PRESENCE_TIMEOUT_S,
+                _PRESENCE_CONNECT_S,
+                _PRESENCE_READ_S,
             )
             if not reply.unreachable:
                 break

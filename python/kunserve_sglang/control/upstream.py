@@ -126,8 +126,12 @@ async def ask(
     question: Question,
     timeout_s: float,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    read_timeout_s: float | None = None,
 ) -> Reply:
-    """One instance's answer; never raises for what goes wrong on the way."""
+    """One instance's answer; never raises for what goes wrong on the way.
+
+    All of it may take `timeout_s`; once connected, nothing may be missing for `read_timeout_s`.
+    """
     try:
         async with session.request(
             question.method,
@@ -135,7 +139,9 @@ async def ask(
             headers=_as_for(instance, question.headers),
             data=question.body or None,
             allow_redirects=False,  # nobody but the instance is asked, least of all with its key
-            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s),
+            timeout=aiohttp.ClientTimeout(
+                total=timeout_s, sock_connect=connect_timeout_s, sock_read=read_timeout_s
+            ),
         ) as response:
             return Reply(
                 instance=instance.number,
@@ -153,7 +159,8 @@ async def ask(
             unreachable=isinstance(error, TimeoutError) or _is_silence(error),
         )
     except TimeoutError:
-        return Reply(instance=instance.number, error=f"did not answer within {timeout_s:g} s")
+        limit = min(timeout_s, read_timeout_s or timeout_s)
+        return Reply(instance=instance.number, error=f"did not answer within {limit:g} s")
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return Reply(instance=instance.number, error=f"could not be asked: {error}")
 

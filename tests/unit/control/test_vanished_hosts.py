@@ -35,14 +35,20 @@ class Host:
         _question: Question,
         timeout_s: float,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        read_timeout_s: float | None = None,
     ) -> Reply:
-        """Takes the place of `ask`: the kernel takes connections while the host is there."""
+        """Takes the place of `ask`: the kernel takes connections while the host is there.
+
+        Times for connection and answer must not run out together, whatever keeps the router: then
+        it would not know which of them is missing.
+        """
+        assert connect_timeout_s + (read_timeout_s or 0.0) < timeout_s
         now = asyncio.get_running_loop().time
         if now() >= self._gone_at:
             await asyncio.sleep(connect_timeout_s)
             return Reply(instance=0, error="could not be reached", unreachable=True)
         if now() >= self._busy_at:
-            await asyncio.sleep(timeout_s)
+            await asyncio.sleep(read_timeout_s or timeout_s)
             return Reply(instance=0, error="did not answer")
         return Reply(instance=0, status=200)
 
