@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import chain
 from typing import Self
 
 _NET = "198.18"
@@ -129,7 +130,7 @@ def _network(part: int) -> str:
 
 def _free_part(wanted: int) -> int:
     """One to which no way leads yet; raises `OSError` if none is left."""
-    for part in (*range(wanted, _PARTS), *range(wanted)):
+    for part in chain(range(wanted, _PARTS), range(wanted)):
         said = subprocess.run(
             ["ip", "route", "show", "root", _network(part)],
             capture_output=True,
