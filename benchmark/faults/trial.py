@@ -228,8 +228,10 @@ class Conductor:
             if waiting is not None and waiting not in struck:
                 send([waiting], signal.SIGCONT)
             if cell.cause is Cause.PAUSE:
-                await asyncio.sleep(PAUSE_S)
-                send(struck, signal.SIGCONT)
+                try:
+                    await asyncio.sleep(PAUSE_S)
+                finally:
+                    send(struck, signal.SIGCONT)
 
     def _is_gathered(self, url: str) -> bool:
         return self._cluster.host_of(url) == SECOND
