@@ -79,7 +79,7 @@ class JournaledGeneration:
         self, parts: dict[int, Any], request: Any
     ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
         """What any of them hands out, as it comes."""
-        sources = {index: self._original(part, request) for index, part in parts.items()}
+        sources = {i: _kept_as_they_are(self._original(p, request)) for i, p in parts.items()}
         waiting = {asyncio.ensure_future(anext(s)): index for index, s in sources.items()}
         try:
             while waiting:
@@ -99,6 +99,16 @@ class JournaledGeneration:
                 task.cancel()
             for index in sources:
                 self._manager.abort_request(parts[index].rid)
+
+
+async def _kept_as_they_are(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """SGLang goes on with the lists of an output that is not the last, once it has handed it out.
+
+    Whoever looks at it any later needs lists of its own.
+    """
+    async for output in outputs:
+        meta = {n: v.copy() if isinstance(v, list) else v for n, v in output["meta_info"].items()}
+        yield {**output, "output_ids": output["output_ids"].copy(), "meta_info": meta}
 
 
 def _parts(obj: Any, choices: dict[int, StreamedChoice]) -> dict[int, Any]:

@@ -177,6 +177,43 @@ def test_one_that_was_resumed_can_be_resumed_again() -> None:
     assert list(map(_delta, third.events)) == list(map(_delta, first.events[2:]))
 
 
+class Ahead(Manager):
+    """As SGLang's under load: the next token is there before anybody has looked at the last one.
+
+    Outputs that are not the last share their lists.
+    """
+
+    async def generate_request(self, obj: Any, _request: Any = None) -> AsyncIterator[Any]:
+        obj.normalize_batch_and_arguments()
+        tokens = list(obj.sampling_params["custom_params"][OUTPUTS])
+        logprobs: list[float] = []
+        loop = asyncio.get_running_loop()
+        for token in TOKENS[len(tokens) :]:
+            tokens[:] = TOKENS[: TOKENS.index(token) + 1]
+            logprobs[:] = [0.5] * len(tokens)
+            meta = {"id": obj.rid, "finish_reason": None, "completion_tokens": len(tokens)}
+            meta |= {"output_token_logprobs": logprobs}
+            meta |= {"output_token_logprobs_length": len(tokens)}
+            loop.call_soon(tokens.append, token + 1)
+            loop.call_soon(logprobs.append, 0.5)
+            yield {"text": "tabc"[: len(tokens) + 1], "output_ids": tokens, "meta_info": meta}
+
+
+def test_what_comes_before_an_output_is_looked_at_is_no_part_of_it() -> None:
+    """Else a client gets a token that no record has, and then the same again."""
+
+    async def outputs() -> list[dict[str, Any]]:
+        CURRENT.set(OwnerJournal([Record(0, [TOKENS[0]], "ta", prompt={"id": "r"})], replays=False))
+        manager = Ahead()
+        generate = JournaledGeneration(manager, manager.generate_request)
+        obj = GenerateReqInput(**BODY, return_logprob=True)
+        return [dict(output) async for output in generate(obj)]
+
+    found = asyncio.run(outputs())
+    assert [output["output_ids"] for output in found] == [[5, 6], [5, 6, 7]]
+    assert [len(o["meta_info"]["output_token_logprobs"]) for o in found] == [2, 3]
+
+
 def test_a_text_that_does_not_go_on_is_an_error() -> None:
     records = journaled(Manager()).records
     other = Manager()
