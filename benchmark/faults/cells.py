@@ -62,10 +62,11 @@ IN_GROUP = (Phase.COOPERATING, Phase.RESTORING)
 
 
 class LoadKind(NamedTuple):
-    """Which requests: `gathered` at one instance, some `seeded`."""
+    """Which requests: `gathered` at one instance, some `seeded`, begun in a group or not."""
 
     gathered: bool
     seeded: bool
+    grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Cell:
     @property
     def load(self) -> LoadKind:
         """Of odd seeds, some requests are sampled by seeds; of the others, all are greedy."""
-        return LoadKind(self.gathered, bool(self.seed % 2))
+        return LoadKind(self.gathered, bool(self.seed % 2), self.phase in IN_GROUP)
 
     @property
     def gathered(self) -> bool:

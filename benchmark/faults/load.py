@@ -80,11 +80,13 @@ class Ask:
 def asks(model: Path, tokens: int, kind: LoadKind, *, completions: bool = True) -> list[Ask]:
     """The requests of every cell, the same each time.
 
-    `tokens` are the new ones of the longest; the shortest gets two thirds. Gathered ones begin
-    alike, so that one instance gets them all. Of seeded ones every fourth is drawn by a seed.
-    Without `completions` all go to `/generate`.
+    `tokens` are the new ones of the longest; the shortest gets two thirds. Those that begin in a
+    group get half as many, since its steps take so much longer. Gathered ones begin alike, so that
+    one instance gets them all. Of seeded ones every fourth is drawn by a seed. Without
+    `completions` all go to `/generate`.
     """
-    gathered, seeded = kind
+    gathered, seeded, grouped = kind
+    tokens = tokens // 2 if grouped else tokens
     most = tokens * 2 // 3 if gathered else tokens  # steps of so large a batch are long
     source = PromptSource(load_tokenizer(model), seed=_PROMPTS)
     common = source.tokens(_COMMON_TOKENS) if gathered else ()
