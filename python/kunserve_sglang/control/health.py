@@ -10,8 +10,10 @@ import msgspec
 
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.control.upstream import (
+    CONNECT_TIMEOUT_S,
     HEALTH_TIMEOUT_S,
     Question,
+    Reply,
     ask,
     credentials,
     open_session,
@@ -55,6 +57,8 @@ class _Watch:
     due: float = 0.0
     asking: bool = False
     looking: bool = False
+    question: asyncio.Task[Reply] | None = None
+    """For `/health`, on its way."""
 
 
 class HealthWatch:
@@ -111,7 +115,11 @@ class HealthWatch:
 
     async def _ask(self, watch: _Watch) -> None:
         instance = watch.instance
-        reply = await ask(self._session, instance, self._question, HEALTH_TIMEOUT_S)
+        reply = await self._answer(watch)
+        if reply is None:
+            watch.due = self._registry.now()
+            watch.asking = False
+            return
         if reply.status == 200:
             if instance.plain and not instance.liveness.alive:
                 instance.capacity = await self._capacity(instance)
@@ -124,6 +132,23 @@ class HealthWatch:
             instance.liveness.heard(self._registry.now())
         watch.due = self._registry.now() + _INTERVAL_S
         watch.asking = False
+
+    async def _answer(self, watch: _Watch) -> Reply | None:
+        """What it says of its health; None if its host vanishes before it says anything.
+
+        Then no answer will come, and one that is waited for would keep the instance out of service
+        when its host is back. So whoever is away is asked again and again, by new connections.
+        """
+        connect_s = CONNECT_TIMEOUT_S if watch.instance.liveness.alive else _PRESENCE_CONNECT_S
+        question = watch.question = asyncio.create_task(
+            ask(self._session, watch.instance, self._question, HEALTH_TIMEOUT_S, connect_s)
+        )
+        try:
+            await asyncio.wait([question])
+        finally:
+            watch.question = None
+            question.cancel()
+        return None if question.cancelled() else question.result()
 
     async def _look(self, watch: _Watch) -> None:
         """Whether its process is there at all, which even a busy one shows at once."""
@@ -145,6 +170,8 @@ class HealthWatch:
             instance.liveness.refuses()
         elif reply.unreachable:
             instance.liveness.vanishes()
+            if watch.question is not None:
+                watch.question.cancel()
         watch.looking = False
 
     async def _capacity(self, instance: Instance) -> int:

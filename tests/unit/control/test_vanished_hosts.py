@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import aiohttp
 import pytest
@@ -19,20 +21,26 @@ from tests.support.model.clock import VirtualLoop
 NOTICED_S = 5.0
 _REPORT_S = 0.2
 _LOOK_S = 0.05
+_STEP_S = 1.0
 
 
 class Host:
-    """One instance on it: its processes are busy from `busy_at`, and it is gone from `gone_at`."""
+    """One instance on it: its processes say nothing from `busy_at` on, and nobody does from
+    `gone_at` on, until it is back. Before it says that it is well, some step has to end."""
 
-    def __init__(self, busy_at: float, gone_at: float) -> None:
+    def __init__(self, busy_at: float, gone_at: float, back_at: float = math.inf) -> None:
         self._busy_at = busy_at
         self._gone_at = gone_at
+        self._back_at = back_at
+
+    def _is_there(self, now: float) -> bool:
+        return not self._gone_at <= now < self._back_at
 
     async def answer(
         self,
         _session: aiohttp.ClientSession,
         _instance: Instance,
-        _question: Question,
+        question: Question,
         timeout_s: float,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         read_timeout_s: float | None = None,
@@ -43,13 +51,16 @@ class Host:
         it would not know which of them is missing.
         """
         assert connect_timeout_s + (read_timeout_s or 0.0) < timeout_s
-        now = asyncio.get_running_loop().time
-        if now() >= self._gone_at:
+        asked_at = asyncio.get_running_loop().time()
+        if not self._is_there(asked_at):
             await asyncio.sleep(connect_timeout_s)
             return Reply(instance=0, error="could not be reached", unreachable=True)
-        if now() >= self._busy_at:
+        answered_at = asked_at + (_STEP_S if question.path == "/health" else 0.0)
+        busy = self._busy_at <= answered_at < self._back_at
+        if busy or not self._is_there(answered_at):
             await asyncio.sleep(read_timeout_s or timeout_s)
             return Reply(instance=0, error="did not answer")
+        await asyncio.sleep(answered_at - asked_at)
         return Reply(instance=0, status=200)
 
     async def report(self, known: Liveness) -> None:
@@ -59,26 +70,38 @@ class Host:
             await asyncio.sleep(_REPORT_S)
 
 
-async def seen_of(host: Host, until_s: float) -> tuple[float, Instance]:
-    """When the instance was lost, in seconds, or `until_s`; and what it was then."""
+class Seen(NamedTuple):
+    """When an instance was lost and when it was back, in seconds; and what it was then."""
+
+    lost_at: float
+    back_at: float
+    state: LivenessState
+
+
+async def seen_of(host: Host, until_s: float) -> Seen:
+    """Watch it so long; what never happens is so at infinity."""
     now = asyncio.get_running_loop().time
     registry = Registry(1, None, now)
     registry.hello(hello(0, "http://x"))
-    instance = registry.instances[0]
-    instance.liveness.serves()
+    known = registry.instances[0].liveness
+    known.serves()
+    lost_at = back_at = math.inf
+    state = known.state
     async with open_session() as session:
         tasks = [
             asyncio.create_task(HealthWatch(registry, session, None).run()),
-            asyncio.create_task(host.report(instance.liveness)),
+            asyncio.create_task(host.report(known)),
         ]
-        for _ in range(int((until_s - now()) / _LOOK_S)):
-            if instance.liveness.lost:
-                break
+        for _ in range(int(until_s / _LOOK_S)):
+            if known.lost and lost_at == math.inf:
+                lost_at, state = now(), known.state
+            if known.alive and lost_at < now() and back_at == math.inf:
+                back_at = now()
             await asyncio.sleep(_LOOK_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return now(), instance
+    return Seen(lost_at, back_at, state)
 
 
 @pytest.fixture
@@ -94,15 +117,28 @@ def test_a_host_that_vanishes_is_noticed_whatever_it_is_being_asked(
 ) -> None:
     host = Host(gone_at - busy_s, gone_at)
     monkeypatch.setattr(health, "ask", host.answer)
-    lost_at, instance = runner.run(seen_of(host, gone_at + 60))
-    assert instance.liveness.state is LivenessState.UNREACHABLE
-    assert lost_at - gone_at < NOTICED_S
+    seen = runner.run(seen_of(host, gone_at + 30))
+    assert seen.state is LivenessState.UNREACHABLE
+    assert seen.lost_at - gone_at < NOTICED_S
+
+
+@pytest.mark.parametrize("gone_at", [20.0 + 0.35 * n for n in range(20)])
+def test_one_that_is_back_serves_again_whatever_it_was_asked(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, gone_at: float
+) -> None:
+    """Also if its health was being asked when it vanished: there is no answer to that any more."""
+    back_at = gone_at + 15.0
+    host = Host(gone_at, gone_at, back_at)
+    monkeypatch.setattr(health, "ask", host.answer)
+    seen = runner.run(seen_of(host, back_at + 40))
+    assert seen.lost_at < back_at
+    assert seen.back_at - back_at < NOTICED_S
 
 
 def test_a_process_that_stands_still_is_not_taken_for_dead(
     runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = Host(busy_at=20.0, gone_at=1000.0)
+    host = Host(busy_at=20.0, gone_at=math.inf)
     monkeypatch.setattr(health, "ask", host.answer)
-    _, instance = runner.run(seen_of(host, 75.0))
-    assert instance.liveness.alive
+    seen = runner.run(seen_of(host, 75.0))
+    assert seen.lost_at == math.inf
