@@ -64,7 +64,7 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
 
 
-def _is_silence(error: BaseException) -> bool:
+def is_silence(error: BaseException | None) -> bool:
     """Whether the host does not answer; a kernel does, even for a process that is stopped."""
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
@@ -156,7 +156,7 @@ async def ask(
             instance=instance.number,
             error=reason,
             refused=refused,
-            unreachable=isinstance(error, TimeoutError) or _is_silence(error),
+            unreachable=isinstance(error, TimeoutError) or is_silence(error),
         )
     except TimeoutError:
         limit = min(timeout_s, read_timeout_s or timeout_s)

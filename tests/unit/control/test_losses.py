@@ -142,6 +142,66 @@ def test_requests_to_a_host_that_has_vanished_end(
     assert router.described(0)["lost"] == "host does not answer"
 
 
+class Hosts:
+    """In place of `ask`: some instances are on hosts that cannot be reached now."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._ask = health.ask
+        self._away: set[int] = set()
+        monkeypatch.setattr(health, "ask", self._answer)
+
+    def vanish(self, instance: MockInstance, number: int) -> None:
+        self._away.add(number)
+        instance.hang_up()
+
+    def come_back(self) -> None:
+        self._away.clear()
+
+    async def _answer(self, session: Any, instance: Instance, *about: Any) -> Reply:
+        if instance.number in self._away:
+            return Reply(instance=instance.number, error="away", unreachable=True)
+        return await self._ask(session, instance, *about)
+
+
+def test_a_request_is_not_the_reason_why_hosts_vanish(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many had it, it goes to the next; the first to take it has the least to do."""
+    router, path = start_router(4), "/v1/completions"
+    hosts = Hosts(monkeypatch)
+    for number, instance in enumerate(router.instances):
+        instance.set_load(demand=100 * number)
+        until(lambda n=number: router.described(n).get("demand") == 100 * n)
+    *vanishing, last = router.instances
+    for instance in vanishing:
+        instance.worker.hanging.add(path)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(router.post, path, {})
+        for number, instance in enumerate(vanishing):
+            until(lambda i=instance: i.worker.requests(path))
+            hosts.vanish(instance, number)
+        assert answer.result(30).status == 200
+    assert len(last.worker.requests(path)) == 1
+
+
+def test_an_instance_whose_host_is_back_may_have_the_request_again(
+    start_router: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, path = start_router(1), "/v1/completions"
+    hosts = Hosts(monkeypatch)
+    (instance,) = router.instances
+    instance.worker.hanging.add(path)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(router.post, path, {})
+        until(lambda: instance.worker.requests(path))
+        hosts.vanish(instance, 0)
+        until(lambda: router.described(0).get("lost"))
+        instance.worker.hanging.clear()
+        hosts.come_back()
+        assert answer.result(30).status == 200
+    assert len(instance.worker.requests(path)) == 2
+
+
 def test_one_answer_that_is_missing_is_no_loss(
     start_router: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

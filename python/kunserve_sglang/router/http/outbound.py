@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from kunserve_sglang.control.upstream import CONNECT_TIMEOUT_S, KEEP_ALIVE_S
+from kunserve_sglang.control.upstream import CONNECT_TIMEOUT_S, KEEP_ALIVE_S, is_silence
 from kunserve_sglang.core.heartbeats import watch_host
 from kunserve_sglang.router.http.heads import BODILESS, Headers
 
@@ -31,12 +31,13 @@ class BrokenOff(ConnectionError):
     """The instance's answer ended before its end, or is no HTTP.
 
     `unread` says that the request only met the end of a connection that had been idle: servers
-    close these without looking at what has come meanwhile.
+    close these without looking at what has come meanwhile. `silent`: its host does not answer.
     """
 
-    def __init__(self, reason: str, *, unread: bool = False) -> None:
+    def __init__(self, reason: str, *, unread: bool = False, silent: bool = False) -> None:
         super().__init__(reason)
         self.unread = unread
+        self.silent = silent
 
 
 class Sink(Protocol):
@@ -89,11 +90,9 @@ class InstanceConnection(asyncio.Protocol):
             self._closed()
         else:
             # In one packet if it is small, and without a copy if it is not.
-            if len(body) > _SMALL_BODY:
-                self._transport.write(request)
-                self._transport.write(body)
-            else:
-                self._transport.write(request + body)
+            parts = (request, body) if len(body) > _SMALL_BODY else (request + body,)
+            for part in parts:
+                self._transport.write(part)
         return self._answered
 
     def release(self) -> bool:
@@ -132,7 +131,7 @@ class InstanceConnection(asyncio.Protocol):
         if error is None and self._until_closed:
             self._end()
         else:
-            self._closed(f": {error}" if error else "")
+            self._closed(error)
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink
@@ -168,14 +167,15 @@ class InstanceConnection(asyncio.Protocol):
         if not self._answered.done():
             self._answered.set_result(None)
 
-    def _closed(self, why: str = "") -> None:
+    def _closed(self, error: Exception | None = None) -> None:
         at_once = self._loop.time() - self._asked_at < _RACE_S
         unread = self.reused and at_once and not self._begun
-        self._fail(f"closed the connection{why}", unread=unread)
+        why = f": {error}" if error else ""
+        self._fail(f"closed the connection{why}", unread=unread, silent=is_silence(error))
 
-    def _fail(self, reason: str, *, unread: bool = False) -> None:
+    def _fail(self, reason: str, **about: bool) -> None:
         if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(BrokenOff(reason, unread=unread))
+            self._answered.set_exception(BrokenOff(reason, **about))
 
     # --- what the parser finds ---
 

@@ -10,7 +10,8 @@ from kunserve_sglang.router.proxy.journal import Journal
 from kunserve_sglang.router.proxy.promise import Promise
 
 MAX_LOSSES = 2
-"""So many instances may be lost while they have one request: it may well be the reason."""
+"""So many instances may be lost while they have one request: it may well be the reason. It is none
+for a host that cannot be reached any more."""
 
 
 class Attempts:
@@ -24,7 +25,7 @@ class Attempts:
     """
 
     __slots__ = (
-        *("_holder", "_left", "_refusing"),
+        *("_holder", "_left", "_losses", "_refusing"),
         *("journal", "keyed", "lost", "moving", "promise", "since"),
     )
 
@@ -40,6 +41,7 @@ class Attempts:
         self.keyed = keyed
         self._holder = holder
         self.lost: list[str] = []
+        self._losses = 0
         self.moving = False
         self.since: float | None = None
         self._left: list[Instance] = []
@@ -96,7 +98,20 @@ class Attempts:
     def lost_with(self, instance: Instance, how: str, now: float) -> None:
         """It had the request, and may have run some of it."""
         self.lost.append(f"instance {instance.number} {how}")
+        self._losses += 1
         self._leave(instance, now)
+
+    def vanished_with(self, instance: Instance, how: str, now: float) -> None:
+        """Its host cannot be reached. When it can be again, the instance may be tried again.
+
+        But it may not go on with a stream, which it may be making still.
+        """
+        self.lost.append(f"instance {instance.number} {how}")
+        if self.journal is not None and self.journal.events:
+            self._leave(instance, now)
+            return
+        self._refusing.append(instance)
+        self.since = self.since or now
 
     def _leave(self, instance: Instance, now: float) -> None:
         self._left.append(instance)
@@ -105,7 +120,7 @@ class Attempts:
     @property
     def exhausted(self) -> bool:
         """Whether it must not be tried again."""
-        return len(self.lost) >= MAX_LOSSES
+        return self._losses >= MAX_LOSSES
 
     def why_lost(self) -> str:
         """For its client."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from starlette.responses import Response
 
+from kunserve_sglang.control.liveness import LivenessState
 from kunserve_sglang.control.registry import Instance, Registry
 from kunserve_sglang.policy.dispatch import Policy, first
 from kunserve_sglang.router.http.answers import (
@@ -220,7 +221,9 @@ class Proxy:
         if attempts.moving:
             attempts.moved_from(instance, self._now())
             return False
-        attempts.lost_with(instance, str(error), self._now())
+        silent = error.silent or instance.liveness.state is LivenessState.UNREACHABLE
+        lose = attempts.vanished_with if silent else attempts.lost_with
+        lose(instance, str(error), self._now())
         logger.warning("%s before its answer was whole", attempts.lost[-1])
         if attempts.may_go_on(request):
             return False
