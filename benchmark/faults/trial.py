@@ -31,6 +31,7 @@ _ATTEMPTS = 3
 then."""
 
 _GATE_S = 20.0
+_RESUMED = "kunserve:streams_resumed_total"
 _FOR_GOOD = (Cause.KILL, Cause.STOP)
 
 
@@ -124,13 +125,14 @@ class Conductor:
                 sent = clients.send(self._loads[cell.load], again=again)
                 trial.answers = [s.answer for s in sent]
                 try:
-                    resumed = await admin.metric("kunserve:streams_resumed_total")
+                    resumed = await admin.metric(_RESUMED)
                     found = await all_run(self._loads[cell.load], trial.answers, admin)
                     trial.before, trial.running_at = found, running(found)
                     await self._strike(trial, admin)
                 finally:
                     await asyncio.gather(*(s.task for s in sent))
-                trial.resumed = await admin.metric("kunserve:streams_resumed_total") - resumed
+                now = await admin.metric(_RESUMED)
+                trial.resumed = now - (resumed if now >= resumed else 0.0)  # the next router's own
 
     # -- the fault -------------------------------------------------------------------------------
 
