@@ -86,13 +86,16 @@ class Losses:
         """Those that take no HTTP connections and whose control connection has ended.
 
         Either alone says little: a server may restart, and a busy or stopped process answers
-        nobody but keeps both.
+        nobody but keeps both. One of which nothing at all is heard for long is gone as well: it may
+        stand still together with whoever would end it.
         """
         gone = set(self._registry.left)
         for instance in list(self._registry.instances.values()):
             if instance.plain:
                 if instance.liveness.state is LivenessState.UNREACHABLE:
                     gone.add(instance.number)
+            elif instance.liveness.state is LivenessState.SILENT:
+                gone.add(instance.number)
             elif instance.liveness.state in _NOT_THERE:
                 hollow = Welcome(version=PROTOCOL_VERSION)  # means nothing to one that knows us
                 if not await self._hub.tell(instance.number, hollow):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kunserve_sglang.control import health
+from kunserve_sglang.control import health, liveness
 from kunserve_sglang.control.registry import Instance
 from kunserve_sglang.control.upstream import Reply
 from kunserve_sglang.core.messages import Lost
@@ -95,6 +95,26 @@ def test_one_that_is_busy_or_stopped_is_not_gone(group: RouterCluster) -> None:
     silent.worker.hanging |= {"/health", "/model_info"}
     until(looked_at(survivor))
     assert not survivor.lost
+
+
+def test_one_that_stands_still_for_good_is_gone_in_the_end(
+    group: RouterCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may end it: its launcher stands still as well, with all of its host."""
+    survivor, still = group.instances
+    survivor.set_load(demand=1000)
+    until(lambda: group.described(0).get("demand") == 1000)
+    still.worker.hanging |= {"/health", "/model_info", "/v1/completions"}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(group.post, "/v1/completions", {})
+        until(lambda: still.worker.requests("/v1/completions"))
+        monkeypatch.setattr(liveness, "SILENT_AFTER_S", 0.5)
+        still.reporting = False
+        assert answer.result(30).status == 200
+    assert "silent" in group.described(1)["lost"]
+    until(lambda: survivor.lost)
+    assert survivor.lost[0].instances == (1,)
+    until(lambda: modes(group) == ["independent", "dead"])
 
 
 def test_a_transition_ends_when_a_member_dies(start_router: Start) -> None:
@@ -195,7 +215,7 @@ def test_an_instance_whose_host_is_back_may_have_the_request_again(
         answer = pool.submit(router.post, path, {})
         until(lambda: instance.worker.requests(path))
         hosts.vanish(instance, 0)
-        until(lambda: router.described(0).get("lost"))
+        until(lambda: not router.described(0)["in_flight"])  # its connection has been given up
         instance.worker.hanging.clear()
         hosts.come_back()
         assert answer.result(30).status == 200
