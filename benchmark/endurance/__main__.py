@@ -96,7 +96,11 @@ async def run(flags: argparse.Namespace, console: Console) -> int:
 async def throughput(
     cluster: FaultedCluster, admin: Admin, clients: Clients, load: list[Ask], rounds: int
 ) -> list[Throughput]:
-    """All requests at once, again and again, by instances that have nothing else to do."""
+    """All requests at once, again and again, by instances that have nothing else to do.
+
+    The first round does not count: some instances are new, and touch their memory first.
+    """
+    await clients.all(load)
     measured = []
     for _ in range(rounds):
         await admin.call("POST", "/flush_cache?timeout=10")

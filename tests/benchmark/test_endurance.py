@@ -12,7 +12,7 @@ from benchmark.endurance.books import imbalances, leftovers
 from benchmark.endurance.census import Life
 from benchmark.endurance.flatness import slope
 from benchmark.endurance.happenings import APART_S, Happening, happenings
-from benchmark.endurance.report import slopes_of
+from benchmark.endurance.report import _flat, slopes_of
 
 HOUR = 3600.0
 
@@ -93,6 +93,20 @@ def test_slopes_are_by_role_and_measure() -> None:
     assert set(found) == {("router", "private_mib"), ("server", "private_mib")}
     assert found["router", "private_mib"].surely > 500
     assert found["server", "private_mib"].per_hour < 10
+
+
+@pytest.mark.parametrize(
+    ("mib_per_hour", "minutes", "ok"), [(3, 20, True), (30, 20, False), (8, 120, False)]
+)
+def test_growth_counts_by_the_time_of_the_run(
+    mib_per_hour: float, minutes: float, ok: bool
+) -> None:
+    lives = {Life("router", 1, 0.0): _life(50.0, mib_per_hour, int(60 * minutes), 0.1, 1)}
+    (found,) = slopes_of({"private_mib": lives}, warm_s=60.0).values()
+    assert _flat("router", "private_mib", found, minutes / 60)["ok"] == ok
+    files = {Life("router", 1, 0.0): [(float(t), 20.0 + t // 300) for t in range(0, 1200, 5)]}
+    (more,) = slopes_of({"files": files}, warm_s=0.0).values()
+    assert not _flat("router", "files", more, 1 / 3)["ok"]
 
 
 # -- books -----------------------------------------------------------------------------------------
