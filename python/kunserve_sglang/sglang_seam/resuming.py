@@ -107,8 +107,8 @@ async def _kept_as_they_are(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
     Whoever looks at it any later needs lists of its own.
     """
     async for output in outputs:
-        meta = {n: v.copy() if isinstance(v, list) else v for n, v in output["meta_info"].items()}
-        yield {**output, "output_ids": output["output_ids"].copy(), "meta_info": meta}
+        meta = {n: [*v] if isinstance(v, list) else v for n, v in output["meta_info"].items()}
+        yield dict(output, output_ids=[*output["output_ids"]], meta_info=meta)
 
 
 def _parts(obj: Any, choices: dict[int, StreamedChoice]) -> dict[int, Any]:

@@ -29,7 +29,7 @@ class Case:
     """A call that succeeds on two instances, as one group if it has to be `grouped`.
 
     `no_conflict` says why it succeeds during a transition as well, `no_bad_input` why nothing can
-    be wrong with it.
+    be wrong with it. With `impatient` as its query it does not wait for a transition to end.
     """
 
     path: str = ""
@@ -37,6 +37,7 @@ class Case:
     grouped: bool = False
     no_conflict: str = ""
     no_bad_input: str = ""
+    impatient: str = ""
 
 
 ONLY_LOOKS = "it only looks"
@@ -67,7 +68,7 @@ CASES = {
         body={"model": msgspec.to_builtins(MODEL)},
         no_conflict="an instance that joins takes part in the next",
     ),
-    "drain": Case(path="/workers/1", grouped=True),
+    "drain": Case(path="/workers/1", grouped=True, impatient="?timeout_s=0.1"),
 }
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
@@ -91,9 +92,9 @@ def start(start_router: Start, call: Call) -> RouterCluster:
     return router
 
 
-def make(router: RouterCluster, call: Call) -> Answer:
+def make(router: RouterCluster, call: Call, query: str = "") -> Answer:
     """The call as it should succeed, its answer held against its description."""
-    return Checker(router).call(call.method, path_of(call), case_of(call).body)
+    return Checker(router).call(call.method, path_of(call) + query, case_of(call).body)
 
 
 def assert_refused(answer: Answer, status: int, code: str, field: str | None = None) -> None:
@@ -154,7 +155,7 @@ def test_while_a_transition_runs(start_router: Start, call: Call) -> None:
     with router.instances[0].holding_votes():
         kind = "restore" if case.grouped else "drop"
         assert router.post(f"/kunserve/{kind}?wait=false", {}, **ADMIN).status == 202
-        answer = make(router, call)
+        answer = make(router, call, case.impatient)
         assert router.status()["transition"]["kind"] == kind
     if case.no_conflict:
         assert answer.status == min(call.answers)
