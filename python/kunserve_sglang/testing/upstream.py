@@ -107,16 +107,7 @@ class PlainServer(Cluster):
         return self
 
     def ready_url(self) -> str:
-        """The address, once `/health` answers with 200: the first request has been through."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=30)
-        try:
-            connection.request("GET", "/health")
-            healthy = connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            healthy = False  # not up yet; we are asked again
-        finally:
-            connection.close()
-        return f"http://{self._host}:{self._port}" if healthy else ""
+        return healthy_url(self._host, self._port)
 
     def stop(self) -> None:
         """As a cluster, and without the shared memory that SGLang leaves behind."""
@@ -224,6 +215,19 @@ class UpstreamCluster:
         unpack_upstream(folder)
         inherited = os.environ.get("PYTHONPATH")
         return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), inherited)))}
+
+
+def healthy_url(host: str, port: int) -> str:
+    """The address, once `/health` answers with 200: the first request has been through."""
+    connection = http.client.HTTPConnection(host, port, timeout=30)
+    try:
+        connection.request("GET", "/health")
+        healthy = connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        healthy = False  # not up yet; we are asked again
+    finally:
+        connection.close()
+    return f"http://{host}:{port}" if healthy else ""
 
 
 def put_behind(router: Cluster, servers: Sequence[Cluster]) -> None:
