@@ -118,8 +118,10 @@ async def _next_request(parser: h11.Connection, reader: asyncio.StreamReader) ->
 
 
 def _chunks_wanted(arrived: Arrived) -> int:
+    """Of a stream; 0 if it wants none, as any question does whatever its body says."""
     try:
         asked = json.loads(arrived.body)
-        return int(asked["max_new_tokens"]) if asked.get("stream") is True else 0
+        wanted = arrived.method == "POST" and asked.get("stream") is True
+        return max(0, int(asked["max_new_tokens"])) if wanted else 0
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 0
