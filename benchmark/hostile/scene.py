@@ -18,6 +18,7 @@ from kunserve_sglang.core.routes import server_routes
 
 _INSTANCES = 2
 _SERVING_TIMEOUT_S = 30.0
+_HEALTHY_AGAIN_S = 15.0
 _EXPECTED = frozenset(("Welcome", "Attainable"))
 """What instances are told in peace."""
 
@@ -60,7 +61,7 @@ class Scene:
 
     async def verdict(self) -> dict[str, Any]:
         """The figures that every part ends with."""
-        healthy = self.router.running and await asyncio.to_thread(self.router.healthy, _INSTANCES)
+        healthy = await self._is_healthy_soon()
         for member in self.members:
             for kind, count in member.received.items():
                 if kind not in _EXPECTED:
@@ -71,6 +72,17 @@ class Scene:
             "admin_effects": dict(self.effects),
             "misread": sum(worker.unreadable for worker in self.workers),
         }
+
+    async def _is_healthy_soon(self) -> bool:
+        """Instances that were held up, as by another part of this program, need a moment."""
+        deadline = time.monotonic() + _HEALTHY_AGAIN_S
+        while self.router.running:
+            if await asyncio.to_thread(self.router.healthy, _INSTANCES):
+                return True
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.2)
+        return False
 
     def rss_mib(self) -> float:
         return self.router.rss_bytes() / (1 << 20)
