@@ -75,6 +75,54 @@ class Api:
     tokens_so_far: Callable[[Mapping[str, Any]], int]
 
 
+def _generation(request: Request) -> dict[str, Any]:
+    text = isinstance(request.prompt, str)
+    return {
+        "text" if text else "input_ids": request.prompt if text else list(request.prompt),
+        "sampling_params": {
+            "max_new_tokens": request.output_len,
+            "temperature": 0,
+            "ignore_eos": True,
+        },
+        "stream": True,
+    }
+
+
+def _generated(event: Mapping[str, Any]) -> int:
+    meta = event.get("meta_info", {})
+    reason = meta.get("finish_reason") or {}
+    if reason.get("type") == "abort":
+        raise _RequestFailed(f"aborted: {reason.get('message', '')}"[:200])
+    return int(meta.get("completion_tokens", 0))
+
+
+def _completion(request: Request) -> dict[str, Any]:
+    prompt = request.prompt
+    return {
+        "model": MODEL_NAME,
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "max_tokens": request.output_len,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+
+
+def _completed(event: Mapping[str, Any]) -> int:
+    return int((event.get("usage") or {}).get("completion_tokens", 0))
+
+
+MODEL_NAME = "model"
+"""What servers have to call theirs that want to be asked for it by name."""
+
+GENERATE = Api("/generate", _generation, _generated)
+"""SGLang's own."""
+
+COMPLETIONS = Api("/v1/completions", _completion, _completed)
+"""OpenAI's, as SGLang and vLLM have extended it."""
+
+
 class LoadGenerator:
     """Sends a workload to one URL and measures every stream."""
 
@@ -82,16 +130,13 @@ class LoadGenerator:
         self,
         url: str,
         *,
-        api: Api | None = None,
+        api: Api = GENERATE,
         timeout_s: float = 600.0,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        """`api` is `GENERATE` unless named; `timeout_s` bounds one request.
-
-        `on_progress` runs on the event loop at every change.
-        """
-        self._api = api or GENERATE
-        self._url = url + self._api.path
+        """`timeout_s` bounds one request; `on_progress` runs on the event loop at every change."""
+        self._api = api
+        self._url = url + api.path
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._on_progress = on_progress
         self._progress = Progress(0)
@@ -186,51 +231,3 @@ class LoadGenerator:
     def _report(self) -> None:
         if self._on_progress is not None:
             self._on_progress(self._progress)
-
-
-def _generation(request: Request) -> dict[str, Any]:
-    text = isinstance(request.prompt, str)
-    return {
-        "text" if text else "input_ids": request.prompt if text else list(request.prompt),
-        "sampling_params": {
-            "max_new_tokens": request.output_len,
-            "temperature": 0,
-            "ignore_eos": True,
-        },
-        "stream": True,
-    }
-
-
-def _generated(event: Mapping[str, Any]) -> int:
-    meta = event.get("meta_info", {})
-    reason = meta.get("finish_reason") or {}
-    if reason.get("type") == "abort":
-        raise _RequestFailed(f"aborted: {reason.get('message', '')}"[:200])
-    return int(meta.get("completion_tokens", 0))
-
-
-def _completion(request: Request) -> dict[str, Any]:
-    prompt = request.prompt
-    return {
-        "model": MODEL_NAME,
-        "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "max_tokens": request.output_len,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }
-
-
-def _completed(event: Mapping[str, Any]) -> int:
-    return int((event.get("usage") or {}).get("completion_tokens", 0))
-
-
-MODEL_NAME = "model"
-"""What servers have to call theirs that want to be asked for it by name."""
-
-GENERATE = Api("/generate", _generation, _generated)
-"""SGLang's own."""
-
-COMPLETIONS = Api("/v1/completions", _completion, _completed)
-"""OpenAI's, as SGLang and vLLM have extended it."""
