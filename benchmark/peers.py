@@ -24,10 +24,10 @@ from benchmark.control import control
 from benchmark.demo import suit_cpu
 from benchmark.display import RunDisplay
 from benchmark.experiment import Run, run_workload, warm_up_requests
-from benchmark.metrics import Slo, slo_from, summarise
+from benchmark.metrics import slo_from
 from benchmark.program import CHUNK_FLAGS, ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
-from benchmark.real_regimes import LOADS, Load, lone_requests
+from benchmark.real_regimes import LOADS, Row, figures_of, lone_requests
 from benchmark.report import describe_machine, dumps
 from benchmark.vllm import VLLM, VllmCluster
 from benchmark.workload import Workload
@@ -45,8 +45,6 @@ _MORE_BYTES = 1 << 30
 _RESTORE_TIMEOUT_S = 60.0
 _NOISE = 0.1
 """Within which two figures of one run are the same."""
-
-Row = dict[str, Any]
 
 
 class Served(Protocol):
@@ -140,7 +138,7 @@ def run(flags: argparse.Namespace, console: Console) -> int:
             lone, *runs = [_serve(cluster.url, way, each, console) for each in work]
         slo = slo or slo_from(lone.results, LONE_FACTOR)
         for load, served in zip(loads, runs, strict=True):
-            rows.append(_row(load, way, served, slo))
+            rows.append({"load": load.name, "way": way, **figures_of(served, slo)})
             console.print(str(rows[-1]), markup=False, soft_wrap=True)
     checks = checks_of(rows)
     results = {
@@ -172,22 +170,6 @@ def _serve(url: str, way: str, work: Workload, console: Console) -> Run:
                 flush=way != OTHER,  # which forgets nothing when it is told to
             )
         )
-
-
-def _row(load: Load, way: str, served: Run, slo: Slo) -> Row:
-    figures = summarise(served.results, slo)
-    wanted = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "slo_ttft_ms", "slo_tpot_ms")
-    return {
-        "load": load.name,
-        "way": way,
-        "requests": len(served.results),
-        "failed": figures["failed"],
-        "slo_attainment": figures["slo_attainment"],
-        **{key: round(figures[key], 1) for key in wanted},
-        "median_e2e_ms": round(figures["median_e2e_latency_ms"], 1),
-        "output_throughput": round(figures["output_throughput"], 1),
-        "noise": round(served.noise, 3),
-    }
 
 
 def checks_of(rows: Sequence[Row]) -> list[dict[str, Any]]:

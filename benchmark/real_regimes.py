@@ -194,23 +194,30 @@ def _serve(cluster: Cluster, work: Workload, name: str, console: Console) -> Ser
     return Served(done, [e for e in done.events if e["time"] >= began])
 
 
-def _row(load: Load, policy: str, served: Served, slo: Slo) -> Row:
-    figures = summarise(served.run.results, slo)
+def figures_of(served: Run, slo: Slo) -> Row:
+    """What a row of any comparison of real loads has."""
+    figures = summarise(served.results, slo)
     wanted = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "slo_ttft_ms", "slo_tpot_ms")
     return {
-        "regime": load.name,
-        "profile": "here",
-        "policy": policy,
-        "requests": len(served.run.results),
+        "requests": len(served.results),
         "failed": figures["failed"],
         "slo_attainment": figures["slo_attainment"],
         **{key: round(figures[key], 1) for key in wanted},
         "median_e2e_ms": round(figures["median_e2e_latency_ms"], 1),
         "output_throughput": round(figures["output_throughput"], 1),
+        "noise": round(served.noise, 3),
+    }
+
+
+def _row(load: Load, policy: str, served: Served, slo: Slo) -> Row:
+    return {
+        "regime": load.name,
+        "profile": "here",
+        "policy": policy,
+        **figures_of(served.run, slo),
         "drops": served.count("drop", "committed"),
         "declined": served.count("drop", "declined"),
         "restores": served.count("restore", "committed"),
-        "noise": round(served.run.noise, 3),
         "why": served.why(),
     }
 
