@@ -28,6 +28,11 @@ class Noise:
         return max(0.0, busy - self._busy - ours) / spent if spent > 0 else 0.0
 
 
+def cpu_s(root: int) -> float:
+    """CPU seconds that a process and its descendants have used that are there now."""
+    return sum(_family(root).values())
+
+
 def _cores() -> tuple[float, float]:
     """Busy and total seconds since the machine started."""
     times = psutil.cpu_times(percpu=True)
@@ -37,9 +42,9 @@ def _cores() -> tuple[float, float]:
     return total - idle, total
 
 
-def _family() -> dict[psutil.Process, float]:
+def _family(root: int | None = None) -> dict[psutil.Process, float]:
     times: dict[psutil.Process, float] = {}
-    for process in family():
+    for process in family(root):
         try:
             used = process.cpu_times()
         except psutil.NoSuchProcess:

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
-
+from benchmark.noise import cpu_s
 from benchmark.program import ROOT
 from kunserve_sglang.core.processes import free_port
 from kunserve_sglang.testing.cluster import Cluster, ClusterError, router_command
@@ -76,9 +75,7 @@ class Router(Cluster):
 
     def cpu_s(self) -> float:
         """CPU seconds that the process and its descendants have used so far."""
-        launcher = psutil.Process(self.pid)
-        times = [p.cpu_times() for p in (launcher, *launcher.children(recursive=True))]
-        return float(sum(t.user + t.system for t in times))
+        return cpu_s(self.pid)
 
 
 class UpstreamRouter(Router):

@@ -11,7 +11,6 @@ import asyncio
 import os
 import random
 import time
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,19 +23,17 @@ from benchmark.endurance.picture import draw
 from benchmark.endurance.report import Throughput, results
 from benchmark.endurance.soak import Soak
 from benchmark.faults.cells import LoadKind
-from benchmark.faults.cluster import HOST_NAMES, FaultedCluster
+from benchmark.faults.cluster import HOST_NAMES, FaultedCluster, built_model
 from benchmark.faults.hosts import Hosts
 from benchmark.faults.load import Ask, Clients, asks
 from benchmark.faults.measures import expected
 from benchmark.faults.recovery import until_well
 from benchmark.faults.trial import AGAIN
 from benchmark.faults.watch import Admin
+from benchmark.noise import cpu_s
 from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import dumps
-from kunserve_sglang.core.processes import family
-from kunserve_sglang.testing import tiny_model
 
-_build_model = partial(tiny_model.build, hidden=256, intermediate=1536, layers=6)
 _KIND = LoadKind(gathered=False, seeded=True)
 _WELL_S = 240.0
 
@@ -62,7 +59,7 @@ def main() -> NoReturn:
 
 async def run(flags: argparse.Namespace, console: Console) -> int:
     """Returns the exit status."""
-    model = _build_model(flags.logs / "tiny-33MB")
+    model = built_model(flags.logs)
     load = asks(model, flags.tokens, _KIND)
     chance = random.Random(flags.seed)
     load_before = os.getloadavg()
@@ -104,19 +101,16 @@ async def throughput(
     measured = []
     for _ in range(rounds):
         await admin.call("POST", "/flush_cache?timeout=10")
-        began, cpu = time.perf_counter(), cpu_s(cluster)
+        began, cpu = time.perf_counter(), _cpu_s(cluster)
         answers = await clients.all(load)
         tokens = sum(len(answer.tokens) for answer in answers)
-        took, used = time.perf_counter() - began, cpu_s(cluster) - cpu
+        took, used = time.perf_counter() - began, _cpu_s(cluster) - cpu
         measured.append(Throughput(tokens / took, tokens / used))
     return measured
 
 
-def cpu_s(cluster: FaultedCluster) -> float:
-    """CPU seconds of all processes that are there now."""
-    launchers = [cluster.router.pid, *(launched.pid for launched in cluster.launchers.values())]
-    times = [p.cpu_times() for pid in launchers for p in family(pid)]
-    return float(sum(t.user + t.system for t in times))
+def _cpu_s(cluster: FaultedCluster) -> float:
+    return sum(cpu_s(launcher.pid) for launcher in (cluster.router, *cluster.launchers.values()))
 
 
 if __name__ == "__main__":

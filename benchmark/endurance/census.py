@@ -82,9 +82,6 @@ def _held(pid: int) -> dict[str, float]:
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
     kib = {name: float(lines[name].split()[0]) for name in ("RssAnon", "RssShmem")}
-    return {
-        "private_mib": kib["RssAnon"] / 1024,
-        "shared_mib": kib["RssShmem"] / 1024,
-        "files": float(sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())),
-        "threads": float(lines["Threads"]),
-    }
+    files = float(sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()))
+    values = (kib["RssAnon"] / 1024, kib["RssShmem"] / 1024, files, float(lines["Threads"]))
+    return dict(zip(MEASURES, values, strict=True))

@@ -32,7 +32,6 @@ class Crowd:
     chance: random.Random
     again: int
     size: int = 0
-    under_way: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
 
@@ -63,11 +62,7 @@ class Crowd:
                 continue
             which = self.chance.randrange(len(self.asked))
             (sent,) = self.clients.send([self.asked[which]], again=self.again)
-            self.under_way += 1
-            try:
-                await sent.task
-            finally:
-                self.under_way -= 1
+            await sent.task
             found = verdict(sent.answer, self.wanted[which])
             self.verdicts[found] += 1
             if found != OK and len(self.errors) < _KEPT_ERRORS:

@@ -10,7 +10,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmark.endurance.census import Census
+from benchmark.endurance.census import MEASURES, Census
 from benchmark.endurance.happenings import Happening
 from benchmark.endurance.soak import Story
 
@@ -29,9 +29,8 @@ _MARKS: dict[str, str] = {
 
 def draw(story: Story, census: Census, path: Path) -> None:
     """One panel a measure; a line is a process, a stroke at the top a death or a renewal."""
-    measures = ("private_mib", "shared_mib", "files", "threads")
-    figure, panels = plt.subplots(len(measures), 1, figsize=(10, 9), sharex=True)
-    for panel, measure in zip(panels, measures, strict=True):
+    figure, panels = plt.subplots(len(MEASURES), 1, figsize=(10, 9), sharex=True)
+    for panel, measure in zip(panels, MEASURES, strict=True):
         for life, samples in census.samples[measure].items():
             if colour := _ROLES.get(life.role):
                 times, values = zip(*samples, strict=True)

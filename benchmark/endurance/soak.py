@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmark.endurance.books import imbalances, leftovers
 from benchmark.endurance.census import Census
@@ -17,9 +15,10 @@ from benchmark.endurance.crowd import Crowd
 from benchmark.endurance.happenings import Happening, happenings
 from benchmark.experiment import RunError
 from benchmark.faults.cells import Transition
-from benchmark.faults.cluster import SECOND, TOTAL, FaultedCluster
+from benchmark.faults.cluster import SECOND, FaultedCluster
 from benchmark.faults.processes import send
-from benchmark.faults.recovery import until_well
+from benchmark.faults.readiness import begin
+from benchmark.faults.recovery import all_there, until_well
 from benchmark.faults.trial import lost_numbers
 from benchmark.faults.watch import Admin, Seen
 
@@ -64,19 +63,21 @@ class Soak:
     async def run(self, seconds: float, chance: random.Random) -> None:
         """Returns when all is as it was before. Raises `RunError` if that does not come about."""
         self._began = time.monotonic()
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(self._meanwhile(self._watch))
-            await stack.enter_async_context(self._meanwhile(self._count))
-            transitions = await stack.enter_async_context(asyncio.TaskGroup())
-            await stack.enter_async_context(self._crowd.asking())
-            for at, kind in happenings(seconds, chance):
-                await asyncio.sleep(max(0.0, self._began + at - time.monotonic()))
-                if kind.needs_all:
-                    await self._settled(kind)
-                    await self._strike(kind, chance)
-                else:
-                    transitions.create_task(self._change())
-            await self._settled("the end")
+        async with asyncio.TaskGroup() as tasks:
+            looking = [tasks.create_task(look) for look in (self._watch(), self._count())]
+            changes = []
+            async with self._crowd.asking():
+                for at, kind in happenings(seconds, chance):
+                    await asyncio.sleep(max(0.0, self._began + at - time.monotonic()))
+                    if kind.needs_all:
+                        await self._settled(kind)
+                        await self._strike(kind, chance)
+                    else:
+                        changes.append(tasks.create_task(self._change()))
+                await self._settled("the end")
+            await asyncio.gather(*changes)
+            for task in looking:
+                task.cancel()
         await until_well(self._cluster, self._admin, _WELL_S)
         seen = await self._admin.seen()
         self.story.leftovers = leftovers(seen.instances or {})
@@ -89,8 +90,7 @@ class Soak:
         known = seen.instances or {}
         grouped = any(i["mode"] == "cooperative" for i in known.values())
         kind = Transition.RESTORE if grouped else Transition.DROP
-        body = {} if grouped else {"instances": sorted(known)}
-        code, event = await self._admin.call("POST", f"/kunserve/{kind}", body)
+        code, event = await begin(self._admin, kind, known)
         self._done(kind, event["status"] if code == 200 else f"refused ({code})")
 
     async def _strike(self, kind: Happening, chance: random.Random) -> None:
@@ -134,17 +134,6 @@ class Soak:
 
     # -- what is seen ----------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _meanwhile(
-        self, look: Callable[[], Coroutine[Any, Any, None]]
-    ) -> AsyncIterator[None]:
-        task = asyncio.create_task(look())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
     async def _watch(self) -> None:
         story = self.story
         while True:
@@ -162,10 +151,5 @@ class Soak:
 
 
 def _is_settled(seen: Seen) -> bool:
-    found = list((seen.instances or {}).values())
-    return (
-        len(found) == TOTAL
-        and not seen.transition
-        and all(i["serving"] and not i.get("lost") for i in found)
-        and all(i["mode"] in ("independent", "cooperative") for i in found)
-    )
+    modes = {i["mode"] for i in (seen.instances or {}).values()}
+    return all_there(seen) and modes <= {"independent", "cooperative"}

@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +21,7 @@ from rich.console import Console
 from benchmark.checks import check_table
 from benchmark.faults import rows as made
 from benchmark.faults.cells import Cause, Cell, Phase, Target, left_out, matrix
-from benchmark.faults.cluster import HOST_NAMES, FaultedCluster
+from benchmark.faults.cluster import HOST_NAMES, FaultedCluster, built_model
 from benchmark.faults.hosts import Hosts
 from benchmark.faults.load import Clients, asks
 from benchmark.faults.measures import expected, prefill_s, reload_s
@@ -31,10 +30,6 @@ from benchmark.faults.trial import Conductor
 from benchmark.faults.upstream import run_upstream
 from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import describe_machine, dumps
-from kunserve_sglang.testing import tiny_model
-
-_build_model = partial(tiny_model.build, hidden=256, intermediate=1536, layers=6)
-"""Steps take milliseconds, and parameters more memory than KV, as drops want it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +105,7 @@ class Results:
 def run(flags: argparse.Namespace, console: Console) -> int:
     """Run what is chosen, print, write; returns the exit status."""
     deadline = time.monotonic() + 60 * flags.minutes
-    model = flags.model_path or _build_model(flags.logs / "tiny-33MB")
+    model = flags.model_path or built_model(flags.logs)
     setup = f"{model.name} {flags.memory_budget}, {flags.tokens} tokens"
     results = Results.of(flags.output, revision(), setup)
     chosen = matrix(

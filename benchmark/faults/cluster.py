@@ -22,6 +22,7 @@ from benchmark.faults.hosts import Hosts
 from benchmark.faults.processes import GateFile, instance_family, router_of, send
 from kunserve_sglang.core.faults import FAULT_ENVIRONMENT, FILE_MARK
 from kunserve_sglang.core.processes import divide_cpus, family
+from kunserve_sglang.testing import tiny_model
 from kunserve_sglang.testing.cluster import Cluster
 
 ROUTER, FIRST, SECOND = "r", "a", "b"
@@ -33,6 +34,11 @@ _INSTANCE_READY = re.compile(r"^KunServe instance \d+ is ready: (\S+)", re.MULTI
 _READY_S = 300.0
 _LEAVE_S = 120.0
 _RESTARTS = "1000"
+
+
+def built_model(folder: Path) -> Path:
+    """In `folder`: steps take milliseconds, and parameters more memory than KV, as drops like."""
+    return tiny_model.build(folder / "tiny-33MB", hidden=256, intermediate=1536, layers=6)
 
 
 class Launched(Cluster):

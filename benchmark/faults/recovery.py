@@ -36,12 +36,20 @@ async def until_well(cluster: FaultedCluster, admin: Admin, limit_s: float) -> N
     raise RunError(f"the cluster is not as before after {limit_s:g} s: {_about(seen)}")
 
 
-def _is_well(seen: Seen) -> bool:
+def all_there(seen: Seen) -> bool:
+    """Whether all instances serve, and no transition is under way."""
     found = _of(seen)
     return (
         len(found) == TOTAL
         and not seen.transition
         and all(i["serving"] and not i.get("lost") for i in found)
+    )
+
+
+def _is_well(seen: Seen) -> bool:
+    found = _of(seen)
+    return (
+        all_there(seen)
         and all(i["mode"] == "independent" for i in found)
         and not any(i["in_flight"] or i.get("running") or i.get("waiting") for i in found)
     )
