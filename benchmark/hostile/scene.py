@@ -61,7 +61,8 @@ class Scene:
 
     async def verdict(self) -> dict[str, Any]:
         """The figures that every part ends with."""
-        healthy = await self._is_healthy_soon()
+        # Instances that were held up, as by another part of this program, need a moment.
+        healthy = await self._serves_within(_HEALTHY_AGAIN_S)
         for member in self.members:
             for kind, count in member.received.items():
                 if kind not in _EXPECTED:
@@ -73,17 +74,6 @@ class Scene:
             "misread": sum(worker.unreadable for worker in self.workers),
         }
 
-    async def _is_healthy_soon(self) -> bool:
-        """Instances that were held up, as by another part of this program, need a moment."""
-        deadline = time.monotonic() + _HEALTHY_AGAIN_S
-        while self.router.running:
-            if await asyncio.to_thread(self.router.healthy, _INSTANCES):
-                return True
-            if time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.2)
-        return False
-
     def rss_mib(self) -> float:
         return self.router.rss_bytes() / (1 << 20)
 
@@ -94,8 +84,15 @@ class Scene:
 
     async def until_serving(self) -> None:
         """Raises `RunError` if the router does not know its instances, soon."""
-        deadline = time.monotonic() + _SERVING_TIMEOUT_S
-        while not await asyncio.to_thread(self.router.healthy, _INSTANCES):
+        if not await self._serves_within(_SERVING_TIMEOUT_S):
+            raise RunError("the router did not take up its instances")
+
+    async def _serves_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.router.running:
+            if await asyncio.to_thread(self.router.healthy, _INSTANCES):
+                return True
             if time.monotonic() > deadline:
-                raise RunError("the router did not take up its instances")
+                break
             await asyncio.sleep(0.1)
+        return False
