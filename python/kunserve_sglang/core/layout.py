@@ -172,8 +172,7 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     def idle_share(self, layers: LayerRange, owners: int) -> int:
         """Slots that an idle owner keeps, so that a new request can start at once."""
-        share = self.capacity(layers, owners) // _IDLE_PART
-        return share + -share % self.block_slots
+        return in_blocks(self.capacity(layers, owners) // _IDLE_PART, self.block_slots)
 
     def max_slots(self) -> int:
         """The most that one owner can ever get: nearly all of the largest group it can join."""
@@ -183,6 +182,11 @@ class MemoryProfile(msgspec.Struct, frozen=True, kw_only=True):
         idle = [self.idle_share(widest, self.owners)] * (self.owners - 1)
         shared = largest(self.stride - 1, lambda slots: self.fits(widest, [slots, *idle]))
         return max(self.capacity(full, 1), self.whole(shared))
+
+
+def in_blocks(slots: int, block_slots: int) -> int:
+    """Slots of the blocks that hold so many."""
+    return slots + -slots % block_slots
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from kunserve_sglang.core.layout import Layout, largest
+from kunserve_sglang.core.layout import Layout, in_blocks, largest
 from kunserve_sglang.core.messages import Transition, TransitionKind
 from kunserve_sglang.policy.decision import MOST_CHOICES, Choice, Decision, NoPlan
 from kunserve_sglang.policy.planner import Plan
@@ -33,7 +33,7 @@ def shares(state: ClusterState, group: Layout) -> list[int]:
     idle = min(o.memory.idle_share(o.layers, len(owners)) for o in owners)
     blocks = [o.memory.block_slots for o in owners]
     needs = [max(o.load.slots.used, o.load.largest, idle) for o in owners]
-    floors = [need + -need % block for need, block in zip(needs, blocks, strict=True)]
+    floors = [in_blocks(need, block) for need, block in zip(needs, blocks, strict=True)]
     wants = [max(0, o.load.demand - floor) for o, floor in zip(owners, floors, strict=True)]
     if not any(wants):
         wants = [1] * len(owners)

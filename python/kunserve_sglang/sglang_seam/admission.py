@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kunserve_sglang.sglang_seam.lengths import in_blocks, max_output
+from kunserve_sglang.core.layout import in_blocks
+from kunserve_sglang.sglang_seam.lengths import max_output
 
 
 def next_chunk_within_pool(original: Callable[..., Any], adder: Any, req: Any) -> Any:

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.allocator import (
 )
 
 from kunserve_sglang.core.errors import InternalError
+from kunserve_sglang.instance.transitions.compaction import slots_of
 
 
 class ElasticAllocator(BaseTokenToKVPoolAllocator):
@@ -135,13 +136,6 @@ def allocator_for(page_size: int, size: int, **arguments: Any) -> ElasticAllocat
     if page_size == 1:
         return ElasticSlotAllocator(size, **arguments)
     return ElasticBlockAllocator(size, page_size, **arguments)
-
-
-def slots_of(blocks: torch.Tensor, page_size: int) -> torch.Tensor:
-    """All slots of these blocks, in their order."""
-    if page_size == 1:
-        return blocks
-    return (blocks[:, None] * page_size + torch.arange(page_size, device=blocks.device)).flatten()
 
 
 def new_blocks(prefix_lens: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> torch.Tensor:

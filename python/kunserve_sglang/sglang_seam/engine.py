@@ -17,14 +17,14 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 
 from kunserve_sglang.core.errors import InternalError
 from kunserve_sglang.core.instance_config import LEAVE_SIGNAL
-from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.core.layout import LayerRange, in_blocks
 from kunserve_sglang.core.load import Load, Slots
 from kunserve_sglang.core.messages import Attainable
 from kunserve_sglang.execution.output_length import OutputLengths
 from kunserve_sglang.instance.parts.cache_log import CacheLog
 from kunserve_sglang.instance.parts.engine import Hidden, Segment, StageBatch
 from kunserve_sglang.sglang_seam.batches import described
-from kunserve_sglang.sglang_seam.lengths import in_blocks, in_the_end
+from kunserve_sglang.sglang_seam.lengths import in_the_end
 from kunserve_sglang.sglang_seam.model import LayeredDecoder
 from kunserve_sglang.sglang_seam.prefix_cache import PrefixWatch
 from kunserve_sglang.sglang_seam.progress import Progress

@@ -6,16 +6,13 @@ from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
+from kunserve_sglang.core.layout import in_blocks
+
 
 def max_output(request: Any) -> int:
     """Tokens it may still produce."""
     left: int = request.sampling_params.max_new_tokens - len(request.output_ids)
     return max(0, left)
-
-
-def in_blocks(tokens: int, page_size: int) -> int:
-    """Slots of the blocks that hold so many tokens of one request."""
-    return tokens + -tokens % page_size
 
 
 def in_the_end(request: Any, page_size: int) -> int:

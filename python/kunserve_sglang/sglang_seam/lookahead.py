@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kunserve_sglang.core.cost_model import Chunk, Work
+from kunserve_sglang.core.layout import in_blocks
 from kunserve_sglang.execution.formation import Outlook, chunks_ahead
-from kunserve_sglang.sglang_seam.lengths import in_blocks
 from kunserve_sglang.sglang_seam.scheduling import Scheduling
 from kunserve_sglang.sglang_seam.waiting import WaitingRequests
 

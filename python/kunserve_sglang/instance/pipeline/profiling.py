@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from kunserve_sglang.core.cost_model import Chunk, CostModel, Sample, Work, fit
-from kunserve_sglang.core.layout import LayerRange
+from kunserve_sglang.core.layout import LayerRange, in_blocks
 from kunserve_sglang.execution.profile import ON_HOST, Timing
 from kunserve_sglang.instance.parts.engine import Engine, StageBatch
 from kunserve_sglang.instance.ranks.ranked import clock_of
@@ -138,7 +138,7 @@ def probe(work: Work, block_slots: int = 1) -> tuple[StageBatch, torch.Tensor]:
         table[row, :end] = torch.arange(first, first + end)
         positions.append(torch.arange(span.prefix, end))
         slots.append(torch.arange(first + span.prefix, first + end))
-        first += end + -end % block_slots
+        first += in_blocks(end, block_slots)
     extend = not work.decodes
     batch = StageBatch(
         owner=_PROBE_OWNER,
@@ -155,7 +155,7 @@ def probe(work: Work, block_slots: int = 1) -> tuple[StageBatch, torch.Tensor]:
 def slots_needed(work: Work, block_slots: int) -> int:
     """Slots of the blocks that `probe` takes for such work."""
     ends = (s.prefix + s.tokens for s in _requests(work))
-    return sum(end + -end % block_slots for end in ends)
+    return sum(in_blocks(end, block_slots) for end in ends)
 
 
 def _requests(work: Work) -> list[Chunk]:

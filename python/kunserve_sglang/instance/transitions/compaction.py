@@ -35,8 +35,7 @@ def compact(taken: torch.Tensor, capacity: int, block_slots: int = 1) -> SlotCha
     """
     if block_slots > 1:
         places = compact(taken[::block_slots] // block_slots, capacity // block_slots).target
-        slots = places[:, None] * block_slots + torch.arange(block_slots)
-        return SlotChange(taken, slots.flatten(), block_slots)
+        return SlotChange(taken, slots_of(places, block_slots), block_slots)
     high = taken > capacity
     low = taken[~high]
     used = torch.zeros(capacity + 1, dtype=torch.bool)
@@ -48,3 +47,11 @@ def compact(taken: torch.Tensor, capacity: int, block_slots: int = 1) -> SlotCha
     target = taken.clone()
     target[high] = room
     return SlotChange(taken, target)
+
+
+def slots_of(blocks: torch.Tensor, block_slots: int) -> torch.Tensor:
+    """All slots of these blocks, in their order."""
+    if block_slots == 1:
+        return blocks
+    slots = torch.arange(block_slots, device=blocks.device)
+    return (blocks[:, None] * block_slots + slots).flatten()
