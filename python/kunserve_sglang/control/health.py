@@ -114,12 +114,14 @@ class HealthWatch:
         return suspected and instance.liveness.alive and not instance.plain
 
     async def _ask(self, watch: _Watch) -> None:
-        instance = watch.instance
         reply = await self._answer(watch)
-        if reply is None:
-            watch.due = self._registry.now()
-            watch.asking = False
-            return
+        if reply is not None:
+            await self._heed(watch, reply)
+        watch.due = self._registry.now() + (_INTERVAL_S if reply is not None else 0.0)
+        watch.asking = False
+
+    async def _heed(self, watch: _Watch, reply: Reply) -> None:
+        instance = watch.instance
         if reply.status == 200:
             if instance.plain and not instance.liveness.alive:
                 instance.capacity = await self._capacity(instance)
@@ -130,8 +132,6 @@ class HealthWatch:
             await self._look(watch)
         if reply.status:
             instance.liveness.heard(self._registry.now())
-        watch.due = self._registry.now() + _INTERVAL_S
-        watch.asking = False
 
     async def _answer(self, watch: _Watch) -> Reply | None:
         """What it says of its health; None if its host vanishes before it says anything.

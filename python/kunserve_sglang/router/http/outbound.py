@@ -90,9 +90,11 @@ class InstanceConnection(asyncio.Protocol):
             self._closed()
         else:
             # In one packet if it is small, and without a copy if it is not.
-            parts = (request, body) if len(body) > _SMALL_BODY else (request + body,)
-            for part in parts:
-                self._transport.write(part)
+            if len(body) > _SMALL_BODY:
+                self._transport.write(request)
+                self._transport.write(body)
+            else:
+                self._transport.write(request + body)
         return self._answered
 
     def release(self) -> bool:
@@ -145,7 +147,7 @@ class InstanceConnection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self._ended:
                 sink.body(self._arrived())
-                self._fail(f"sent no HTTP answer: {error}")
+                self._fail(BrokenOff(f"sent no HTTP answer: {error}"))
                 self._transport.abort()
                 return
             self._reusable = False
@@ -155,9 +157,8 @@ class InstanceConnection(asyncio.Protocol):
             sink.body(self._arrived())
 
     def _arrived(self) -> bytes:
-        arrived = b"".join(self._parts)  # of a single part this is no copy
-        self._parts.clear()
-        return arrived
+        parts, self._parts = self._parts, []
+        return b"".join(parts)  # of a single part this is no copy
 
     def _end(self, last: bytes = b"") -> None:
         assert self._sink is not None
@@ -168,14 +169,13 @@ class InstanceConnection(asyncio.Protocol):
             self._answered.set_result(None)
 
     def _closed(self, error: Exception | None = None) -> None:
-        at_once = self._loop.time() - self._asked_at < _RACE_S
-        unread = self.reused and at_once and not self._begun
-        why = f": {error}" if error else ""
-        self._fail(f"closed the connection{why}", unread=unread, silent=is_silence(error))
+        early = self._loop.time() - self._asked_at < _RACE_S and not self._begun
+        why = "closed the connection" + (f": {error}" if error else "")
+        self._fail(BrokenOff(why, unread=self.reused and early, silent=is_silence(error)))
 
-    def _fail(self, reason: str, **about: bool) -> None:
+    def _fail(self, error: BrokenOff) -> None:
         if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(BrokenOff(reason, **about))
+            self._answered.set_exception(error)
 
     # --- what the parser finds ---
 
