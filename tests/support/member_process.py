@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,6 +30,8 @@ def serve(
     member = Member(config, server, rank)
     if pipe is not None:
         member.wake_for(pipe)
+    gc.collect()
+    gc.freeze()  # else every flush between two scripts goes through all that SGLang has loaded
     link = Link(pipe, member.scheduler.ranks)
     link.send(("ready", member.scheduler.max_total_num_tokens))
     while True:
