@@ -37,6 +37,7 @@ from kunserve_sglang.sglang_seam.compatibility import (
     with_defaults,
 )
 from kunserve_sglang.sglang_seam.cpu_dtype import suited_dtype
+from kunserve_sglang.sglang_seam.ending import end_promptly
 from kunserve_sglang.sglang_seam.journaled_streams import keep_journals
 from kunserve_sglang.sglang_seam.kept_answers import keep_answers
 
@@ -205,6 +206,7 @@ def run_instance(server_args: Any, config: InstanceConfig, folder: str) -> None:
     mend_answers(http_server.app, tokenizer)
     keep_journals(http_server.app, tokenizer, config.admin_key)
     keep_answers(http_server.app, config.admin_key)
+    end_promptly(tokenizer)
     keyed = _changed(server_args, admin_api_key=config.admin_key)
     http_server._setup_and_run_http_server(
         keyed, tokenizer, template, ports, scheduler.scheduler_infos, watchdog
