@@ -119,6 +119,16 @@ class Controlled:
         """Returns once all instances have been told what follows for large requests."""
         self.change(lambda plane: plane.set_policy(auto, thresholds))
 
+    def set_tpot_limit(self, limit_ms: float | None) -> None:
+        """Groups whose tokens would take longer are not made. Returns as `set_policy` does."""
+
+        def change(plane: ControlPlane) -> None:
+            controller = plane.controller
+            config = msgspec.structs.replace(controller._config, tpot_limit_ms=limit_ms)
+            controller._config = config
+
+        self.change(change)
+
     def set_draining(self, member: int, *, draining: bool) -> None:
         """Others have to do without it. Returns as `set_policy` does."""
 

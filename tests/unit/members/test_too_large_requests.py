@@ -81,16 +81,18 @@ def test_it_is_refused_where_nothing_could_make_room(pair: ScriptedCluster) -> N
     assert len(got["too long"].tokens) == capacity - 102
 
 
-@pytest.mark.parametrize("way", ["policy", "partner"])
+@pytest.mark.parametrize("way", ["policy", "partner", "limit"])
 def test_it_is_told_when_the_way_to_room_is_closed(pair: ScriptedCluster, way: str) -> None:
-    """The policy is switched off while it waits, or the only partner is about to leave; others are
-    served all the while."""
+    """The policy is switched off while it waits, the only partner is about to leave, or tokens of
+    a group would take too long; others are served all the while."""
 
     def close(_: object) -> None:
         if way == "policy":
             pair.set_policy(False, {})
-        else:
+        elif way == "partner":
             pair.set_draining(1, draining=True)
+        else:
+            pair.set_tpot_limit(1e-3)
 
     rng = random.Random(6)
     large = request(rng, "too large", pair.capacities[0] + 40, 5)
@@ -105,6 +107,7 @@ def test_it_is_told_when_the_way_to_room_is_closed(pair: ScriptedCluster, way: s
             got, _ = pair.play([script, [(0, Gate("off"))]], close)
         finally:
             pair.set_draining(1, draining=False)
+            pair.set_tpot_limit(None)
     assert "can be had for one request" in got["too large"].end["message"]
     assert len(got["beside"].tokens) == 12
     assert len(got["after"].tokens) == 6
