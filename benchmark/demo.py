@@ -1,7 +1,8 @@
 """A burst on two instances, first as any cluster serves it, then with KunServe.
 
 `python -m benchmark.demo` starts each cluster in turn with the same memory budget, cores and
-SGLang flags, sends the same requests at the same times, and writes a table, JSON and a picture.
+SGLang flags, sends the same requests at the same times, and writes a table, JSON and a picture. How
+many requests they are, and when they come, depends on how fast the first cluster turns out to be.
 When all is as it was before, a second, shorter burst follows, in which memory is not what is short.
 """
 
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,12 +28,14 @@ from benchmark.picture import draw
 from benchmark.program import CHUNK_FLAGS, ROOT, flags_of, run_program, small_model
 from benchmark.prompts import PromptSource, load_tokenizer
 from benchmark.report import Comparison, dumps, raw, table, to_json
+from benchmark.sizing import PROMPT_LEN, Sizes, measure, sized
 from benchmark.timeline import StatusReader
 from benchmark.workload import Shape, Workload, steady_and_burst
 from kunserve_sglang.execution.dtypes import FLOAT32, choose_dtype
 from kunserve_sglang.sglang_seam.cpu_dtype import times_slower
 from kunserve_sglang.testing.cluster import Cluster, ClusterOptions
 
+_INSTANCES = 2
 _RESTORE_TIMEOUT_S = 60.0
 
 _BUDGETS = {"bfloat16": "288MiB", FLOAT32: "576MiB"}
@@ -63,17 +66,17 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def build_workload(prompts: PromptSource, scale: float, seed: int) -> Workload:
-    """One or two requests in flight at any time, and a burst that needs some 5,000 slots."""
+def build_workload(prompts: PromptSource, sizes: Sizes, seed: int) -> Workload:
+    """One or two requests in flight at any time, and a burst that overflows the pools."""
     return steady_and_burst(
         prompts,
-        steady_rate=0.3,
-        steady=Shape(prompt_len=96, output_len=64),
-        burst_requests=round(18 * scale),
-        burst=Shape(prompt_len=96, output_len=192),
-        before_s=15.0,
-        burst_s=8.0,
-        after_s=40.0,
+        steady_rate=sizes.steady_rate,
+        steady=Shape(PROMPT_LEN, sizes.output_len // 3),
+        burst_requests=sizes.requests,
+        burst=Shape(PROMPT_LEN, sizes.output_len),
+        before_s=sizes.before_s,
+        burst_s=sizes.burst_s,
+        after_s=sizes.after_s,
         seed=seed,
     )
 
@@ -87,30 +90,27 @@ def main() -> NoReturn:
 def run(flags: argparse.Namespace, console: Console) -> int:
     """Both runs and their results; returns the exit status."""
     model = flags.model_path or small_model()
-    prompts = PromptSource(load_tokenizer(model), flags.seed)
-    workload = build_workload(prompts, flags.scale, flags.seed)
-    second = second_burst.workload(prompts, flags.scale, flags.seed)
     suit_cpu(flags)
-    console.print(
-        f"{len(workload.requests)} requests in {workload.duration_s:.0f} s, a burst from "
-        f"{workload.burst_start_s:.0f} to {workload.burst_end_s:.0f} s; two instances of "
-        f"{flags.memory_budget} on {model.name}"
-    )
     options = ClusterOptions(
         model_path=model,
         memory_budget=flags.memory_budget,
+        num_instances=_INSTANCES,
         overload_policy="none",
         sglang_flags=flags.sglang_flags,
     )
-    loads = (workload, second)
-    baseline = _run_one("baseline", options, loads, flags.output, console)
+    console.print(f"Two instances of {flags.memory_budget} on {model.name}")
+    with _started("baseline", options, flags.output, console) as cluster:
+        plan = _plan(cluster.url, model, flags)
+        console.print(f"{plan}", soft_wrap=True)
+        baseline = _serve_all("baseline", cluster, plan, console)
     options = replace(options, overload_policy="drop")
-    kunserve = _run_one("KunServe", options, loads, flags.output, console)
+    with _started("KunServe", options, flags.output, console) as cluster:
+        kunserve = _serve_all("KunServe", cluster, plan, console)
     first = baseline.runs[0], kunserve.runs[0]
-    slo = _slo(first, workload, flags.slo_scale)
+    slo = _slo(first, plan.loads[0], flags.slo_scale)
     bursts = second_burst.to_json(first, (baseline.runs[1], kunserve.runs[1]), kunserve.limits)
-    comparison = Comparison(workload, *first, slo)
-    return _publish(comparison, bursts, flags, model, console)
+    comparison = Comparison(plan.loads[0], *first, slo)
+    return _publish(comparison, bursts, plan.sizes, flags, model, console)
 
 
 def suit_cpu(flags: argparse.Namespace) -> None:
@@ -127,6 +127,47 @@ def suit_cpu(flags: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """Both loads, and what they were sized by."""
+
+    sizes: Sizes
+    loads: tuple[Workload, Workload]
+
+    def __str__(self) -> str:
+        first = self.loads[0]
+        return (
+            f"{len(first.requests)} requests in {first.duration_s:.0f} s, a burst from "
+            f"{first.burst_start_s:.0f} to {first.burst_end_s:.0f} s; {self.sizes}"
+        )
+
+
+def _plan(url: str, model: Path, flags: argparse.Namespace) -> Plan:
+    prompts = PromptSource(load_tokenizer(model), flags.seed)
+    sizes = sized(asyncio.run(measure(url, prompts)), flags.scale)
+    second = second_burst.workload(prompts, sizes, flags.seed)
+    return Plan(sizes, (build_workload(prompts, sizes, flags.seed), second))
+
+
+@contextmanager
+def _started(
+    name: str, options: ClusterOptions, output: Path, console: Console
+) -> Iterator[Cluster]:
+    log = output / f"{name.lower()}.log"
+    with ExitStack() as stack:
+        with console.status(name) as status:
+
+            def waiting(waited_s: float) -> None:
+                status.update(f"{name}: starting the cluster ({waited_s:.0f} s)")
+
+            cluster = stack.enter_context(Cluster(options.command, log, on_wait=waiting))
+        try:
+            yield cluster
+        except (aiohttp.ClientError, OSError):
+            cluster.check_running()  # its log says more than a lost connection
+            raise
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """One cluster's runs, in order, and the limits that it promises to keep."""
 
@@ -134,36 +175,20 @@ class Served:
     limits: Slo
 
 
-def _run_one(
-    name: str,
-    options: ClusterOptions,
-    loads: Sequence[Workload],
-    output: Path,
-    console: Console,
-) -> Served:
-    log = output / f"{name.lower()}.log"
-    display = RunDisplay(name, loads[0], console)
-    with ExitStack() as shown:
-        shown.enter_context(display)
-        with Cluster(options.command, log, on_wait=display.starting) as cluster:
-            try:
-                runs = [_serve(cluster.url, loads[0], options, display)]
-                shown.close()
-                for load in loads[1:]:
-                    with RunDisplay("then", load, console) as display:
-                        runs.append(_serve(cluster.url, load, options, display))
-                return Served(runs, asyncio.run(_limits(cluster.url)))
-            except (aiohttp.ClientError, OSError):
-                cluster.check_running()  # its log says more than a lost connection
-                raise
+def _serve_all(name: str, cluster: Cluster, plan: Plan, console: Console) -> Served:
+    runs = []
+    for label, load in zip((name, "then"), plan.loads, strict=True):
+        with RunDisplay(label, load, console) as display:
+            runs.append(_serve(cluster.url, load, display))
+    return Served(runs, asyncio.run(_limits(cluster.url)))
 
 
-def _serve(url: str, load: Workload, options: ClusterOptions, display: RunDisplay) -> Run:
+def _serve(url: str, load: Workload, display: RunDisplay) -> Run:
     display.started()
     running = run_workload(
         url,
         load,
-        warm_up=warm_up_requests("What is a KV cache?", 2 * options.num_instances),
+        warm_up=warm_up_requests("What is a KV cache?", 2 * _INSTANCES),
         restore_timeout_s=_RESTORE_TIMEOUT_S,
         on_progress=display.progress,
     )
@@ -185,6 +210,7 @@ def _slo(runs: tuple[Run, ...], workload: Workload, scale: float) -> Slo:
 def _publish(
     comparison: Comparison,
     bursts: dict[str, dict[str, Any]],
+    sizes: Sizes,
     flags: argparse.Namespace,
     model: Path,
     console: Console,
@@ -195,6 +221,7 @@ def _publish(
         "sglang_flags": list(flags.sglang_flags),
         "seed": flags.seed,
         "scale": flags.scale,
+        "sizes": asdict(sizes),
     }
     figures = to_json(comparison, setup) | {"bursts": bursts}
     (flags.output / "demo.json").write_text(dumps(figures))

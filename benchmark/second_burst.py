@@ -15,25 +15,22 @@ from rich.text import Text
 from benchmark.experiment import Run
 from benchmark.metrics import Slo, summarise
 from benchmark.prompts import PromptSource
-from benchmark.workload import Shape, Workload, steady_and_burst
-
-SHAPE = Shape(prompt_len=400, output_len=16)
-REQUESTS = 24
-SECONDS = 8.0
+from benchmark.sizing import LONG_PROMPT, Sizes
+from benchmark.workload import Workload, steady_and_burst
 
 _MOST_LOST = 0.05
 """One request of the burst, or so."""
 
 
-def workload(prompts: PromptSource, scale: float, seed: int) -> Workload:
+def workload(prompts: PromptSource, sizes: Sizes, seed: int) -> Workload:
     return steady_and_burst(
         prompts,
         steady_rate=0.0,
-        steady=SHAPE,
-        burst_requests=round(REQUESTS * scale),
-        burst=SHAPE,
+        steady=LONG_PROMPT,
+        burst_requests=sizes.long_prompts,
+        burst=LONG_PROMPT,
         before_s=0.0,
-        burst_s=SECONDS,
+        burst_s=sizes.long_prompts_s,
         after_s=0.0,
         seed=seed,
     )
