@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+import zmq
 
 from kunserve_sglang.core.errors import PeerLost
 from kunserve_sglang.instance.packets import wire
@@ -18,6 +19,7 @@ from kunserve_sglang.instance.ranks.ranks import open_ranks
 from kunserve_sglang.transport import DataPlane, Packet
 from kunserve_sglang.transport.local import LocalDataPlane
 from tests.support.ranks import WAIT_S, together
+from tests.support.waiting import until
 
 T = TypeVar("T")
 
@@ -124,6 +126,13 @@ def test_a_peer_that_is_lost_to_one_rank_is_lost_to_all(instances: list[Instance
     instances[0].run(program)
 
 
+def is_readable(plane: LocalDataPlane) -> bool:
+    poller = zmq.Poller()
+    for handle in plane.poll_handles():
+        poller.register(handle, zmq.POLLIN)
+    return bool(poller.poll(0))
+
+
 def spoil_the_first(plane: LocalDataPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """A packet that is not what was sent: `CheckedPlane` has taken it, and says so."""
     receive = plane.receive
@@ -145,6 +154,8 @@ def test_a_packet_that_is_spoilt_is_heard_of_by_all(
     spoil_the_first(instances[2].raw[0], monkeypatch)
     for part in range(2):
         instances[0].raw[part].send(2, header(0, 0), [torch.tensor(1.0)])
+    # It is there when the wait begins, so that nothing comes any more which would end it.
+    until(lambda: is_readable(instances[2].raw[0]), WAIT_S, poll_s=0.001)
 
     def program(plane: DataPlane, _: int) -> None:
         with pytest.raises(PeerLost, match="not what was sent"):

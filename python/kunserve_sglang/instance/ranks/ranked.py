@@ -205,6 +205,8 @@ class LeadingPlane(RankedPlane):
             for _, packet in self._parts:
                 if self._leader.everywhere(packet.header):
                     return _Arrival(packet.header)
+            if self._lost:
+                break  # nothing may come any more that would end a wait
             left = deadline - time.monotonic()
             if left <= 0:
                 return _Arrival(None)
