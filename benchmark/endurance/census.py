@@ -45,9 +45,12 @@ class Census:
         self._before = set(_SHARED_MEMORY.iterdir())
         self.samples: Samples = defaultdict(lambda: defaultdict(list))
 
+    def now(self) -> float:
+        return time.monotonic() - self._began
+
     def take(self) -> None:
         """One more sample of everything that is there now."""
-        now = time.monotonic() - self._began
+        now = self.now()
         for life, process in self._lives():
             with contextlib.suppress(psutil.Error, OSError):
                 for measure, value in _held(process.pid).items():

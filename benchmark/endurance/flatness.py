@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -37,13 +37,15 @@ class Slope:
         return max(0.0, self.per_hour - _SURE * self.error)
 
 
-def slope(lives: Mapping[Any, Sequence[tuple[float, float]]], warm_s: float) -> Slope | None:
+def slope(
+    lives: Mapping[Any, Sequence[tuple[float, float]]], warm_at: Callable[[float], float]
+) -> Slope | None:
     """Of samples (seconds, value) by life, each of which has a level of its own.
 
-    The first `warm_s` seconds of each do not count: what a process needs at all it takes then.
-    None if there is not enough to tell.
+    `warm_at` says from when on those of a life count that begins at a time: until then it takes
+    what it needs at all. None if there is not enough to tell.
     """
-    blocks = {life: _blocks(samples, warm_s) for life, samples in lives.items()}
+    blocks = {life: _blocks(samples, warm_at) for life, samples in lives.items()}
     blocks = {life: means for life, means in blocks.items() if len(means) > 1}
     count = sum(map(len, blocks.values()))
     free = count - len(blocks) - 1
@@ -58,10 +60,12 @@ def slope(lives: Mapping[Any, Sequence[tuple[float, float]]], warm_s: float) -> 
     return Slope(rate * _HOUR_S, error * _HOUR_S, mean, count, len(blocks))
 
 
-def _blocks(samples: Sequence[tuple[float, float]], warm_s: float) -> list[tuple[float, float]]:
+def _blocks(
+    samples: Sequence[tuple[float, float]], warm_at: Callable[[float], float]
+) -> list[tuple[float, float]]:
     if not samples:
         return []
-    since = samples[0][0] + warm_s
+    since = warm_at(samples[0][0])
     kept = [s for s in samples if s[0] >= since]
     return [_mean(block) for _, block in groupby(kept, key=lambda s: int((s[0] - since) / BLOCK_S))]
 

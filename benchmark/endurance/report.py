@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from benchmark.endurance.census import Census, Life
 from benchmark.endurance.crowd import Crowd
 from benchmark.endurance.flatness import Slope, slope
 from benchmark.endurance.soak import Story
+from benchmark.faults.cells import Transition
 from benchmark.faults.verdicts import LOST, REPEATED, WRONG
 from benchmark.report import describe_machine
+from kunserve_sglang.policy.transition_request import Outcome
 
 MOST_GROWTH = 0.1
 """Of its mean, in the time of a run: what memory may surely grow by. Some of what is kept is
@@ -46,7 +49,7 @@ def results(
     flags: argparse.Namespace,
 ) -> dict[str, Any]:
     """All that is written down."""
-    slopes = slopes_of(census.samples, flags.warm_s)
+    slopes = slopes_of(census.samples, lambda began: warm_at(story, began, flags.warm_s))
     before, after = rounds
     by_clock, by_cpu = (
         median(r[i] for r in after) / median(r[i] for r in before) for i in range(2)
@@ -90,7 +93,8 @@ def results(
 
 
 def slopes_of(
-    samples: Mapping[str, Mapping[Life, Sequence[tuple[float, float]]]], warm_s: float
+    samples: Mapping[str, Mapping[Life, Sequence[tuple[float, float]]]],
+    warm_at: Callable[[float], float],
 ) -> dict[tuple[str, str], Slope]:
     """By role and measure, as far as there is enough to tell."""
     found = {}
@@ -99,9 +103,21 @@ def slopes_of(
         for life, values in lives.items():
             roles[life.role][life] = values
         for role, own in roles.items():
-            if (grows := slope(own, warm_s)) is not None:
+            if (grows := slope(own, warm_at)) is not None:
                 found[role, measure] = grows
     return found
+
+
+def warm_at(story: Story, began: float, warm_s: float) -> float:
+    """When a process has done everything once that begins at this time.
+
+    It has been in a group, and left it: there it opens what instances talk to each other by.
+    """
+    at = began
+    for wanted in (Transition.DROP, Transition.RESTORE):
+        times = (t for t, kind, what in story.done if (kind, what) == (wanted, Outcome.COMMITTED))
+        at = next((t for t in times if t > at), math.inf)
+    return max(at, began + warm_s)
 
 
 def _flat(role: str, measure: str, found: Slope, hours: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _KEPT_LINES = 20
 
 @dataclass(slots=True)
 class Story:
-    """What was done and seen: `done` are times, what, and what came of it."""
+    """What was done and seen: `done` are times of the census, what, and what came of it."""
 
     done: list[tuple[float, str, str]] = field(default_factory=list)
     imbalances: list[str] = field(default_factory=list)
@@ -128,7 +128,7 @@ class Soak:
             await asyncio.sleep(_LOOK_S)
 
     def _done(self, kind: str, what: str) -> None:
-        at = round(time.monotonic() - self._began, 2)
+        at = round(self.census.now(), 2)
         self.story.done.append((at, kind, what))
         self._say(f"{at:7.1f} s: {kind}: {what}; requests: {dict(self._crowd.verdicts)}")
 
