@@ -38,6 +38,9 @@ OTHER = LayerRange(2, 4)
 SIZES = (2, 4)
 OWNER = 7
 ROWS, WIDTH = 12, 12
+_ALIKE = 2e-5
+"""Of the largest value there is: what fp32 leaves of sums."""
+
 BASE = 112
 """Where the owner's slots are in the stage's buffers; beyond the stage's own, as in a group."""
 
@@ -169,10 +172,10 @@ def _compare(
     there = replace(on_device(batch, place), rows=batch.rows.to(place))
     expected, written = _run(host, pool, slots, there, table.to(place), layers, hidden)
     got, rewritten = _run(stages, pool, slots, batch, table, layers, hidden)
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    for mine, theirs in zip(rewritten, written, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for mine, theirs in (*zip(got, expected, strict=True), *zip(rewritten, written, strict=True)):
+        # Sums of large values may come to a small one: each CPU rounds them in its own way.
+        most = float(theirs.abs().max().cpu())
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=_ALIKE * most)
 
 
 def _run(
