@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def made_scheduler(config: InstanceConfig, server: dict[str, Any], rank: int) ->
     os.environ[INSTANCE_ENVIRONMENT] = config.to_environment()
     # Measurements of this model are of no use to anybody else.
     os.environ["XDG_CACHE_HOME"] = str(Path(server["model_path"]).parent)
+    # SGLang leaves its sockets behind.
+    tempfile.tempdir = str(Path(config.data_socket).parent)
     plugin.register()
     HookRegistry.apply_hooks()
     torch.set_num_threads(1)
