@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import os
 import random
-import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,17 +19,16 @@ from benchmark.checks import conclude
 from benchmark.endurance.census import Census
 from benchmark.endurance.crowd import Crowd
 from benchmark.endurance.picture import draw
-from benchmark.endurance.report import Throughput, results
+from benchmark.endurance.report import results
 from benchmark.endurance.soak import Soak
+from benchmark.endurance.throughput import asked, in_turns
 from benchmark.faults.cells import LoadKind
 from benchmark.faults.cluster import HOST_NAMES, FaultedCluster, built_model
 from benchmark.faults.hosts import Hosts
-from benchmark.faults.load import Ask, Clients, asks
+from benchmark.faults.load import asks
 from benchmark.faults.measures import expected
 from benchmark.faults.recovery import until_well
 from benchmark.faults.trial import AGAIN
-from benchmark.faults.watch import Admin
-from benchmark.noise import cpu_s
 from benchmark.program import ROOT, flags_of, run_program
 from benchmark.report import dumps
 
@@ -67,21 +65,19 @@ async def run(flags: argparse.Namespace, console: Console) -> int:
         Hosts(HOST_NAMES) as hosts,
         FaultedCluster(hosts, model, flags.memory_budget, flags.logs) as cluster,
     ):
-        admin = Admin(cluster.url, cluster.key)
-        async with Clients(cluster.url, cluster.key, flags.answer_s) as clients:
-            try:
-                wanted = (await expected(clients, {_KIND: load}))[_KIND]
-                await until_well(cluster, admin, _WELL_S)
-                crowd = Crowd(clients, load, wanted, chance, AGAIN)
-                soak = Soak(cluster, admin, crowd, Census(cluster), console.out)
-                before = await throughput(cluster, admin, clients, load, flags.rounds)
-                said = cluster.log_sizes()
-                await soak.run(60 * flags.minutes, chance)
-                after = await throughput(cluster, admin, clients, load, flags.rounds)
-                tracebacks = cluster.said_since(said).count("Traceback")
-            finally:
-                await admin.close()
-    found = results(soak.story, crowd, soak.census, (before, after), tracebacks, load_before, flags)
+        async with asked(cluster, flags.answer_s) as worn:
+            wanted = (await expected(worn.clients, {_KIND: load}))[_KIND]
+            await until_well(cluster, worn.admin, _WELL_S)
+            crowd = Crowd(worn.clients, load, wanted, chance, AGAIN)
+            soak = Soak(cluster, worn.admin, crowd, Census(cluster), console.out)
+            said = cluster.log_sizes()
+            await soak.run(60 * flags.minutes, chance)
+            tracebacks = cluster.said_since(said).count("Traceback")
+            with FaultedCluster(hosts, model, flags.memory_budget, _folder(flags)) as other:
+                async with asked(other, flags.answer_s) as fresh:
+                    await until_well(other, fresh.admin, _WELL_S)
+                    pairs = await in_turns(worn, fresh, load, flags.rounds)
+    found = results(soak.story, crowd, soak.census, pairs, tracebacks, load_before, flags)
     flags.output.mkdir(parents=True, exist_ok=True)
     (flags.output / "endurance.json").write_text(dumps(found))
     draw(soak.story, soak.census, flags.output / "endurance.png")
@@ -90,27 +86,11 @@ async def run(flags: argparse.Namespace, console: Console) -> int:
     return conclude(found["checks"], console)
 
 
-async def throughput(
-    cluster: FaultedCluster, admin: Admin, clients: Clients, load: list[Ask], rounds: int
-) -> list[Throughput]:
-    """All requests at once, again and again, by instances that have nothing else to do.
-
-    The first round does not count: some instances are new, and touch their memory first.
-    """
-    await clients.all(load)
-    measured = []
-    for _ in range(rounds):
-        await admin.call("POST", "/flush_cache?timeout=10")
-        began, cpu = time.perf_counter(), _cpu_s(cluster)
-        answers = await clients.all(load)
-        tokens = sum(len(answer.tokens) for answer in answers)
-        took, used = time.perf_counter() - began, _cpu_s(cluster) - cpu
-        measured.append(Throughput(tokens / took, tokens / used))
-    return measured
-
-
-def _cpu_s(cluster: FaultedCluster) -> float:
-    return sum(cpu_s(launcher.pid) for launcher in (cluster.router, *cluster.launchers.values()))
+def _folder(flags: argparse.Namespace) -> Path:
+    """Of the logs of the cluster to compare with."""
+    folder: Path = flags.logs / "fresh"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 if __name__ == "__main__":
