@@ -48,7 +48,8 @@ def wait_for_cached(client: Client, empty: bool) -> dict[int, int]:
 
 def test_a_conversation_stays_where_its_prefix_is(independent: Client) -> None:
     """Two conversations; each turn finds the one before, and no prefix is computed twice."""
-    independent.call("POST", "/flush_cache")
+    independent.wait_until_idle()
+    assert independent.call("POST", "/flush_cache?timeout=10")[0] == 200
     wait_for_cached(independent, empty=True)
     talks = [[{"role": "user", "content": words(n)}] for n in (0, 1)]
     for talk in talks:
