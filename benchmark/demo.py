@@ -143,7 +143,7 @@ class Plan:
 
 def _plan(url: str, model: Path, flags: argparse.Namespace) -> Plan:
     prompts = PromptSource(load_tokenizer(model), flags.seed)
-    sizes = sized(asyncio.run(measure(url, prompts)), flags.scale)
+    sizes = sized(asyncio.run(measure(url, prompts, _INSTANCES)), flags.scale)
     second = second_burst.workload(prompts, sizes, flags.seed)
     return Plan(sizes, (build_workload(prompts, sizes, flags.seed), second))
 

@@ -37,12 +37,13 @@ _TIMED = Shape(prompt_len=48, output_len=24)
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What two instances that have nothing else to do take; `slots` are those of both.
+    """What instances that have nothing else to do take; `slots` are those of all of them.
 
     Milliseconds of a token of a request `alone` on its instance and of one among `batch`, and from
     a prompt of `LONG_PROMPT` to its first token.
     """
 
+    instances: int
     slots: int
     batch: int
     alone_ms: float
@@ -98,7 +99,7 @@ class Sizes:
         )
 
 
-async def measure(url: str, prompts: PromptSource, instances: int = 2) -> Pace:
+async def measure(url: str, prompts: PromptSource, instances: int) -> Pace:
     """Takes some seconds. Raises `RunError` if a request fails."""
     async with control(url) as cluster:
         slots = instances * await cluster.slots_of_each()
@@ -107,7 +108,14 @@ async def measure(url: str, prompts: PromptSource, instances: int = 2) -> Pace:
     alone = await send(url, requests(prompts, instances, _TIMED))
     together = await send(url, requests(prompts, batch * instances, _TIMED))
     prompt = await send(url, requests(prompts, instances, LONG_PROMPT))
-    return Pace(slots, batch, alone.median_tpot_ms, together.median_tpot_ms, prompt.median_ttft_ms)
+    return Pace(
+        instances=instances,
+        slots=slots,
+        batch=batch,
+        alone_ms=alone.median_tpot_ms,
+        together_ms=together.median_tpot_ms,
+        prompt_ms=prompt.median_ttft_ms,
+    )
 
 
 def requests_of(slots: int, output_len: int) -> int:
@@ -115,11 +123,11 @@ def requests_of(slots: int, output_len: int) -> int:
     return round(_MEMORY_ASKED * slots / (PROMPT_LEN + output_len))
 
 
-def sized(pace: Pace, scale: float = 1.0, instances: int = 2) -> Sizes:
+def sized(pace: Pace, scale: float = 1.0) -> Sizes:
     """The bursts for a machine of this pace; `scale` times as many requests."""
 
     def token_s(output_len: int) -> float:
-        return pace.token_ms(requests_of(pace.slots, output_len) // instances) / 1e3
+        return pace.token_ms(requests_of(pace.slots, output_len) // pace.instances) / 1e3
 
     fits = (n for n in range(OUTPUT_LEN, _SHORTEST_OUTPUT, -8) if n * token_s(n) <= _LONGEST_S)
     output_len = next(fits, _SHORTEST_OUTPUT)
@@ -129,5 +137,5 @@ def sized(pace: Pace, scale: float = 1.0, instances: int = 2) -> Sizes:
         answer_s=output_len * token_s(output_len),
         stretch=1e3 * token_s(output_len) / pace.alone_ms,
         long_prompts=round(scale * _LONG_PROMPTS),
-        long_prompts_s=_LONG_PROMPTS * pace.prompt_ms / 1e3 / instances / _COMPUTING_ASKED,
+        long_prompts_s=_LONG_PROMPTS * pace.prompt_ms / 1e3 / pace.instances / _COMPUTING_ASKED,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from benchmark.sizing import PROMPT_LEN, Pace, sized
 
-FAST = Pace(slots=2600, batch=9, alone_ms=8.0, together_ms=14.0, prompt_ms=60.0)
-USUAL = Pace(slots=2600, batch=9, alone_ms=60.0, together_ms=140.0, prompt_ms=1200.0)
-SLOW = Pace(slots=2600, batch=9, alone_ms=200.0, together_ms=340.0, prompt_ms=3000.0)
+TWO = partial(Pace, instances=2, slots=2600, batch=9)
+FAST = TWO(alone_ms=8.0, together_ms=14.0, prompt_ms=60.0)
+USUAL = TWO(alone_ms=60.0, together_ms=140.0, prompt_ms=1200.0)
+SLOW = TWO(alone_ms=200.0, together_ms=340.0, prompt_ms=3000.0)
 PACES = pytest.mark.parametrize("pace", [FAST, USUAL, SLOW], ids=["fast", "usual", "slow"])
 
 
@@ -42,7 +45,7 @@ def test_a_slow_machine_gets_more_and_shorter_answers() -> None:
 
 def test_what_is_short_is_said() -> None:
     assert "memory is short, and computing is not short" in str(sized(USUAL))
-    bound = Pace(slots=2600, batch=9, alone_ms=20.0, together_ms=140.0, prompt_ms=900.0)
+    bound = TWO(alone_ms=20.0, together_ms=140.0, prompt_ms=900.0)
     assert "computing is short" in str(sized(bound))
 
 
