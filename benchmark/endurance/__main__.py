@@ -73,7 +73,7 @@ async def run(flags: argparse.Namespace, console: Console) -> int:
             said = cluster.log_sizes()
             await soak.run(60 * flags.minutes, chance)
             tracebacks = cluster.said_since(said).count("Traceback")
-            with FaultedCluster(hosts, model, flags.memory_budget, _folder(flags)) as other:
+            with FaultedCluster(hosts, model, flags.memory_budget, flags.logs / "fresh") as other:
                 async with asked(other, flags.answer_s) as fresh:
                     await until_well(other, fresh.admin, _WELL_S)
                     pairs = await in_turns(worn, fresh, load, flags.rounds)
@@ -84,13 +84,6 @@ async def run(flags: argparse.Namespace, console: Console) -> int:
     for row in found["rows"]:
         console.print(str(row), markup=False, soft_wrap=True)
     return conclude(found["checks"], console)
-
-
-def _folder(flags: argparse.Namespace) -> Path:
-    """Of the logs of the cluster to compare with."""
-    folder: Path = flags.logs / "fresh"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 if __name__ == "__main__":

@@ -57,18 +57,17 @@ class Soak:
         self._crowd = crowd
         self.census = census
         self._say = say
-        self._began = 0.0
         self.story = Story()
 
     async def run(self, seconds: float, chance: random.Random) -> None:
         """Returns when all is as it was before. Raises `RunError` if that does not come about."""
-        self._began = time.monotonic()
+        began = self.census.now()
         async with asyncio.TaskGroup() as tasks:
             looking = [tasks.create_task(look) for look in (self._watch(), self._count())]
             changes = []
             async with self._crowd.asking():
                 for at, kind in happenings(seconds, chance):
-                    await asyncio.sleep(max(0.0, self._began + at - time.monotonic()))
+                    await asyncio.sleep(max(0.0, began + at - self.census.now()))
                     if kind.needs_all:
                         await self._settled(kind)
                         await self._strike(kind, chance)
